@@ -1,0 +1,160 @@
+"""The carriers of one item on its way from question to loss. Imports neither sdzero nor torch.
+
+Shape legend of the whole project: B batch, T tokens of a padded row, N target tokens, V vocabulary,
+K top-k, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TokenIds = tuple[int, ...]
+Split = Literal["phase1", "phase2", "eval"]
+FinishReason = Literal["stop", "length"]
+Reason = Literal[
+    "correct",
+    "wrong",
+    "unparseable",
+    "truncated",
+    "timeout",
+    "memory",
+    "runtime_error",
+    "compile_error",
+    "output_limit",
+]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question `x` with its gold answer `a`; `meta` holds what only the task understands."""
+
+    id: str
+    text: str
+    answer: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine continues: the question's prompt, or that prompt + body(y) + bridge(r)."""
+
+    question: Question
+    token_ids: TokenIds
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `max_new_tokens` counts the end-of-turn token."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response `y`. `token_ids` are the sampled ids with the end-of-turn token where one was sampled;
+    `logprobs` are the engine's untempered log-probabilities of those ids, in nats."""
+
+    prompt: Prompt
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says: the binary reward, why, and the answer it read (None: nothing to read)."""
+
+    reward: Literal[0, 1]
+    reason: Reason
+    parsed: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    rollout: Rollout
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """The tokens the teacher reads before the copy of `y` that it scores."""
+
+    token_ids: TokenIds
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A row of D_revision. Ids as sampled: prompt | body(y_init) | bridge(r) | body(y_revised) + end-of-turn.
+
+    A trace without `y_init` (`reward` None, `init_ids` and `bridge_ids` empty) is a demonstration:
+    it has the generation term only (SFT, RFT).
+    """
+
+    question: Question
+    prompt_ids: TokenIds
+    init_ids: TokenIds
+    bridge_ids: TokenIds
+    revised_ids: TokenIds
+    reward: int | None
+
+
+@dataclass
+class RolloutBatch:
+    """All of one rank's rollouts of one optimizer step. `stats` are figures of sampling, to be logged."""
+
+    scored: list[ScoredRollout]
+    policy_version: int
+    counter: int
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def to(self, *_: Any, **__: Any) -> RolloutBatch:
+        return self  # plain ids: the method moves tensors once it has collated them
+
+
+@dataclass
+class TraceBatch:
+    """All of one rank's traces of one optimizer step."""
+
+    traces: list[Trace]
+    counter: int
+
+    def to(self, *_: Any, **__: Any) -> TraceBatch:
+        return self
+
+
+@dataclass
+class EvalBatch:
+    """One generate call of an evaluation: `groups[i]` are the k scored responses of one question."""
+
+    groups: list[list[ScoredRollout]]
+    policy_version: int
+    counter: int
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def to(self, *_: Any, **__: Any) -> EvalBatch:
+        return self
+
+
+@dataclass
+class LossOutput:
+    """A scalar loss to be differentiated, and detached per-token values, each of shape [N]."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
