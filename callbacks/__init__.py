@@ -1,0 +1,1 @@
+"""Callbacks: what a run may watch or do beside its method. None relies on another."""

@@ -1,0 +1,6 @@
+"""`python -m sdzero`: the command line of this very interpreter, as the stages of a run need it."""
+
+from sdzero.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""DataModules: rollouts sampled on policy, and traces from disk."""

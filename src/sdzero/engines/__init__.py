@@ -1,0 +1,1 @@
+"""Rollout engines: each samples from its own copy of the policy's weights."""

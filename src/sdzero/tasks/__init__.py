@@ -1,0 +1,1 @@
+"""Tasks: the questions and the verifier of one domain per file."""
