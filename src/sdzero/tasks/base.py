@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from sdzero.types import Question, Split, Verdict
+from sdzero.types import Question, Split, Trace, Verdict
+
+
+if TYPE_CHECKING:  # prompts imports torch, which grading does without
+    from sdzero.prompts import PromptBuilder
 
 
 class Task(ABC):
@@ -26,4 +32,16 @@ class Task(ABC):
 
         A fault of the machinery raises; it is never a reward of 0. Responses that were cut at the
         token limit never get here: they are `truncated`.
+        """
+
+
+class TraceSource(ABC):
+    """Where the traces of a cross-entropy phase come from: a file, demonstrations of a data set, a generator."""
+
+    @abstractmethod
+    def traces(self, builder: PromptBuilder) -> Sequence[Trace]:
+        """All traces, always the same ones in the same order.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none; the message names the field and the remedy.
         """

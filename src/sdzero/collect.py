@@ -1,0 +1,200 @@
+"""Phase 1 data (section 2.1, appendix C.1): sample, verify, ask for a revision, verify, keep.
+
+A killed collection continues: finished generate calls are kept in OUT/journal. OUT then holds traces.jsonl
+(D_revision), questions.json (the ids of all questions asked) and statistics.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sdzero.engines.base import EngineSpec, RolloutEngine
+from sdzero.models import ModelConfig, folder_sha256
+from sdzero.prompts import PromptBuilder
+from sdzero.rollouts import CallJournal, Sampler, write_text, write_traces
+from sdzero.seeds import derive_seed, run_seed
+from sdzero.tasks.base import Task
+from sdzero.types import Prompt, Question, Sampling, ScoredRollout, Split, Trace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Collect:
+    """Samples first attempts and revisions of phase 1's questions and writes D_revision.
+
+    Args:
+        model: the base model.
+        task: questions and verifier.
+        engine: rollout engine.
+        out: folder to write.
+        num_questions: questions to ask; all of them are asked before traces are drawn.
+        split: split of the task.
+        num_initial: first attempts per question.
+        num_revisions: revisions per first attempt.
+        num_traces: traces to draw, at random from the verified ones; null keeps all.
+        correct_share: share of the drawn traces with a correct first attempt (r=1); null draws as they come.
+        branches: `both`, or `incorrect` keeps only traces whose first attempt was wrong.
+        verified_only: keep only verified-correct revisions; false is the ablation of table 15.
+        sampling: how answers are drawn.
+        call_size: answers per generate call; part of the run's identity.
+        engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
+    """
+
+    model: ModelConfig
+    task: Task
+    engine: RolloutEngine
+    out: Path
+    num_questions: int = 10_000
+    split: Split = "phase1"
+    num_initial: int = 1
+    num_revisions: int = 3
+    num_traces: int | None = 6_000
+    correct_share: float | None = None
+    branches: Literal["both", "incorrect"] = "both"
+    verified_only: bool = True
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=16384))
+    call_size: int = 512
+    engine_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_questions", "num_initial", "num_revisions", "call_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.correct_share is not None and not 0 <= self.correct_share <= 1:
+            raise ValueError(f"correct_share must lie in [0, 1], got {self.correct_share}")
+
+    def run(self) -> None:
+        """Raises: ValueError where no trace was left, with the counts that say why."""
+        builder = self.model.builder()
+        questions = self.task.questions(self.split, self.num_questions)
+        spec = EngineSpec(self.model.path, self._max_model_len(builder, questions), self.engine_dtype, True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.engine.start(spec, builder)
+        try:
+            weights = folder_sha256(Path(self.model.path)) if Path(self.model.path).is_dir() else self.model.path
+            journal = CallJournal(self.out / "journal")
+            sampler = Sampler(self.engine, self.task, journal, self.call_size, run_seed(), weights=weights)
+            counts, kept = self._ask_all(sampler, builder, questions)
+            chosen = self._draw(kept)
+            write_traces(self.out / "traces.jsonl", self._chosen_traces(sampler, builder, questions, chosen))
+        finally:
+            self.engine.close()
+        statistics = _statistics(counts, kept, chosen, sampler.num_engine_calls)
+        write_text(self.out / "questions.json", json.dumps([q.id for q in questions]))
+        write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
+        print(json.dumps(statistics, indent=2), flush=True)
+        if not chosen:
+            raise ValueError(f"no trace was left of {len(questions)} questions; see {self.out / 'statistics.json'}")
+        if self.num_traces is not None and len(chosen) < self.num_traces:
+            log.warning("num_traces: wanted %d, but only %d could be drawn", self.num_traces, len(chosen))
+
+    def _max_model_len(self, builder: PromptBuilder, questions: Sequence[Question]) -> int:
+        longest = max(len(builder.prompt(q).token_ids) for q in questions)
+        needed = longest + 2 * self.sampling.max_new_tokens + max(len(builder.bridge(r)) for r in (0, 1))
+        available = getattr(self.model.hf_config(), "max_position_embeddings", None) or needed
+        if needed > available:
+            raise ValueError(
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens}: the longest prompt ({longest}) with an answer, "
+                f"P_r and a revision needs {needed} tokens, but the model has {available} positions"
+            )
+        return needed
+
+    def _pairs(
+        self, sampler: Sampler, builder: PromptBuilder, questions: Sequence[Question], chunk: int
+    ) -> list[tuple[ScoredRollout, list[ScoredRollout]]]:
+        """First attempts of one chunk of questions with their revisions; from the journal where they are there."""
+        chosen = questions[chunk * self.call_size : (chunk + 1) * self.call_size]
+        prompts = [builder.prompt(q) for q in chosen for _ in range(self.num_initial)]
+        initial = sampler.sample(prompts, self.sampling, f"{chunk:05d}-initial", 0)
+        # revisions of one answer stand side by side, so that the engine shares their prefix
+        revision_prompts: list[Prompt] = [builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)]
+        revised = sampler.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision", 0)
+        n = self.num_revisions
+        return [(first, revised[i * n : (i + 1) * n]) for i, first in enumerate(initial)]
+
+    def _ask_all(
+        self, sampler: Sampler, builder: PromptBuilder, questions: Sequence[Question]
+    ) -> tuple[Counter[str], list[tuple[int, int, int, int]]]:
+        """Counts of everything sampled, and (chunk, attempt, revision, r) of every trace that may be kept."""
+        from tqdm import tqdm
+
+        counts: Counter[str] = Counter()
+        kept = []
+        for chunk in tqdm(range(_num_chunks(questions, self.call_size)), desc="collect", unit="chunk"):
+            for i, (first, revisions) in enumerate(self._pairs(sampler, builder, questions, chunk)):
+                reward = first.verdict.reward
+                _count(counts, "initial", first)
+                for j, revision in enumerate(revisions):
+                    _count(counts, f"revision_r{reward}", revision)
+                    if self._keeps(first, revision):
+                        kept.append((chunk, i, j, reward))
+        return counts, kept
+
+    def _keeps(self, first: ScoredRollout, revision: ScoredRollout) -> bool:
+        finished = revision.rollout.finish_reason == "stop"  # a cut revision is never a trace
+        right_branch = self.branches == "both" or not first.verdict.reward
+        return finished and right_branch and (bool(revision.verdict.reward) or not self.verified_only)
+
+    def _draw(self, kept: list[tuple[int, int, int, int]]) -> set[tuple[int, int, int, int]]:
+        shuffled = sorted(kept)
+        random.Random(derive_seed(run_seed(), "draw traces")).shuffle(shuffled)
+        if self.num_traces is None and self.correct_share is None:
+            return set(shuffled)
+        num = len(shuffled) if self.num_traces is None else self.num_traces
+        if self.correct_share is None:
+            return set(shuffled[:num])
+        by_reward = {r: [k for k in shuffled if k[3] == r] for r in (0, 1)}
+        shares = {1: self.correct_share, 0: 1 - self.correct_share}
+        # the scarcer branch decides how many traces there can be at the wanted shares
+        num = int(min([num, *(len(by_reward[r]) / share for r, share in shares.items() if share)]))
+        num_correct = round(num * self.correct_share)
+        return {*by_reward[1][:num_correct], *by_reward[0][: num - num_correct]}
+
+    def _chosen_traces(
+        self, sampler: Sampler, builder: PromptBuilder, questions: Sequence[Question], chosen: set[Any]
+    ) -> Iterator[Trace]:
+        for chunk in range(_num_chunks(questions, self.call_size)):
+            for i, (first, revisions) in enumerate(self._pairs(sampler, builder, questions, chunk)):
+                for j, revision in enumerate(revisions):
+                    if (chunk, i, j, first.verdict.reward) in chosen:
+                        yield builder.trace(first, revision.rollout.token_ids)
+
+
+def _num_chunks(questions: Sequence[Question], size: int) -> int:
+    return -(-len(questions) // size)
+
+
+def _count(counts: Counter[str], kind: str, scored: ScoredRollout) -> None:
+    counts[f"{kind}/generations"] += 1
+    counts[f"{kind}/tokens"] += len(scored.rollout.token_ids)
+    counts[f"{kind}/{scored.verdict.reason}"] += 1
+
+
+def _statistics(counts: Counter[str], kept: Sequence[Any], chosen: set[Any], num_engine_calls: int) -> dict[str, Any]:
+    """Rates by branch and reason, lengths, the shares of r=1 before and after the draw, and the budget."""
+    kinds: dict[str, dict[str, float]] = {}
+    for kind in ("initial", "revision_r0", "revision_r1"):
+        total = counts[f"{kind}/generations"]
+        reasons = {k.split("/")[1]: n for k, n in sorted(counts.items()) if k.startswith(f"{kind}/")}
+        reasons.pop("generations", None)
+        mean_tokens = reasons.pop("tokens", 0) / max(total, 1)
+        rates = {f"rate_{reason}": n / total for reason, n in reasons.items()}
+        kinds[kind] = {"generations": total, "mean_tokens": mean_tokens, **rates}
+    return {
+        **kinds,
+        "candidate_traces": len(kept),
+        "candidate_correct_share": sum(k[3] for k in kept) / max(len(kept), 1),
+        "traces": len(chosen),
+        "correct_share": sum(k[3] for k in chosen) / max(len(chosen), 1),
+        "num_generations": sum(n for k, n in counts.items() if k.endswith("/generations")),
+        "num_tokens_sampled": sum(n for k, n in counts.items() if k.endswith("/tokens")),
+        "engine_calls": num_engine_calls,
+    }

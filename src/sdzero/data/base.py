@@ -1,0 +1,290 @@
+"""What both data modules share: the order of items, the rollout engine, and the evaluation stream."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
+from sdzero.prompts import PromptBuilder
+from sdzero.rollouts import CallJournal, Sampler
+from sdzero.seeds import derive_seed, run_seed
+from sdzero.tasks.base import Task
+from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, ScoredRollout, Split
+
+NUM_CHECKED = 4
+"""Responses scored by the trainer after each sync, to compare log-probabilities."""
+
+
+class Policy(Protocol):
+    """What a data module needs of the LightningModule it samples from."""
+
+    builder: PromptBuilder
+    policy_version: int
+    model_config: Any
+    hf_config: Any
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What validation and test sample.
+
+    Args:
+        split: split of the task.
+        num_questions: held-out questions; 0 evaluates nothing.
+        num_samples: k answers per question (avg@k, pass@k).
+        sampling: how they are drawn.
+        call_size: answers per generate call; part of the run's identity.
+    """
+
+    split: Split = "eval"
+    num_questions: int = 0
+    num_samples: int = 8
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=32768))
+    call_size: int = 512
+
+
+class _Stream(IterableDataset[Any]):
+    """Has a length on purpose: without one Lightning fetches a batch ahead, sampled before the last update."""
+
+    def __init__(self, length: int, items: Callable[[], Iterator[Any]]) -> None:
+        self.length, self.items = length, items
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items()
+
+
+def stream_loader(length: int, items: Callable[[], Iterator[Any]]) -> DataLoader[Any]:
+    return DataLoader(_Stream(length, items), batch_size=None, num_workers=0)
+
+
+class StepDataModule(L.LightningDataModule):
+    """One training batch is one optimizer step; validation and test sample from the policy.
+
+    Args:
+        items_per_step: questions (or traces) of one optimizer step, over all ranks.
+        task: questions and verifier; needed for sampling.
+        engine: rollout engine; needed for sampling.
+        evaluation: what validation and test sample.
+        max_logprob_gap: mean absolute difference between the engine's and the trainer's log-probabilities of the
+            same tokens, in nats, above which the run stops: the engine holds other weights. About 1e-4 in
+            float32 and 0.1 in bfloat16.
+        engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
+    """
+
+    def __init__(
+        self,
+        items_per_step: int,
+        task: Task | None = None,
+        engine: RolloutEngine | None = None,
+        evaluation: Evaluation = Evaluation(),
+        max_logprob_gap: float = 0.3,
+        engine_dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        if items_per_step < 1:
+            raise ValueError(f"items_per_step must be at least 1, got {items_per_step}")
+        self.items_per_step = items_per_step
+        self.task = task
+        self.engine = engine
+        self.evaluation = evaluation
+        self.max_logprob_gap = max_logprob_gap
+        self.engine_dtype = engine_dtype
+        self.counter = 0
+        self.eval_questions: list[Question] = []
+        self._sampler: Sampler | None = None
+        self._checked_version: int | None = None
+
+    # --- what a data module adds --------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def num_items(self) -> int:
+        """Questions or traces of one epoch."""
+
+    @abstractmethod
+    def make_batch(self, counter: int, indices: Sequence[int]) -> Any:
+        """This rank's batch number `counter`."""
+
+    # --- order and position -------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        assert self.trainer is not None
+        return cast(Policy, self.trainer.lightning_module)
+
+    @property
+    def rank(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_items / self.items_per_step)
+
+    def indices(self, counter: int) -> list[int]:
+        """This rank's items of batch `counter`: each epoch is a new shuffle; the last batch may be short."""
+        epoch, step = divmod(counter, self.steps_per_epoch)
+        order = list(range(self.num_items))
+        random.Random(derive_seed(run_seed(), "order", epoch)).shuffle(order)
+        return order[step * self.items_per_step : (step + 1) * self.items_per_step][self.rank :: self.world_size]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return stream_loader(self.steps_per_epoch, self._batches)
+
+    def _batches(self) -> Iterator[Any]:
+        end = (self.counter // self.steps_per_epoch + 1) * self.steps_per_epoch
+        while self.counter < end:
+            batch = self.make_batch(self.counter, self.indices(self.counter))
+            self.counter += 1  # before the step: a checkpoint taken after it must not repeat the batch
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counter": self.counter}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counter = state_dict["counter"]
+
+    # --- sampling -----------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        needs = self.evaluation.num_questions or stage != "fit"
+        if needs and (self.task is None or self.engine is None or not self.evaluation.num_questions):
+            raise ValueError("evaluation needs data.task, data.engine and data.evaluation.num_questions above 0")
+        if self.task is not None and self.evaluation.num_questions:
+            self.eval_questions = self.task.questions(self.evaluation.split, self.evaluation.num_questions)
+            self.check_length(self.eval_questions, self.evaluation.sampling.max_new_tokens, 0, "evaluation")
+
+    @property
+    def max_positions(self) -> int:
+        return int(getattr(self.policy.hf_config, "max_position_embeddings", None) or 2**31)
+
+    def check_length(self, questions: Sequence[Question], max_new_tokens: int, num_extra: int, what: str) -> None:
+        """Raises: ValueError if prompt + response + what a teacher reads besides cannot fit the model."""
+        longest = max(len(self.policy.builder.prompt(q).token_ids) for q in questions)
+        total = longest + max_new_tokens + num_extra
+        if total > self.max_positions:
+            raise ValueError(
+                f"{what}: the longest prompt ({longest}) + sampling.max_new_tokens ({max_new_tokens}) + the teacher's "
+                f"context ({num_extra}) is {total} tokens, but the model has {self.max_positions} positions. "
+                "Lower sampling.max_new_tokens or take a model with a longer context"
+            )
+
+    def max_model_len(self) -> int:
+        """The engine's limit, derived: an evaluated answer may be revised, which reads y and P_r and writes y again."""
+        if not self.eval_questions:
+            return 1
+        longest = max(len(self.policy.builder.prompt(q).token_ids) for q in self.eval_questions)
+        bridge = max(len(self.policy.builder.bridge(r)) for r in (0, 1))
+        return min(longest + 2 * self.evaluation.sampling.max_new_tokens + bridge, self.max_positions)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The engine with its journal, started on first use."""
+        if self._sampler is None:
+            assert self.trainer is not None and self.engine is not None and self.task is not None
+            spec = EngineSpec(self.policy.model_config.path, self.max_model_len(), self.engine_dtype)
+            self.engine.start(spec, self.policy.builder)
+            journal = CallJournal(Path(self.trainer.default_root_dir) / "journal")
+            self._sampler = Sampler(self.engine, self.task, journal, self.evaluation.call_size, run_seed(), self.rank)
+        return self._sampler
+
+    def sync_policy(self) -> dict[str, float]:
+        """Brings the engine to the policy's version where it holds another. Collective."""
+        sampler, version = self.sampler, self.policy.policy_version
+        if sampler.engine.policy_version == version:
+            return {}
+        sampler.engine.wake()
+        report = sampler.engine.sync(self.policy.policy_weights(), version)
+        sampler.weights = report.checksum
+        self._checked_version = None
+        return {"sync_seconds": report.seconds}
+
+    def check_policy(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
+        """Compares log-probabilities once per sync. Collective.
+
+        Raises:
+            EngineError: the engine's differ from the trainer's by more than `max_logprob_gap`.
+        """
+        if self._checked_version == self.policy.policy_version:
+            return {}
+        rollouts = [s.rollout for s in scored if s.rollout.token_ids][:NUM_CHECKED]
+        gaps = [
+            abs(theirs - ours)
+            for rollout, logprobs in zip(rollouts, self.policy.policy_logprobs(rollouts), strict=True)
+            for theirs, ours in zip(rollout.logprobs, logprobs.tolist(), strict=True)
+        ]
+        gap = sum(gaps) / max(len(gaps), 1)
+        if not gap <= self.max_logprob_gap:
+            raise EngineError(
+                f"after the sync of policy version {self.policy.policy_version} the engine's log-probabilities "
+                f"are {gap:.4g} nats off the trainer's (max_logprob_gap={self.max_logprob_gap}): stale or garbled weights"
+            )
+        self._checked_version = self.policy.policy_version
+        return {"logprob_gap": gap}
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int
+    ) -> tuple[list[ScoredRollout], dict[str, float]]:
+        """Scored responses of the current policy, and figures of the sampling. Collective over ranks."""
+        stats = self.sync_policy()
+        started = time.monotonic()
+        self.sampler.call_size = call_size
+        scored = self.sampler.sample(prompts, sampling, group, self.policy.policy_version)
+        stats |= {"generate_seconds": time.monotonic() - started, **self.check_policy(scored)}
+        return scored, stats
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def _evaluation_stream(self) -> tuple[int, Callable[[], Iterator[EvalBatch]]]:
+        questions, k = self.eval_questions[self.rank :: self.world_size], self.evaluation.num_samples
+        per_call = max(1, self.evaluation.call_size // k)
+        # every rank makes the same number of calls, so that none waits for another in a collective
+        num_calls = math.ceil(math.ceil(len(self.eval_questions) / self.world_size) / per_call)
+
+        def batches() -> Iterator[EvalBatch]:
+            for call in range(num_calls):
+                chosen = questions[call * per_call : (call + 1) * per_call]
+                prompts = [self.policy.builder.prompt(q) for q in chosen for _ in range(k)]
+                group = f"eval-{self.policy.policy_version:06d}-{call:05d}"
+                scored, stats = self.sample(prompts, self.evaluation.sampling, group, per_call * k)
+                groups = [scored[i * k : (i + 1) * k] for i in range(len(chosen))]
+                yield EvalBatch(groups, self.policy.policy_version, call, stats)
+            self.sampler.engine.sleep()
+
+        return num_calls, batches
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return stream_loader(*self._evaluation_stream()) if self.eval_questions else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return stream_loader(*self._evaluation_stream())
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return stream_loader(*self._evaluation_stream())
+
+    def teardown(self, stage: str) -> None:
+        if self._sampler is not None:
+            self._sampler.engine.close()
+            self._sampler = None

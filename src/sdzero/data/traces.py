@@ -1,0 +1,86 @@
+"""Traces for phase 1 and for the cross-entropy baselines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdzero.data.base import Evaluation, StepDataModule
+from sdzero.engines.base import RolloutEngine
+from sdzero.prompts import PromptBuilder
+from sdzero.rollouts import row_to_trace
+from sdzero.tasks.base import Task, TraceSource
+from sdzero.types import Trace, TraceBatch
+
+
+class TraceFile(TraceSource):
+    """D_revision as `sdzero collect` writes it.
+
+    Args:
+        path: JSONL file, one trace a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def traces(self, builder: PromptBuilder) -> list[Trace]:
+        if not self.path.is_file():
+            raise FileNotFoundError(f"data.source.path: no traces at {self.path}; `sdzero collect` writes them")
+        with self.path.open() as lines:
+            traces = [row_to_trace(json.loads(line)) for line in lines]
+        if not traces:
+            raise ValueError(f"data.source.path: {self.path} holds no trace: no revision was verified as correct")
+        for trace in traces:
+            if trace.reward is not None and trace.bridge_ids != builder.bridge(trace.reward):
+                raise ValueError(
+                    f"{self.path}: question {trace.question.id!r} was collected with other control phrases or "
+                    "another tokenizer than model.control_phrases and model.path give now"
+                )
+        return traces
+
+
+class TraceDataModule(StepDataModule):
+    """Traces in batches of one optimizer step; validation samples from the policy where an engine is given.
+
+    Args:
+        source: where the traces come from.
+        traces_per_step: global batch size.
+        task: questions and verifier of the evaluation.
+        engine: rollout engine of the evaluation.
+        evaluation: what validation and test sample.
+        max_logprob_gap: as in StepDataModule.
+        engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
+    """
+
+    def __init__(
+        self,
+        source: TraceSource,
+        traces_per_step: int = 4,
+        task: Task | None = None,
+        engine: RolloutEngine | None = None,
+        evaluation: Evaluation = Evaluation(),
+        max_logprob_gap: float = 0.3,
+        engine_dtype: str = "float32",
+    ) -> None:
+        super().__init__(traces_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype)
+        self.source = source
+        self.traces: list[Trace] = []
+
+    @property
+    def num_items(self) -> int:
+        return len(self.traces)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "fit":
+            return
+        self.traces = self.source.traces(self.policy.builder)
+        if shared := sorted({t.question.id for t in self.traces} & {q.id for q in self.eval_questions}):
+            raise ValueError(f"{len(shared)} questions of the traces are also in the evaluation, e.g. {shared[:3]}")
+        longest = max(len(t.prompt_ids + t.init_ids + t.bridge_ids + t.revised_ids) for t in self.traces)
+        if longest > self.max_positions:
+            raise ValueError(f"the longest trace has {longest} tokens, but the model has {self.max_positions} positions")
+
+    def make_batch(self, counter: int, indices: Sequence[int]) -> TraceBatch:
+        return TraceBatch([self.traces[i] for i in indices], counter)

@@ -1,0 +1,47 @@
+"""LightningCLI with the project's defaults: one folder per stage, and results that a program can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from sdzero.data.base import StepDataModule
+from sdzero.methods import Method
+
+
+class SDZeroCLI(LightningCLI):
+    """`sdzero fit|validate|test|predict --config FILE [--model.x ... --data.x ... --trainer.x ...]`."""
+
+    @classmethod
+    def main(cls, arguments: list[str]) -> None:
+        cls(
+            Method,
+            StepDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            # no sanity run: it would sample before the first step. Every batch is one step: log each
+            trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1},
+            parser_kwargs={"prog": "sdzero"},
+            args=arguments,
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
+        if self._get(self.config_init, "trainer.logger") is None:
+            # name and version empty: curves, checkpoints and the config lie in the stage's own folder
+            kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def after_test(self) -> None:
+        if self.trainer.is_global_zero:
+            results = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
+            path = Path(self.trainer.default_root_dir) / "results.json"
+            path.write_text(json.dumps(results, indent=2) + "\n")

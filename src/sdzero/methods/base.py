@@ -1,0 +1,391 @@
+"""What every method shares: one batch is one optimizer step.
+
+A step counts its target tokens over all ranks first, splits its examples into micro batches by token
+budget (the same number on every rank), lets the method compute each micro batch's loss, divides once, clips, steps the
+optimizer and the per-step schedule. Evaluation is the same for all methods and lives here too.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.tensor import DTensor
+from torchmetrics import Metric
+
+from sdzero.losses import cross_entropy_head
+from sdzero.metrics import AvgAtK, KeywordRate, PassAtK, ResponseLength
+from sdzero.models import ModelConfig, full_weights, load, shard_fsdp1, shard_fsdp2
+from sdzero.prompts import collate
+from sdzero.seeds import run_seed
+from sdzero.types import EvalBatch, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
+
+
+BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
+FAULTS = ("num_nonfinite", "num_skipped")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite more often than `max_nonfinite_steps` allows."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: context | target, and what the teacher reads instead of the context.
+
+    `num_init` is the index in `target` where y_revised starts; `weight` is 0 for a filler row.
+    """
+
+    id: str
+    context: TokenIds
+    target: TokenIds
+    teacher_context: TokenIds = ()
+    num_init: int = 0
+    reward: int | None = None
+    weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        return max(len(self.context), len(self.teacher_context)) + len(self.target)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate's course, stepped once per optimizer step.
+
+    Args:
+        name: `constant`, `linear` (to 0) or `cosine` (to 0), after the warm-up.
+        warmup_steps: steps of linear warm-up.
+        warmup_ratio: the same as a share of all steps; only one of the two may be set.
+    """
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("schedule: set warmup_steps or warmup_ratio, not both")
+
+    def build(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+        from transformers import get_scheduler
+
+        name = "constant_with_warmup" if self.name == "constant" else self.name
+        warmup = self.warmup_steps or int(self.warmup_ratio * num_steps)
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Longest first, each as many rows as fit: rows x longest <= max_tokens, at least one row."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: (-e.length, e.id)):
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= max_tokens:
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
+
+
+class Method(L.LightningModule):
+    """Base class of SRT and SelfDistill; by itself it only evaluates (`sdzero validate`, `sdzero test`).
+
+    Args:
+        model: the student, which is the generator.
+        optimizer: optimizer over the student's trainable weights.
+        schedule: learning rate's course.
+        max_grad_norm: gradients are clipped to this norm; 0 clips nothing.
+        max_tokens_per_micro_batch: rows x longest row of a micro batch, counted on the longer of the student's and
+            the teacher's sequence.
+        reduction: `token_mean` divides by the target tokens of the global batch; `sequence_sum` sums
+            over a sequence's tokens and divides by the number of sequences (equations 1, 2 and 4 to the letter).
+        max_nonfinite_steps: NaN or infinite steps that are passed over before the run stops.
+        max_skipped_steps: consecutive batches without a target token before the run stops.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, betas=(0.9, 0.95), weight_decay=1e-4),
+        schedule: Schedule = Schedule(),
+        max_grad_norm: float = 1.0,
+        max_tokens_per_micro_batch: int = 8192,
+        reduction: Literal["token_mean", "sequence_sum"] = "token_mean",
+        max_nonfinite_steps: int = 0,
+        max_skipped_steps: int = 10,
+    ) -> None:
+        super().__init__()
+        self.model_config = model
+        self.builder = model.builder()
+        self.hf_config = model.hf_config()
+        self.optimizer_callable = optimizer
+        self.schedule = schedule
+        self.max_grad_norm = max_grad_norm
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self.reduction = reduction
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.max_skipped_steps = max_skipped_steps
+        self.policy_version = 0
+        self.num_generations = 0
+        self.num_tokens_sampled = 0
+        self.num_tokens_trained = 0
+        self.num_nonfinite = 0
+        self.num_skipped = 0
+        self.eval_metrics = nn.ModuleDict()
+
+    # --- what a method adds -------------------------------------------------------------------
+
+    @abstractmethod
+    def examples(self, batch: Any) -> list[Example]:
+        """The training sequences of this rank's batch."""
+        raise TypeError(f"{type(self).__name__} only evaluates: to train, take a method such as sdzero.methods.SRT")
+
+    @abstractmethod
+    def counts(self, examples: Sequence[Example]) -> list[int]:
+        """What the loss divides by, summed over all ranks before the first micro batch; the first is the tokens."""
+
+    @abstractmethod
+    def loss(self, examples: Sequence[Example], counts: Sequence[float]) -> LossOutput:
+        """The micro batch's share of the loss; its metrics are scalars that add up over micro batches and ranks."""
+
+    def num_trained(self, examples: Sequence[Example]) -> int:
+        """Tokens these examples add to the training budget, counted as appendix C.2 does."""
+        return sum(len(e.target) for e in examples)
+
+    # --- set-up -------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if stage == "fit" and precision in ("bf16-true", "16-true", "16-mixed", "transformer-engine-float16"):
+            raise ValueError(
+                f"trainer.precision={precision}: at these learning rates a 16-bit weight never moves. "
+                "Use bf16-mixed (bfloat16 computation, float32 weights) or 32-true"
+            )
+        if stage == "fit" and self.model_config.dtype != "float32":
+            raise ValueError("model.dtype: trained weights must be float32; trainer.precision sets the computation")
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "student"):
+            self.student = self.shard(load(self.model_config, run_seed()), self.model_config)
+
+    def shard(self, model: nn.Module, config: ModelConfig) -> nn.Module:
+        """The model as the Trainer's strategy wants it; FSDP wraps the model here, not the LightningModule."""
+        compute_dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            return shard_fsdp2(model, config, self.device_mesh["data_parallel"], compute_dtype)  # pyright: ignore
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            return shard_fsdp1(model, config, self.trainer.strategy.root_device, compute_dtype)  # pyright: ignore
+        return model
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_callable([p for p in self.student.parameters() if p.requires_grad])
+        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["sdzero"] = {name: getattr(self, name) for name in ("policy_version", *BUDGET, *FAULTS)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, value in checkpoint["sdzero"].items():
+            setattr(self, name, value)
+
+    # --- the policy, as the data modules see it -----------------------------------------------
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's full weights for the rollout engine. Collective: every rank consumes all of it."""
+        return full_weights(self.student)
+
+    @torch.no_grad()
+    def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """The student's untempered log-probabilities of sampled responses, one tensor [N_i] each. Collective."""
+        blank = self._blank()
+        contexts = [r.prompt.token_ids for r in rollouts] or [blank.context]
+        targets = [r.token_ids for r in rollouts] or [blank.target]
+        batch = collate(contexts, targets, self.builder.pad_id).to(self.device)
+        ones = torch.ones(len(batch.targets), device=self.device)
+
+        def head(hidden: Tensor, weight: Tensor) -> LossOutput:
+            return cross_entropy_head(hidden, weight, batch.targets, ones, len(batch.targets))
+
+        with self.trainer.precision_plugin.forward_context():
+            logprobs = self.student(batch.input_ids, batch.predicts, head).metrics["logprobs"]
+        return list(logprobs.split([len(t) for t in targets]))[: len(rollouts)]
+
+    # --- training -----------------------------------------------------------------------------
+
+    def training_step(self, batch: RolloutBatch | TraceBatch, batch_idx: int) -> None:
+        started = time.monotonic()
+        if isinstance(batch, RolloutBatch) and batch.policy_version != self.policy_version:
+            raise RuntimeError(f"off-policy batch: version {batch.policy_version}, student {self.policy_version}")
+        if isinstance(batch, RolloutBatch):
+            self._log("rollout", self._count_rollouts(batch))
+        examples = self.examples(batch)
+        counts = self._reduce(torch.tensor([*self.counts(examples), self.num_trained(examples)]), "sum").tolist()
+        if not counts[0]:
+            return self._skip()
+        metrics = self._backward(examples, counts[:-1])
+        metrics |= self._step(metrics, [e.id for e in examples])
+        self.num_skipped = 0
+        self.num_tokens_trained += int(counts[-1])
+        metrics["tokens_per_second"] = torch.tensor(counts[-1] / (time.monotonic() - started))
+        self._log("train", metrics)
+        self._log("budget", {name.removeprefix("num_"): getattr(self, name) for name in BUDGET})
+
+    def _backward(self, examples: list[Example], counts: list[int]) -> dict[str, Tensor]:
+        batches = micro_batches(examples, self.max_tokens_per_micro_batch)
+        num_batches = int(self._reduce(torch.tensor(len(batches)), "max"))
+        batches += [[self._blank()]] * (num_batches - len(batches))
+        totals: dict[str, Tensor] = {}
+        for i, micro_batch in enumerate(batches):
+            with self._gradient_sync(last=i == num_batches - 1):
+                output = self.loss(micro_batch, counts)
+                # strategies average gradients over ranks; the loss was already divided by the global count
+                self.manual_backward(output.loss * self.trainer.world_size)
+            for name, value in {"loss": output.loss, **output.metrics}.items():
+                totals[name] = totals.get(name, torch.zeros(())) + value.detach().float().cpu()
+        names = sorted(totals)
+        reduced = self._reduce(torch.stack([totals[name] for name in names]), "sum")
+        return dict(zip(names, reduced, strict=True))
+
+    def _step(self, metrics: dict[str, Tensor], ids: list[str]) -> dict[str, Tensor]:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        norm = self._clip()
+        finite = bool(torch.isfinite(norm) and torch.isfinite(metrics["loss"]))
+        learning_rate = optimizer.param_groups[0]["lr"]
+        if finite:
+            optimizer.step()
+            self.lr_schedulers().step()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportCallIssue]
+            self.policy_version += 1
+        else:
+            self._count_nonfinite(metrics["loss"], norm, ids)
+        optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "lr": torch.tensor(learning_rate), "nonfinite": torch.tensor(self.num_nonfinite)}
+
+    def _count_nonfinite(self, loss: Tensor, norm: Tensor, ids: list[str]) -> None:
+        self.num_nonfinite += 1
+        what = f"step {self.policy_version}: loss {float(loss)}, gradient norm {float(norm)}, batch {ids}"
+        if self.num_nonfinite > self.max_nonfinite_steps:
+            raise NonFiniteError(f"{what}. max_nonfinite_steps={self.max_nonfinite_steps} lets such steps pass")
+        self.print(f"passed over {what}")
+
+    def _clip(self) -> Tensor:
+        max_norm = self.max_grad_norm or float("inf")
+        if isinstance(self.student, FSDP1):
+            return self.student.clip_grad_norm_(max_norm).cpu()
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), max_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach().cpu()
+
+    def _skip(self) -> None:
+        self.num_skipped += 1
+        if self.num_skipped > self.max_skipped_steps:
+            raise RuntimeError(f"{self.num_skipped} batches in a row had no target token: every response is empty")
+        self._log("train", {"skipped": self.num_skipped})
+
+    def _count_rollouts(self, batch: RolloutBatch) -> dict[str, float]:
+        """Adds the step's rollouts, of all ranks, to the budget; returns their means and the sampling's figures."""
+        rows = [(1, len(s.rollout.token_ids), s.verdict.reward, s.verdict.reason) for s in batch.scored]
+        sums = [sum(row[i] for row in rows) for i in range(3)]
+        by_reason = [sum(row[3] == reason for row in rows) for reason in get_args(Reason)]
+        num, num_tokens, num_right, *reasons = self._reduce(torch.tensor([*sums, *by_reason]), "sum").tolist()
+        self.num_generations += num
+        self.num_tokens_sampled += num_tokens
+        means = {"reward": num_right / max(num, 1), "length": num_tokens / max(num, 1)}
+        means |= {reason: n / max(num, 1) for reason, n in zip(get_args(Reason), reasons, strict=True)}
+        return {**means, **batch.stats}
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are reduced over ranks in a step's last backward pass only."""
+        if isinstance(self.student, FSDPModule):
+            self.student.set_requires_gradient_sync(last)
+        elif isinstance(self.student, FSDP1) and not last:
+            return self.student.no_sync()
+        elif isinstance(self.trainer.strategy, DDPStrategy) and not last:
+            return self.trainer.strategy.block_backward_sync()
+        return nullcontext()
+
+    def _blank(self) -> Example:
+        """A row that costs next to nothing and weighs nothing, for ranks that have run out of rows."""
+        pad = (self.builder.pad_id,)
+        return Example("", pad, pad, teacher_context=pad, weight=0.0)
+
+    def _reduce(self, tensor: Tensor, op: str) -> Tensor:
+        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=op).cpu()  # pyright: ignore
+
+    def _log(self, prefix: str, values: dict[str, Any]) -> None:
+        self.log_dict({f"{prefix}/{name}": float(value) for name, value in values.items()}, rank_zero_only=True)
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def _evaluate(self, batch: EvalBatch) -> None:
+        if not self.eval_metrics:
+            num_samples = max((len(group) for group in batch.groups), default=1)
+            self.eval_metrics = _metrics(num_samples).to(self.device)
+        rewards = [[s.verdict.reward for s in group] for group in batch.groups]
+        rollouts = [s.rollout for group in batch.groups for s in group]
+        lengths, texts = [len(r.token_ids) for r in rollouts], [r.text for r in rollouts]
+        updates: dict[str, tuple[Any, ...]] = {
+            "accuracy": (rewards,),
+            "pass": (rewards,),
+            "length": (lengths, [r.finish_reason == "length" for r in rollouts]),
+            "keywords": (texts, lengths),
+        }
+        for name, arguments in updates.items():
+            metric = self.eval_metrics[name]
+            assert isinstance(metric, Metric)
+            metric.update(*arguments)
+
+    def _log_evaluation(self) -> None:
+        for metric in self.eval_metrics.values():
+            assert isinstance(metric, Metric)
+            self.log_dict({f"eval/{k}": v for k, v in metric.compute().items()}, rank_zero_only=True)
+            metric.reset()
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation()
+
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation()
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """The responses as plain rows: question, response, reward, reason."""
+        return [
+            {
+                "question": s.rollout.prompt.question.id,
+                "response": s.rollout.text,
+                "reward": s.verdict.reward,
+                "reason": s.verdict.reason,
+            }
+            for group in batch.groups
+            for s in group
+        ]
+
+
+def _metrics(num_samples: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "accuracy": AvgAtK(),
+            "pass": PassAtK(k=num_samples),
+            "length": ResponseLength(),
+            "keywords": KeywordRate(),
+        }
+    )

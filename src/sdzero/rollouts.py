@@ -1,0 +1,172 @@
+"""Sampling as every phase does it: generate calls of fixed composition, kept once finished, then scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdzero.engines.base import RolloutEngine
+from sdzero.seeds import derive_seed
+from sdzero.tasks.base import Task
+from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Trace, Verdict
+
+log = logging.getLogger(__name__)
+
+
+def score(rollout: Rollout, task: Task) -> ScoredRollout:
+    """The verdict on a rollout; one that was cut at the token limit is `truncated`, whatever it contains."""
+    if rollout.finish_reason != "stop":
+        return ScoredRollout(rollout, Verdict(0, "truncated"))
+    return ScoredRollout(rollout, task.verify(rollout.prompt.question, rollout.text))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that grows by whole lines. A half-written last line is cut off, and said so."""
+    raw = path.read_bytes()
+    end = raw.rfind(b"\n") + 1
+    if end < len(raw):
+        log.warning("%s: dropped a half-written last line (%d bytes)", path, len(raw) - end)
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return [json.loads(line) for line in raw[:end].splitlines()]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_traces(path: Path, traces: Iterable[Trace]) -> None:
+    """Writes D_revision whole or not at all, one JSON object a line."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        for trace in traces:
+            file.write(json.dumps(dataclasses.asdict(trace)) + "\n")
+    os.replace(partial, path)
+
+
+def row_to_trace(row: dict[str, Any]) -> Trace:
+    ids = {name: tuple(row[name]) for name in ("prompt_ids", "init_ids", "bridge_ids", "revised_ids")}
+    return Trace(question=Question(**row["question"]), reward=row["reward"], **ids)
+
+
+class CallJournal:
+    """Finished generate calls on disk, one JSON line each, one file per `group`.
+
+    A call is reused only under the same key and fingerprint (prompts, sampling, seed, policy weights).
+    `calls.log` holds a line per call that was started, also the ones that a kill cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._group = ""
+        self._rows: dict[str, dict[str, Any]] = {}
+
+    def _file(self, group: str) -> Path:
+        return self.folder / f"{group}.jsonl"
+
+    def get(self, group: str, key: str, fingerprint: str) -> list[dict[str, Any]] | None:
+        if group != self._group:  # calls come group by group, so one group is held at a time
+            file = self._file(group)
+            self._rows = {row["key"]: row for row in read_jsonl(file)} if file.exists() else {}
+            self._group = group
+        row = self._rows.get(key)
+        return row["responses"] if row and row["fingerprint"] == fingerprint else None
+
+    def start(self, group: str, key: str) -> None:
+        with (self.folder / "calls.log").open("a") as file:
+            file.write(f"{group} {key}\n")
+
+    def put(self, group: str, key: str, fingerprint: str, responses: list[dict[str, Any]]) -> None:
+        row = {"key": key, "fingerprint": fingerprint, "responses": responses}
+        with self._file(group).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if group == self._group:
+            self._rows[key] = row
+
+    def forget(self, groups: Callable[[str], bool]) -> None:
+        """Removes the files of the groups that no restart will ask for again."""
+        for file in self.folder.glob("*.jsonl"):
+            if groups(file.stem):
+                file.unlink()
+
+
+@dataclass
+class Sampler:
+    """Draws and scores responses.
+
+    Attributes:
+        call_size: prompts per generate call; part of the run's identity.
+        seed: names the run and the stage; each call's seed is derived from it and the call's own name.
+        weights: checksum of the policy's weights, set after each sync.
+    """
+
+    engine: RolloutEngine
+    task: Task
+    journal: CallJournal
+    call_size: int
+    seed: int
+    rank: int = 0
+    weights: str = ""
+    num_engine_calls: int = field(default=0, init=False)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        group: str,
+        policy_version: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[ScoredRollout]:
+        """One scored response per prompt, in order. `group` names the draw, e.g. "train-000012"."""
+        if self.rank:
+            group = f"{group}-rank{self.rank}"
+        scored: list[ScoredRollout] = []
+        for call, start in enumerate(range(0, len(prompts), self.call_size)):
+            rollouts = self._call(prompts[start : start + self.call_size], sampling, group, call, policy_version)
+            scored += [score(rollout, self.task) for rollout in rollouts]
+            progress(len(rollouts))
+        return scored
+
+    def _call(
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call: int, policy_version: int
+    ) -> list[Rollout]:
+        key, seed = str(call), derive_seed(self.seed, group, call, self.rank)
+        identity = [type(self.engine).__name__, seed, repr(sampling), self.weights, [p.token_ids for p in prompts]]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        stored = self.journal.get(group, key, fingerprint)
+        if stored is not None:
+            return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, stored, strict=True)]
+        self.journal.start(group, key)
+        self.num_engine_calls += 1
+        rollouts = self.engine.generate(prompts, sampling, seed, policy_version)
+        self.journal.put(group, key, fingerprint, [_encode(rollout) for rollout in rollouts])
+        return rollouts
+
+
+def _encode(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "question": rollout.prompt.question.id,
+        "token_ids": rollout.token_ids,
+        "logprobs": rollout.logprobs,
+        "text": rollout.text,
+        "finish_reason": rollout.finish_reason,
+    }
+
+
+def _decode(prompt: Prompt, row: dict[str, Any], policy_version: int) -> Rollout:
+    return Rollout(
+        prompt, tuple(row["token_ids"]), tuple(row["logprobs"]), row["text"], row["finish_reason"], policy_version
+    )

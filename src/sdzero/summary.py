@@ -1,0 +1,63 @@
+"""The figures of a run: one row per model, from the evaluations, the exports and collect's statistics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
+    """One object per evaluated model: base, srt, self_distill.
+
+    Budgets are what training the model cost (table 3): collect's belong to srt, the base's are 0;
+    evaluation's generations are not in them.
+    """
+    rows = []
+    for name, stages in {"base": [], "srt": ["collect", "srt"], "self_distill": ["self_distill"]}.items():
+        results = _read(out / name / "eval/results.json")
+        manifest = _read(out / name / "model/sdzero.json")
+        costs = [_read(out / s / file) for s in stages for file in ("statistics.json", "model/sdzero.json")]
+        rows.append(
+            {
+                "stage": name,
+                "accuracy": results["eval/avg_at_k"],
+                "accuracy_se": results["eval/avg_at_k_se"],
+                **{key.removeprefix("eval/"): value for key, value in results.items() if "pass_at" in key},
+                "mean_response_tokens": results["eval/response_tokens"],
+                "keyword_rate": results["eval/keywords_per_response"],
+                "wrong_to_right": results.get("eval/revise_wrong_to_right"),
+                "right_to_wrong": results.get("eval/revise_right_to_wrong"),
+                **{key: sum(int(cost.get(key, 0)) for cost in costs) for key in BUDGET},
+                "seconds": sum(r["seconds"] for s, r in lineage.items() if s in (*stages, name, f"{name}/eval")),
+                "weights_sha256": manifest.get("weights_sha256"),
+            }
+        )
+    return rows
+
+
+def print_table(summary: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="avg@k on held-out questions, with its standard error over questions")
+    for heading in ("model", "accuracy", "pass@k", "tokens", "keywords", "wrong→right", "right→wrong"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in summary:
+        pass_at_k = next(v for k, v in row.items() if k.startswith("pass_at") and not k.endswith("_se"))
+        flips = [row["wrong_to_right"], row["right_to_wrong"]]
+        table.add_row(
+            row["stage"],
+            f"{row['accuracy']:.3f} ± {row['accuracy_se']:.3f}",
+            f"{pass_at_k:.3f}",
+            f"{row['mean_response_tokens']:.1f}",
+            f"{row['keyword_rate']:.2f}",
+            *("-" if flip is None else f"{flip:.0f}" for flip in flips),
+        )
+    Console().print(table)
