@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from sdzero.checkpoints import PARTIAL, AtomicCheckpointIO, CheckpointError, manifest_path, newest_checkpoint
 
@@ -52,7 +52,7 @@ class Line(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def train_dataloader(self):
-        return DataLoader(list(range(8)))
+        return DataLoader(TensorDataset(torch.arange(8)))
 
 
 def trainer(folder: Path, max_steps: int, **checkpoint_kwargs) -> Trainer:

@@ -1,0 +1,435 @@
+"""Golden token sequences of three chat templates, and what must hold for every response.
+
+golden/smollm2.jinja is the chat template of SmolLM2-135M-Instruct (Apache-2.0), and golden/smollm2_tokenizer.json its
+tokenizer cut down to the bytes, the special tokens and the merges that the golden texts need: their ids are the real
+model's. golden/qwen3.jinja behaves like Qwen3's template for single turns. After a wanted change, `python
+tests/test_prompts.py` writes the golden files anew: read their diff.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sdzero.prompts import (
+    Context,
+    ControlPhrases,
+    Demonstration,
+    Feedback,
+    FinalAnswer,
+    Plain,
+    PromptBuilder,
+    Revision,
+    collate,
+)
+from sdzero.types import Question, Rollout, ScoredRollout, TokenIds, Verdict
+
+GOLDEN = Path(__file__).parent / "golden"
+IM_START, IM_END, ENDOFTEXT = 151644, 151645, 151643  # of Qwen3
+
+
+def smollm2(**kwargs: Any) -> PromptBuilder:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / "smollm2_tokenizer.json"),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=(GOLDEN / "smollm2.jinja").read_text(),
+    )
+    return PromptBuilder(tokenizer, **kwargs)
+
+
+def qwen3_folder(folder: Path, eos: int | tuple[int, ...] | None = (IM_END, ENDOFTEXT)) -> Path:
+    """A model folder with the special tokens and end-of-turn ids of Qwen3 and the bytes of the tokenizer above."""
+    spec = json.loads((GOLDEN / "smollm2_tokenizer.json").read_text())
+    special = {"<|endoftext|>": ENDOFTEXT, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
+    special |= {"<think>": 151667, "</think>": 151668}
+    spec["model"]["vocab"] |= special
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"] = [
+        {"id": id, "content": content, "special": "think" not in content, **flags} for content, id in special.items()
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "chat_template.jinja").write_text((GOLDEN / "qwen3.jinja").read_text())
+    if eos is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return folder
+
+
+def qwen3(**kwargs: Any) -> PromptBuilder:
+    with TemporaryDirectory() as folder:
+        return PromptBuilder.from_pretrained(qwen3_folder(Path(folder)), **kwargs)
+
+
+def word_level(**kwargs: Any) -> PromptBuilder:
+    """One token per word, digit, sign or white space character."""
+    texts = [QUESTION.text, WRONG, RIGHT, SYSTEM, *QUESTION.meta.values(), *ControlPhrases().__dict__.values()]
+    texts += [context.template for context in CONTEXTS if isinstance(context, Demonstration | FinalAnswer | Feedback)]
+    pieces = pre_tokenizers.Split(Regex(r"[A-Za-z]+|[^A-Za-z]"), "isolated")
+    words = {word for text in texts for word, _ in pieces.pre_tokenize_str(text)}
+    words |= {*"answer", *"()", "wrong", "read", "attempt", "was", "Q", "A"}
+    core = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["<pad>", "<end>", "<unk>", *sorted(words)])}, "<unk>")
+    )
+    core.pre_tokenizer, core.decoder = pieces, decoders.Fuse()
+    template = "{% for m in messages %}{{ 'Q ' if m.role == 'user' }}{{ m.content + '\n' }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=template + "{{ 'A ' if add_generation_prompt }}",
+    )
+    return PromptBuilder(tokenizer, **kwargs)
+
+
+QUESTION = Question("q1", "What is 17 + 25?", "42", {"solution": "10 + 20 = 30 and 7 + 5 = 12, so \\boxed{42}."})
+WRONG = "17 + 25 = 32, because 7 + 5 = 12. The answer is \\boxed{32}."
+RIGHT = "7 + 5 = 12, carry the 1: 17 + 25 = 42. The answer is \\boxed{42}."
+SYSTEM = "Reason step by step."
+CONTEXTS: list[Context] = [Plain(), Revision(), Demonstration(), FinalAnswer(), Feedback()]
+BUILDERS = {"smollm2": smollm2, "qwen3": qwen3, "word_level": word_level}
+
+
+def sampled(builder: PromptBuilder, text: str) -> TokenIds:
+    """Ids a model may sample for a text, though no tokenizer would write them: " answer" letter by letter."""
+    encode = lambda part: builder.tokenizer.encode(part, add_special_tokens=False)  # noqa: E731
+    head, tail = text.split(" answer")
+    return tuple([*encode(head), *(i for letter in " answer" for i in encode(letter)), *encode(tail)])
+
+
+def scored(builder: PromptBuilder, ids: TokenIds, reward: int, text: str = "", parsed: str | None = None):
+    rollout = Rollout(builder.prompt(QUESTION), ids, (0.0,) * len(ids), text, "stop", 0)
+    return ScoredRollout(rollout, Verdict(1 if reward else 0, "correct" if reward else "wrong", parsed))
+
+
+def sequences(builder: PromptBuilder) -> dict[str, list[TokenIds]]:
+    """Every sequence of the module's docstring, as [context, target] or alone."""
+    end = min(builder.end_ids)  # Qwen's other one, where traces must end in the canonical one
+    wrong = scored(builder, (*sampled(builder, WRONG), end), 0, WRONG, "32")
+    right = scored(builder, (*sampled(builder, RIGHT), end), 1, RIGHT, "42")
+    prompt = builder.prompt(QUESTION).token_ids
+    found = {"prompt": [prompt], "body": [builder.body(wrong.rollout.token_ids)]}
+    found |= {f"bridge r={r}": [builder.bridge(r)] for r in (0, 1)}
+    for name, first in (("r=0", wrong), ("r=1", right)):
+        found[f"collect {name}"] = [builder.revision_prompt(first).token_ids]
+        trace = builder.trace(first, right.rollout.token_ids)
+        prefix = trace.prompt_ids + trace.init_ids + trace.bridge_ids
+        found[f"L_revision {name}"] = [prefix, trace.revised_ids]
+        found[f"L_generation {name}"] = [trace.prompt_ids, trace.init_ids + trace.bridge_ids + trace.revised_ids]
+    trace = builder.demonstration(QUESTION, QUESTION.meta["solution"])
+    found["L_generation demonstration"] = [trace.prompt_ids, trace.init_ids + trace.bridge_ids + trace.revised_ids]
+    found["student"] = [prompt, wrong.rollout.token_ids]
+    for context in CONTEXTS:
+        read = context(builder, wrong, [wrong, right]).token_ids
+        found[f"teacher {type(context).__name__}"] = [read, wrong.rollout.token_ids]
+    return found
+
+
+def golden(name: str) -> dict[str, Any]:
+    """What golden/<name>.json holds: per sequence its ids and their text, part by part."""
+    make = BUILDERS[name]
+    found = sequences(make()) | {"prompt with system": [make(system=SYSTEM).chat(QUESTION.text)]}
+    for thinking in (False, True):
+        kwargs = {"chat_template_kwargs": {"enable_thinking": thinking}}
+        found[f"prompt enable_thinking={thinking}"] = [make(**kwargs).chat(QUESTION.text)]
+    decode = make().tokenizer.decode
+    return {key: [[list(ids), decode(ids, skip_special_tokens=False)] for ids in parts] for key, parts in found.items()}
+
+
+def write_golden_files() -> None:
+    for name in BUILDERS:
+        rows = [f"{json.dumps(key)}: {json.dumps(parts)}" for key, parts in golden(name).items()]
+        (GOLDEN / f"{name}.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def builder(request) -> PromptBuilder:
+    return BUILDERS[request.param]()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_golden_sequences(name):
+    assert golden(name) == json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def test_the_golden_sequences_are_the_formulas_of_the_method(builder):
+    found = sequences(builder)
+    (prompt,), (body,), bridges = found["prompt"], found["body"], [found[f"bridge r={r}"][0] for r in (0, 1)]
+    end, y, revised = (builder.end_id,), found["student"][1], (*sampled(builder, RIGHT), builder.end_id)
+    assert y == (*body, min(builder.end_ids))
+    assert found["collect r=0"] == [prompt + body + bridges[0]]
+    assert found["collect r=1"] == [prompt + sampled(builder, RIGHT) + bridges[1]]
+    assert found["L_revision r=0"] == [prompt + body + bridges[0], revised]
+    assert found["L_generation r=0"] == [prompt, body + bridges[0] + revised]
+    assert found["student"] == [prompt, y]
+    assert found["teacher Revision"] == [prompt + body + bridges[0], y]
+    assert found["L_generation demonstration"][1] == builder._encode(QUESTION.meta["solution"]) + end
+    for term in ("r=0", "r=1"):  # one row gives both terms
+        assert sum(found[f"L_revision {term}"], ()) == sum(found[f"L_generation {term}"], ())
+
+
+def test_y_is_not_what_its_text_would_encode_to(builder):
+    """Else the golden files could not tell a builder that decodes and encodes again."""
+    text = builder.tokenizer.decode(sampled(builder, WRONG))
+    assert text == WRONG and builder._encode(text) != sampled(builder, WRONG)
+
+
+@pytest.mark.parametrize(
+    ("make", "rendered"),
+    [
+        (
+            smollm2,
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (qwen3, "<|im_start|>user\nWhat is 17 + 25?<|im_end|>\n<|im_start|>assistant\n"),
+        (word_level, "Q What is 17 + 25?\nA "),
+    ],
+)
+def test_the_prompt_is_the_template_around_the_question(make, rendered):
+    assert make().tokenizer.decode(make().prompt(QUESTION).token_ids) == rendered
+
+
+def test_chat_template_kwargs_reach_the_template():
+    plain, on, off = (
+        qwen3(chat_template_kwargs=kwargs).chat("2")
+        for kwargs in (None, {"enable_thinking": True}, {"enable_thinking": False})
+    )
+    decode = qwen3().tokenizer.decode
+    assert plain == on and off[: len(on)] == on
+    assert decode(off[len(on) :]) == "<think>\n\n</think>\n\n"
+
+
+def test_they_reach_the_contexts_too():
+    builder = qwen3(chat_template_kwargs={"enable_thinking": False}, system=SYSTEM)
+    item = scored(builder, (5,), 0)
+    for context in CONTEXTS:
+        text = builder.tokenizer.decode(context(builder, item, [item]).token_ids)
+        assert SYSTEM in text and "<think>\n\n</think>\n\n" in text
+
+
+def test_a_system_message_replaces_the_default_one():
+    text = smollm2().tokenizer.decode(smollm2(system=SYSTEM).chat("2"))
+    assert text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>") and "SmolLM" not in text
+
+
+def test_phrases_are_configurable():
+    builder = smollm2(control_phrases=ControlPhrases(correct="So.", incorrect="No."))
+    assert [builder.tokenizer.decode(builder.bridge(r)) for r in (0, 1)] == ["\n\nNo.\n\n", "\n\nSo.\n\n"]
+
+
+def test_transformers_returns_a_list_of_ids_only_when_told_to(builder):
+    messages = [{"role": "user", "content": "2"}]
+    ids = builder.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert type(ids) is list and {type(i) for i in ids} == {int}
+    default = builder.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert not isinstance(default, list)  # a dict since transformers 5
+    chat = builder.chat("2")
+    assert chat == tuple(ids) and type(chat) is tuple
+
+
+@pytest.mark.parametrize(
+    ("eos", "end_ids"),
+    [
+        ((IM_END, ENDOFTEXT), {IM_END, ENDOFTEXT}),
+        (ENDOFTEXT, {IM_END, ENDOFTEXT}),
+        (IM_END, {IM_END}),
+        (None, {IM_END}),
+    ],
+)
+def test_end_ids_are_the_tokenizers_and_the_generation_configs(tmp_path, eos, end_ids):
+    builder = PromptBuilder.from_pretrained(qwen3_folder(tmp_path, eos))
+    assert builder.end_ids == end_ids
+    assert builder.end_id == IM_END and builder.pad_id == ENDOFTEXT
+
+
+def test_without_a_pad_token_the_end_token_pads():
+    tokenizer = smollm2().tokenizer
+    tokenizer.pad_token = None
+    assert PromptBuilder(tokenizer).pad_id == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_cannot_serve_is_refused():
+    tokenizer = smollm2().tokenizer
+    tokenizer.name_or_path, tokenizer.eos_token = "some/model", None
+    with pytest.raises(ValueError, match=r"'some/model' has no eos_token"):
+        PromptBuilder(tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"'some/model' has no chat template: use .*or put a chat_template\.jinja"):
+        PromptBuilder(tokenizer)
+
+
+QWEN3 = qwen3()
+IDS = st.integers(0, 200_000) | st.sampled_from([IM_END, ENDOFTEXT, IM_START])  # most have no text, few round-trip
+RESPONSES = st.lists(IDS, max_size=12).map(tuple)
+
+
+class Deaf:
+    """A tokenizer that must not be asked anything."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"tokenizer.{name} was used on a response")
+
+
+def deaf_builder() -> PromptBuilder:
+    builder = qwen3()
+    builder.tokenizer = Deaf()
+    return builder
+
+
+DEAF = deaf_builder()
+
+
+@given(RESPONSES)
+def test_body_strips_end_ids_at_the_end_and_nothing_else(y):
+    body = QWEN3.body(y)
+    assert y[: len(body)] == body
+    assert set(y[len(body) :]) <= {IM_END, ENDOFTEXT}
+    assert not body or body[-1] not in (IM_END, ENDOFTEXT)
+    assert QWEN3.body(list(y)) == body
+
+
+@given(RESPONSES, RESPONSES, st.sampled_from([0, 1]))
+def test_a_response_is_never_decoded_and_encoded_again(y, revised, reward):
+    item = scored(QWEN3, y, reward)
+    prompt, bridge = item.rollout.prompt.token_ids, DEAF.bridge(reward)
+    prefix = prompt + DEAF.body(y) + bridge
+    assert DEAF.revision_prompt(item).token_ids == prefix
+    assert DEAF.revision_prompt(item).question is QUESTION
+    trace = DEAF.trace(item, revised)
+    assert trace.prompt_ids + trace.init_ids + trace.bridge_ids == prefix
+    assert trace.revised_ids == (*DEAF.body(revised), IM_END)
+    assert (trace.prompt_ids, trace.init_ids, trace.bridge_ids) == (prompt, DEAF.body(y), bridge)
+    assert (trace.question, trace.reward) == (QUESTION, reward)
+    assert Plain()(DEAF, item, [item]).token_ids == prompt
+    assert Revision()(DEAF, item, [item]).token_ids == prefix
+
+
+@given(st.lists(RESPONSES.filter(bool), min_size=1, max_size=4), st.sampled_from([0, 1]))
+def test_student_and_teacher_score_the_same_copy_of_y(responses, reward):
+    items = [scored(QWEN3, y, reward) for y in responses]
+    student = collate([i.rollout.prompt.token_ids for i in items], responses, QWEN3.pad_id)
+    for context in CONTEXTS:
+        reads = [context(QWEN3, item, items).token_ids for item in items]
+        teacher = collate(reads, responses, QWEN3.pad_id)
+        assert torch.equal(student.targets, teacher.targets)
+        assert student.targets.tolist() == [token for y in responses for token in y]
+
+
+@given(RESPONSES, st.sampled_from([0, 1]))
+def test_a_context_adds_no_more_than_it_says(y, reward):
+    item = scored(QWEN3, y, reward)
+    added = len(Revision()(QWEN3, item, [item]).token_ids) - len(item.rollout.prompt.token_ids)
+    assert added <= Revision().max_extra_tokens(QWEN3, len(y))
+    assert Plain().max_extra_tokens(QWEN3, len(y)) == 0
+
+
+ROWS = st.lists(st.tuples(RESPONSES.filter(bool), RESPONSES), min_size=1, max_size=5)
+
+
+@given(ROWS, st.integers(0, 9))
+def test_collate_is_the_row_by_row_construction(rows, pad_id):
+    batch = collate([c for c, _ in rows], [t for _, t in rows], pad_id)
+    length = max(len(c) + len(t) for c, t in rows)
+    input_ids, predicts, targets = [], [], []
+    for context, target in rows:
+        row = [*context, *target]
+        input_ids.append(row + [pad_id] * (length - len(row)))
+        predicts.append([len(context) <= i + 1 < len(row) for i in range(length)])
+        targets += [row[i + 1] for i in range(length) if predicts[-1][i]]
+    assert batch.input_ids.tolist() == input_ids
+    assert batch.predicts.tolist() == predicts
+    assert batch.targets.tolist() == targets
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.long and batch.predicts.dtype == torch.bool
+    assert int(batch.predicts.sum()) == len(batch.targets)
+    assert torch.equal(batch.input_ids[:, 1:][batch.predicts[:, :-1]], batch.targets)
+
+
+@given(RESPONSES, RESPONSES)
+def test_the_two_srt_terms_share_one_row(y, revised):
+    """Every target of L_revision is the same position, token and prefix as in L_generation."""
+    trace = QWEN3.trace(scored(QWEN3, y, 0), revised)
+    prefix = trace.prompt_ids + trace.init_ids + trace.bridge_ids
+    revision = collate([prefix], [trace.revised_ids], 0)
+    generation = collate([trace.prompt_ids], [trace.init_ids + trace.bridge_ids + trace.revised_ids], 0)
+    assert torch.equal(revision.input_ids, generation.input_ids)
+    assert not (revision.predicts & ~generation.predicts).any()
+    assert torch.equal(generation.targets[-len(revision.targets) :], revision.targets)
+
+
+def test_collate_needs_a_token_to_predict_from():
+    with pytest.raises(AssertionError):
+        collate([()], [(1,)], 0)
+    with pytest.raises(AssertionError):
+        collate([(1,)], [], 0)
+
+
+def test_a_batch_moves_as_a_whole():
+    moved = collate([(1,)], [(2,)], 0).to(torch.device("meta"))
+    assert moved.input_ids.is_meta and moved.predicts.is_meta and moved.targets.is_meta
+
+
+def read(context: Context, item: ScoredRollout, siblings: list[ScoredRollout]) -> str:
+    """What the teacher reads as the user's message."""
+    text = QWEN3.tokenizer.decode(context(QWEN3, item, siblings).token_ids)
+    assert text.startswith("<|im_start|>user\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    return text.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_plain_reads_the_question_and_final_answer_the_gold_answer_too():
+    item = scored(QWEN3, (5,), 0)
+    assert read(Plain(), item, [item]) == QUESTION.text
+    assert read(FinalAnswer(), item, [item]) == f"{QUESTION.text}\n\nThe correct final answer is: 42"
+    assert read(FinalAnswer("{answer}! {question}"), item, [item]) == f"42! {QUESTION.text}"
+
+
+def test_demonstration_reads_the_solution_and_says_where_one_is_missing():
+    item = scored(QWEN3, (5,), 0)
+    assert QUESTION.meta["solution"] in read(Demonstration(), item, [item])
+    proof = replace(item.rollout.prompt, question=replace(QUESTION, meta={"proof": "by {braces}"}))
+    other = replace(item, rollout=replace(item.rollout, prompt=proof))
+    assert read(Demonstration("{demonstration} {question}", "proof"), other, []) == f"by {{braces}} {QUESTION.text}"
+    with pytest.raises(ValueError, match=r"question 'q1' has no meta\['solution'\].* meta_key, or use FinalAnswer"):
+        Demonstration()(QWEN3, other, [])
+
+
+def test_feedback_reads_the_verdict():
+    head = f"{QUESTION.text}\n\nFeedback on an earlier attempt: "
+    wrong, unread = scored(QWEN3, (5,), 0, "x", "32"), scored(QWEN3, (5,), 0, "x")
+    assert read(Feedback(), wrong, [wrong]) == head + "wrong (answer read: 32)."
+    assert read(Feedback(), unread, [unread, wrong]) == head + "wrong."
+    right = scored(QWEN3, (6,), 1, "mine")
+    assert read(Feedback(), right, [wrong, right]) == head + "correct."
+    assert read(Feedback("{feedback}|{question}"), wrong, []) == f"wrong (answer read: 32).|{QUESTION.text}"
+
+
+def test_feedback_reads_the_first_success_of_a_sibling_never_its_own():
+    wrong, first, second = scored(QWEN3, (5,), 0, "bad"), scored(QWEN3, (6,), 1, "one"), scored(QWEN3, (7,), 1, "two")
+    group = [wrong, first, second]
+    assert read(Feedback(), wrong, group).endswith("wrong.\nA correct attempt was:\none")
+    assert read(Feedback(), first, group).endswith("correct.\nA correct attempt was:\ntwo")
+    assert read(Feedback(), second, group).endswith("correct.\nA correct attempt was:\none")
+
+
+def test_a_question_may_hold_braces():
+    odd = replace(scored(QWEN3, (5,), 0).rollout, prompt=QWEN3.prompt(replace(QUESTION, text="sum {x} of {0}")))
+    for context in (Demonstration(), FinalAnswer(), Feedback()):
+        assert read(context, ScoredRollout(odd, Verdict(0, "wrong")), []).startswith("sum {x} of {0}\n")
+
+
+if __name__ == "__main__":
+    write_golden_files()
