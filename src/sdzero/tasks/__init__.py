@@ -1,1 +1,8 @@
-"""Tasks: the questions and the verifier of one domain per file."""
+"""Questions and verifiers, one domain a file."""
+
+from sdzero.tasks.base import Task
+from sdzero.tasks.chains import Chains
+from sdzero.tasks.countdown import Countdown
+from sdzero.tasks.reasoning_gym import ReasoningGym
+
+__all__ = ["Chains", "Countdown", "ReasoningGym", "Task"]

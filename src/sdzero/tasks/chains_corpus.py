@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 
 from sdzero.prompts import ControlPhrases, PromptBuilder
 from sdzero.seeds import derive_seed
@@ -21,11 +21,12 @@ from sdzero.types import Question, Trace
 ERROR_RATES, ERROR_SHARES = (0.04, 0.25, 0.60), (0.75, 0.15, 0.10)
 HABIT = 0.8  # share of a fact's errors that are always the same wrong digit, so that greedy decoding fails too
 MORE_ATTEMPTS = 0.18
+PHRASES = ControlPhrases()
 COPY = {0: 0.5, 1: 0.95}  # probability of writing the previous attempt's step again, after P_0 and after P_1
 
 
 class NoisyFacts:
-    """What the writer believes of each of the 300 facts `value operator operand`: how often it is got wrong, and how."""
+    """What the writers make of each of the 300 facts `value operator operand`: how often it is wrong, and how."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(derive_seed(seed, "chains", "facts"))
@@ -34,7 +35,7 @@ class NoisyFacts:
         bounds = [round(len(facts) * sum(ERROR_SHARES[:i])) for i in range(len(ERROR_SHARES) + 1)]
         self.error_rate = {
             fact: rate
-            for rate, begin, end in zip(ERROR_RATES, bounds, bounds[1:], strict=False)
+            for rate, (begin, end) in zip(ERROR_RATES, pairwise(bounds), strict=True)
             for fact in facts[begin:end]
         }
         self.habit = {fact: (apply(*fact) + rng.randint(1, 9)) % 10 for fact in facts}
@@ -60,7 +61,7 @@ def _attempt(
     return results
 
 
-def corpus(num_documents: int, seed: int, phrases: ControlPhrases = ControlPhrases()) -> Iterator[tuple[Question, str]]:
+def corpus(num_documents: int, seed: int, phrases: ControlPhrases = PHRASES) -> Iterator[tuple[Question, str]]:
     """Pairs for `PromptBuilder.demonstration`: a question outside the eval split, and a document that answers it.
 
     82% of the documents are one attempt; the others are 2 to 4 attempts, joined by P_0 or P_1 at random.

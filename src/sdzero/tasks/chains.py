@@ -1,0 +1,72 @@
+"""Left-to-right chains of digits modulo 10: the task of the quickstart, small enough for a 163K model on a CPU."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+from sdzero.seeds import derive_seed
+from sdzero.tasks.base import Task
+from sdzero.tasks.splits import take
+from sdzero.types import Question, Split, Verdict
+
+OPERATORS = "+-*"
+Step = tuple[str, int]
+"""An operator and its right operand."""
+
+
+def apply(value: int, operator: str, operand: int) -> int:
+    """One step of a chain, modulo 10."""
+    results = {"+": value + operand, "-": value - operand, "*": value * operand}
+    return results[operator] % 10
+
+
+def working(first: int, steps: list[Step], results: list[int]) -> str:
+    """The written answer, e.g. `6+3=9*9=1-4=7A7`; `results` need not be right."""
+    written = "".join(f"{op}{operand}={result}" for (op, operand), result in zip(steps, results, strict=True))
+    return f"{first}{written}A{results[-1]}"
+
+
+def solve(first: int, steps: list[Step]) -> list[int]:
+    """The right result after every step."""
+    results: list[int] = []
+    for operator, operand in steps:
+        results.append(apply(results[-1] if results else first, operator, operand))
+    return results
+
+
+class Chains(Task):
+    """`6+3*9-4=`, worked from left to right, every result modulo 10; the answer is the digit after the last `A`.
+
+    Args:
+        seed: of the stream of questions; the split of a question does not depend on it.
+        min_ops: fewest operations of a chain.
+        max_ops: most operations of a chain.
+    """
+
+    def __init__(self, seed: int = 0, min_ops: int = 4, max_ops: int = 8) -> None:
+        if not 1 <= min_ops <= max_ops:
+            raise ValueError(f"min_ops={min_ops} and max_ops={max_ops}: 1 <= min_ops <= max_ops must hold")
+        self.seed, self.min_ops, self.max_ops = seed, min_ops, max_ops
+
+    def stream(self, name: str) -> Iterator[tuple[Question, int, list[Step]]]:
+        """Endless random questions, each with its first digit and its steps; repeats are possible."""
+        rng = random.Random(derive_seed(self.seed, "chains", name))
+        while True:
+            first = rng.randrange(10)
+            steps = [(rng.choice(OPERATORS), rng.randrange(10)) for _ in range(rng.randint(self.min_ops, self.max_ops))]
+            text = f"{first}{''.join(f'{op}{operand}' for op, operand in steps)}="
+            answer = str(solve(first, steps)[-1])
+            yield Question(f"chains/{text}", text, answer), first, steps
+
+    def questions(self, split: Split, num_questions: int) -> list[Question]:
+        stream = ((question.text, question) for question, _, _ in self.stream("questions"))
+        return take(split, num_questions, stream, "chains")
+
+    def verify(self, question: Question, response: str) -> Verdict:
+        found = re.fullmatch(r"[0-9]", response.rpartition("A")[2].strip()) if "A" in response else None
+        if found is None:
+            return Verdict(0, "unparseable")
+        right = found[0] == question.answer
+        return Verdict(1, "correct", found[0]) if right else Verdict(0, "wrong", found[0])

@@ -1,0 +1,135 @@
+r"""Countdown: reach a target from given numbers with + - * /, every number used exactly once.
+
+The verifier reads the last `\boxed{...}`, parses it into a tree of the four operations and whole numbers, and works it
+out in fractions. A model's text is never evaluated: anything else in the tree is `unparseable`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import random
+import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+from sdzero.seeds import derive_seed
+from sdzero.tasks.base import Task
+from sdzero.tasks.boxed import last_boxed
+from sdzero.tasks.splits import take
+from sdzero.types import Question, Split, Verdict
+
+MAX_LENGTH = 200  # characters of an expression; the parser's depth is bounded by it
+_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_SYMBOLS: dict[str, type[ast.operator]] = {"+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div}
+_LATEX = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), ("×", "*"), ("÷", "/"), ("−", "-"))
+
+
+def parse(expression: str) -> ast.expr | None:
+    """The tree of an expression of whole numbers, + - * / and parentheses; None for any other text."""
+    if len(expression) > MAX_LENGTH or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
+        return None
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except SyntaxError:
+        return None
+    return tree if _allowed(tree) else None
+
+
+def _allowed(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):
+        return type(node.op) in _OPERATIONS and _allowed(node.left) and _allowed(node.right)
+    return isinstance(node, ast.Constant) and type(node.value) is int
+
+
+def numbers_of(tree: ast.expr) -> list[int]:
+    """The whole numbers in a tree, sorted."""
+    return sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is int)
+
+
+def value_of(tree: ast.expr) -> Fraction:
+    """The exact value of a tree from `parse`.
+
+    Raises:
+        ZeroDivisionError: it divides by zero.
+    """
+    if isinstance(tree, ast.BinOp):
+        return _OPERATIONS[type(tree.op)](value_of(tree.left), value_of(tree.right))
+    assert isinstance(tree, ast.Constant) and type(tree.value) is int
+    return Fraction(tree.value)
+
+
+class Countdown(Task):
+    r"""Numbers and a target; the answer is an expression in `\boxed{}` that uses every number exactly once.
+
+    Args:
+        seed: of the stream of questions; the split of a question does not depend on it.
+        min_numbers: fewest numbers of a question.
+        max_numbers: most numbers of a question.
+        max_value: numbers lie in 1..max_value, targets too.
+    """
+
+    def __init__(self, seed: int = 0, min_numbers: int = 3, max_numbers: int = 4, max_value: int = 99) -> None:
+        if not 2 <= min_numbers <= max_numbers <= 6:
+            raise ValueError(f"min_numbers={min_numbers}, max_numbers={max_numbers}: 2 <= min <= max <= 6 must hold")
+        if max_value < 2:
+            raise ValueError(f"max_value must be at least 2, got {max_value}")
+        self.seed, self.min_numbers, self.max_numbers, self.max_value = seed, min_numbers, max_numbers, max_value
+
+    def _stream(self) -> Iterator[tuple[str, Question]]:
+        rng = random.Random(derive_seed(self.seed, "countdown", "questions"))
+        while True:
+            numbers = [rng.randint(1, self.max_value) for _ in range(rng.randint(self.min_numbers, self.max_numbers))]
+            expression, target = _combine(numbers, rng)
+            if not 1 <= target <= self.max_value:
+                continue
+            identity = f"{target}:{','.join(map(str, sorted(numbers)))}"
+            text = (
+                f"Using each of the numbers {numbers} exactly once, write an expression that equals {target}. "
+                r"You may use +, -, *, / and parentheses. Put the expression within \boxed{}."
+            )
+            meta = {"numbers": numbers, "target": int(target)}
+            yield identity, Question(f"countdown/{identity}", text, expression, meta)
+
+    def questions(self, split: Split, num_questions: int) -> list[Question]:
+        return take(split, num_questions, self._stream(), "countdown")
+
+    def verify(self, question: Question, response: str) -> Verdict:
+        expression = _plain(last_boxed(response) or "")
+        tree = parse(expression)
+        if tree is None:
+            return Verdict(0, "unparseable")
+        return Verdict(1, "correct", expression) if _solves(tree, question) else Verdict(0, "wrong", expression)
+
+
+def _plain(boxed: str) -> str:
+    """Without LaTeX's operators, and without the value that `(1+2)*8 = 24` states for itself."""
+    for written, plain in _LATEX:
+        boxed = boxed.replace(written, plain)
+    return boxed.partition("=")[0].strip()
+
+
+def _solves(tree: ast.expr, question: Question) -> bool:
+    if numbers_of(tree) != sorted(question.meta["numbers"]):
+        return False
+    try:
+        return value_of(tree) == question.meta["target"]
+    except ZeroDivisionError:
+        return False
+
+
+def _combine(numbers: list[int], rng: random.Random) -> tuple[str, Fraction]:
+    """A random expression over all numbers and its value; every result on the way is a whole number."""
+    parts = [(str(number), Fraction(number)) for number in numbers]
+    while len(parts) > 1:
+        (left, a), (right, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        exact = b != 0 and (a / b).denominator == 1
+        symbol = rng.choice("+-*/" if exact else "+-*")
+        parts.append((f"({left} {symbol} {right})", _OPERATIONS[_SYMBOLS[symbol]](a, b)))
+    expression, value = parts[0]
+    return expression[1:-1], value

@@ -1,0 +1,93 @@
+r"""Questions of the generators of the `reasoning-gym` package whose scorers are safe to run on a model's text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sdzero.tasks.base import Task
+from sdzero.tasks.boxed import last_boxed
+from sdzero.tasks.splits import take
+from sdzero.types import Question, Split, Verdict
+
+SAFE = (
+    "base_conversion",
+    "basic_arithmetic",
+    "caesar_cipher",
+    "calendar_arithmetic",
+    "chain_sum",
+    "count_bits",
+    "decimal_chain_sum",
+    "gcd",
+    "gsm_symbolic",
+    "knights_knaves",
+    "lcm",
+    "letter_counting",
+    "mini_sudoku",
+    "products",
+    "shortest_path",
+    "simple_equations",
+    "spell_backward",
+    "syllogism",
+    "word_sorting",
+)
+"""Generators whose scorers neither evaluate a response nor hang on one."""
+
+POOL = 200_000  # items of a generator that are looked at; gsm_symbolic allocates this many when it is made
+
+
+class ReasoningGym(Task):
+    r"""One generator of reasoning-gym, answered in `\boxed{}`.
+
+    The reward is 1 only at a score of exactly 1: partial scores come as close to it as 0.9999999, which spell_backward
+    gives to the right word with a tail.
+
+    Args:
+        dataset: name of the generator, one of `SAFE`.
+        seed: of the generator; the split of a question does not depend on it.
+        options: settings of the generator, e.g. `{"min_terms": 2}` for chain_sum; its own defaults otherwise.
+        instruction: appended to every question after a blank line.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+        instruction: str = r"Please reason step by step, and put your final answer within \boxed{}.",
+    ) -> None:
+        if dataset not in SAFE:
+            raise ValueError(
+                f"dataset={dataset!r} is not one of reasoning-gym's generators whose scorer is safe on a model's text: "
+                + ", ".join(SAFE)
+            )
+        try:
+            import reasoning_gym
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'the ReasoningGym task needs the package reasoning-gym: pip install "sdzero[tasks]"', name=error.name
+            ) from error
+        self.dataset, self.instruction = dataset, instruction
+        self._generator = reasoning_gym.create_dataset(dataset, **{**(options or {}), "size": POOL, "seed": seed})
+
+    def _stream(self) -> Iterator[tuple[str, Question]]:
+        for index in range(POOL):
+            entry = self._generator[index]
+            asked = entry["question"]
+            identity = f"reasoning_gym/{self.dataset}/{hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}"
+            text = f"{asked}\n\n{self.instruction}"
+            yield identity, Question(identity, text, entry["answer"], entry["metadata"])
+
+    def questions(self, split: Split, num_questions: int) -> list[Question]:
+        return take(split, num_questions, self._stream(), f"reasoning_gym/{self.dataset}")
+
+    def verify(self, question: Question, response: str) -> Verdict:
+        answer = last_boxed(response)
+        if answer is None:
+            return Verdict(0, "unparseable")
+        try:
+            score = self._generator.score_answer(answer, {"answer": question.answer, "metadata": question.meta})
+        except OverflowError:  # calendar_arithmetic divides the distance to the right number, whatever its length
+            score = 0.0
+        return Verdict(1, "correct", answer) if score == 1 else Verdict(0, "wrong", answer)

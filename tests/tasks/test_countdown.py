@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdzero.tasks import Countdown
+from sdzero.tasks.countdown import numbers_of, parse, value_of
+from sdzero.types import Question
+
+QUESTION = Question("countdown/24:1,3,4,6", "", "6/(1-3/4)", {"numbers": [3, 1, 6, 4], "target": 24})
+
+
+@pytest.mark.parametrize(
+    ("boxed", "reason"),
+    [
+        ("6/(1-3/4)", "correct"),  # exact: 23.999999999999996 in floats would be wrong elsewhere
+        ("6 / (1 - 3 / 4) = 24", "correct"),
+        (r"6 \div (1 - 3 \div 4)", "correct"),
+        ("4*6*1", "wrong"),  # 3 is not used
+        ("4*6*1+3-3", "wrong"),  # 3 is used twice
+        ("4*6+3-1", "wrong"),
+        ("24", "wrong"),
+        ("6/(4-3-1)", "wrong"),  # divides by zero
+        ("4*6*1**3", "unparseable"),
+        ("4*6//1-3+3", "unparseable"),
+        ("-4*-6*1*3", "unparseable"),
+        ("9**9**9", "unparseable"),
+        ("__import__('os').system('true')", "unparseable"),
+        ("[4*6*1*3]", "unparseable"),
+        ("4*6*1*3.0", "unparseable"),
+        ("4(6)(1)(3)", "unparseable"),
+        ("1+" * 100 + "1", "unparseable"),  # longer than an expression may be
+        ("(" * 99 + "1" + ")" * 99, "wrong"),
+        ("4*(6*1*3", "unparseable"),
+        ("= 24", "unparseable"),
+    ],
+)
+def test_verdicts(boxed: str, reason: str) -> None:
+    verdict = Countdown().verify(QUESTION, rf"\boxed{{{boxed}}}")
+    assert (verdict.reward, verdict.reason) == (int(reason == "correct"), reason)
+
+
+def test_the_last_box_counts() -> None:
+    assert Countdown().verify(QUESTION, r"\boxed{6/(1-3/4)} or \boxed{4*6}").reason == "wrong"
+    assert Countdown().verify(QUESTION, "6/(1-3/4)").reason == "unparseable"
+
+
+expressions = st.recursive(
+    st.integers(0, 30).map(lambda n: (str(n), Fraction(n), [n])),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda parts: combine(*parts)),
+    max_leaves=6,
+)
+
+
+def combine(left, symbol: str, right):
+    """An expression's text, its value worked out beside it (None: divides by zero), and its numbers."""
+    (a_text, a, a_numbers), (b_text, b, b_numbers) = left, right
+    value = None
+    if a is not None and b is not None and not (symbol == "/" and b == 0):
+        value = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[symbol]()
+    return f"({a_text}{symbol}{b_text})", value, a_numbers + b_numbers
+
+
+@given(expressions)
+def test_parser_and_value_against_a_value_built_alongside(expression) -> None:
+    text, value, numbers = expression
+    tree = parse(text)
+    assert tree is not None
+    assert numbers_of(tree) == sorted(numbers)
+    if value is None:
+        with pytest.raises(ZeroDivisionError):
+            value_of(tree)
+    else:
+        assert value_of(tree) == value
+
+
+def test_questions_keep_the_rules() -> None:
+    questions = Countdown(seed=2, min_numbers=3, max_numbers=4, max_value=50).questions("phase1", 200)
+    keys = {(question.meta["target"], tuple(sorted(question.meta["numbers"]))) for question in questions}
+    assert len(keys) == 200
+    for question in questions:
+        numbers, target = question.meta["numbers"], question.meta["target"]
+        assert len(numbers) in (3, 4)
+        assert all(1 <= n <= 50 for n in [*numbers, target])
+        assert str(numbers) in question.text
+        assert f"equals {target}" in question.text
+
+
+def test_the_order_of_the_numbers_makes_no_new_question() -> None:
+    small = Countdown(min_numbers=2, max_numbers=2, max_value=3)
+    with pytest.raises(ValueError, match="holds only") as error:
+        small.questions("phase1", 1000)
+    assert int(str(error.value).split("only ")[1].split(":")[0]) <= 18  # 6 pairs without order, 3 targets
+
+
+@pytest.mark.parametrize("settings", [{"min_numbers": 1}, {"min_numbers": 5}, {"max_numbers": 7}, {"max_value": 1}])
+def test_settings_are_checked(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        Countdown(**settings)
