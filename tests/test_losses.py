@@ -1,0 +1,438 @@
+"""The loss heads against a plain reference that holds all logits in float64, and what they promise besides values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdzero import fused
+from sdzero.losses import (
+    LOG_ZERO,
+    Divergence,
+    HiddenTeacher,
+    Kind,
+    Outside,
+    Support,
+    Teacher,
+    TopKTeacher,
+    cross_entropy_head,
+    divergence_head,
+)
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SUPPORTS: tuple[Support, ...] = get_args(Support)
+OUTSIDES: tuple[Outside, ...] = get_args(Outside)
+FORMS: list[dict[str, Any]] = [{}, *({"top_k": 4, "support": s, "outside": o} for s in SUPPORTS for o in OUTSIDES)]
+DIVERGENCES = [Divergence(kind, weight=0.3, **form) for kind in KINDS for form in FORMS]
+
+
+def name_of(divergence: Divergence) -> str:
+    return "-".join(str(part) for part in (divergence.kind, divergence.top_k, divergence.support, divergence.outside))
+
+
+def reference_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reference(logits_s: Tensor, logits_t: Tensor, divergence: Divergence) -> Tensor:
+    """D [N] from whole logits [N, V], by the definitions alone."""
+    log_s, log_t = logits_s.log_softmax(-1), logits_t.log_softmax(-1)
+    if divergence.top_k is not None:
+        ids = (log_t if divergence.support == "teacher" else log_s.detach()).topk(divergence.top_k).indices
+        outside = torch.ones_like(log_s, dtype=torch.bool).scatter(1, ids, False)
+        inside_s, inside_t = log_s.gather(1, ids), log_t.gather(1, ids)
+        if divergence.outside == "renormalize":
+            log_s, log_t = inside_s.log_softmax(-1), inside_t.log_softmax(-1)
+        elif divergence.outside == "tail":
+            rest_s, rest_t = (x.masked_fill(~outside, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_s, log_t))
+            log_s, log_t = torch.cat([inside_s, rest_s], -1), torch.cat([inside_t, rest_t], -1)
+        else:
+            log_t = torch.full_like(log_t, LOG_ZERO).scatter(1, ids, inside_t.log_softmax(-1))
+    share = divergence.weight
+    if divergence.kind == "jsd":
+        mixture = (share * log_t.exp() + (1 - share) * log_s.exp()).clamp_min(1e-300).log()
+        return share * reference_kl(log_t, mixture) + (1 - share) * reference_kl(log_s, mixture)
+    forward = {"forward": 1.0, "reverse": 0.0, "mixed": share}[divergence.kind]
+    return forward * reference_kl(log_t, log_s) + (1 - forward) * reference_kl(log_s, log_t)
+
+
+class Case:
+    """Random student and teacher of one size, in float64 unless told otherwise."""
+
+    def __init__(
+        self,
+        n: int = 7,
+        vocab: int = 11,
+        hidden: int = 5,
+        scale: float = 1.0,
+        seed: int = 0,
+        dtype: Any = torch.float64,
+    ) -> None:
+        rng = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
+
+        self.hidden = (normal(n, hidden) * scale).requires_grad_()
+        self.weight = normal(vocab, hidden).requires_grad_()
+        self.teacher = HiddenTeacher(normal(n, hidden + 1) * scale, normal(vocab, hidden + 1))
+        self.targets = torch.randint(vocab, (n,), generator=rng)
+        self.token_weights = torch.rand(n, generator=rng).to(dtype) * (torch.rand(n, generator=rng) > 0.3)
+
+    @property
+    def logits(self) -> tuple[Tensor, Tensor]:
+        return self.hidden @ self.weight.T, self.teacher.hidden @ self.teacher.weight.T
+
+    def stored(self, top_k: int) -> TopKTeacher:
+        logprobs, ids = self.logits[1].log_softmax(-1).topk(top_k)
+        order = torch.randperm(top_k)  # any order may be stored
+        return TopKTeacher(ids[:, order], logprobs[:, order])
+
+    def grads(self, loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, [self.hidden, self.weight]))
+
+    def head(self, divergence: Divergence, teacher: Teacher | None = None, **kwargs: Any) -> Any:
+        teacher = teacher or self.teacher
+        return divergence_head(self.hidden, self.weight, teacher, self.token_weights, 5.0, divergence, **kwargs)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 24)  # two rows of eleven
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("with_targets", [False, True])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_divergence_equals_the_reference_in_value_and_gradient(divergence: Divergence, with_targets: bool) -> None:
+    case = Case()
+    out = case.head(divergence, targets=case.targets if with_targets else None, chunk_size=3)
+    expected = reference(*case.logits, divergence)
+    loss = (case.token_weights * expected).sum() / 5.0
+    torch.testing.assert_close(out.metrics["divergence"], expected.detach())
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(case.grads(out.loss), case.grads(loss))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_cross_entropy_equals_the_reference_in_value_and_gradient() -> None:
+    case = Case()
+    args = (case.hidden, case.weight, case.targets, case.token_weights)
+    out = cross_entropy_head(*args, torch.tensor(5.0), chunk_size=3)
+    token_losses = torch.nn.functional.cross_entropy(case.logits[0], case.targets, reduction="none")
+    loss = (case.token_weights * token_losses).sum() / 5.0
+    torch.testing.assert_close(out.metrics["logprobs"], -token_losses.detach())
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(case.grads(out.loss), case.grads(loss))
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_metrics_are_full_vocabulary_log_probs_and_the_teachers_mass(top_k: int | None) -> None:
+    case = Case()
+    metrics = case.head(Divergence(top_k=top_k), targets=case.targets, chunk_size=2).metrics
+    log_s, log_t = (logits.log_softmax(-1).detach() for logits in case.logits)
+    row = torch.arange(len(case.targets))
+    torch.testing.assert_close(metrics.pop("student_logprobs"), log_s[row, case.targets])
+    torch.testing.assert_close(metrics.pop("teacher_logprobs"), log_t[row, case.targets])
+    if top_k is not None:
+        torch.testing.assert_close(metrics.pop("top_k_mass"), log_t.topk(top_k).values.exp().sum(-1))
+    assert metrics.keys() == {"divergence"}
+    assert not any(value.requires_grad for value in case.head(Divergence(top_k=top_k)).metrics.values())
+
+
+def test_top_k_mass_is_the_teachers_inside_the_students_support() -> None:
+    case = Case()
+    log_s, log_t = (logits.log_softmax(-1).detach() for logits in case.logits)
+    mass = case.head(Divergence(top_k=3, support="student")).metrics["top_k_mass"]
+    torch.testing.assert_close(mass, log_t.gather(1, log_s.topk(3).indices).exp().sum(-1))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    divergence=st.sampled_from(DIVERGENCES),
+    n=st.integers(0, 6),
+    vocab=st.integers(5, 9),
+    hidden=st.integers(1, 4),
+    scale=st.sampled_from([1e-3, 1.0, 1e2, 1e4]),
+    chunk_size=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_chunk_and_extreme_logits_agree_with_the_reference(
+    divergence: Divergence, n: int, vocab: int, hidden: int, scale: float, chunk_size: int, seed: int
+) -> None:
+    case = Case(n, vocab, hidden, scale, seed)
+    out = case.head(divergence, chunk_size=chunk_size)
+    expected = reference(*case.logits, divergence)
+    torch.testing.assert_close(out.metrics["divergence"], expected.detach(), rtol=1e-6, atol=1e-9)
+    assert (out.metrics["divergence"] >= -1e-9).all()
+    grads = case.grads(out.loss)
+    torch.testing.assert_close(
+        grads, case.grads((case.token_weights * expected).sum() / 5.0), rtol=1e-6, atol=1e-9 * max(1.0, scale)
+    )
+    assert (grads[0][case.token_weights == 0] == 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(divergence=st.sampled_from(DIVERGENCES), scale=st.sampled_from([1.0, 1e2, 1e4]), seed=st.integers(0, 99))
+def test_extreme_float32_logits_never_make_nan(divergence: Divergence, scale: float, seed: int) -> None:
+    case = Case(5, 9, 3, scale, seed, torch.float32)
+    out = case.head(divergence, targets=case.targets, chunk_size=2)
+    assert all(torch.isfinite(value).all() for value in (out.loss, *out.metrics.values(), *case.grads(out.loss)))
+    if divergence.support == "teacher" and divergence.top_k is not None:
+        stored = case.head(divergence, case.stored(4))
+        assert all(torch.isfinite(value).all() for value in (stored.loss, *case.grads(stored.loss)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(0, 6), scale=st.sampled_from([1.0, 1e4]), chunk_size=st.integers(1, 8), seed=st.integers(0, 99))
+def test_cross_entropy_is_finite_and_right_for_any_shape(n: int, scale: float, chunk_size: int, seed: int) -> None:
+    case = Case(n, scale=scale, seed=seed)
+    out = cross_entropy_head(case.hidden, case.weight, case.targets, case.token_weights, 2.0, chunk_size)
+    log_probs = case.logits[0].log_softmax(-1)[torch.arange(n), case.targets]
+    expected = -(case.token_weights * log_probs).sum() / 2.0
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(case.grads(out.loss), case.grads(expected), atol=1e-9 * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_no_tokens_give_a_zero_that_is_still_attached(divergence: Divergence) -> None:
+    case = Case(0)
+    for num_tokens in (5.0, 0.0):
+        args = (case.hidden, case.weight, case.teacher, case.token_weights, num_tokens, divergence, case.targets)
+        out = divergence_head(*args)
+        assert out.loss.item() == 0.0
+        hidden, weight = case.grads(out.loss)
+        assert hidden.shape == (0, 5)
+        assert torch.equal(weight, torch.zeros_like(weight))
+    ce = cross_entropy_head(case.hidden, case.weight, case.targets, case.token_weights, 0.0)
+    assert ce.loss.item() == 0.0
+    assert torch.equal(case.grads(ce.loss)[1], torch.zeros_like(case.weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form.get("outside") != "student_full"], ids=str)
+def test_a_student_equal_to_its_teacher_is_at_zero_and_stays_there(kind: Kind, form: dict[str, Any]) -> None:
+    case = Case(dtype=torch.float32)
+    out = case.head(Divergence(kind, **form), HiddenTeacher(case.hidden, case.weight))
+    torch.testing.assert_close(out.metrics["divergence"], torch.zeros(7), atol=1e-6, rtol=0)
+    for grad in case.grads(out.loss):
+        torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("share", "kind"), [(0.0, "reverse"), (1.0, "forward")])
+def test_mixed_ends_in_the_two_kl(share: float, kind: Kind, form: dict[str, Any]) -> None:
+    case = Case()
+    mixed, pure = case.head(Divergence("mixed", share, **form)), case.head(Divergence(kind, **form))
+    torch.testing.assert_close(mixed.loss, pure.loss)
+    torch.testing.assert_close(case.grads(mixed.loss), case.grads(pure.loss))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", OUTSIDES)
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_support_of_the_whole_vocabulary_is_no_support(kind: Kind, support: Support, outside: Outside) -> None:
+    case = Case()
+    whole, full = case.head(Divergence(kind, top_k=11, support=support, outside=outside)), case.head(Divergence(kind))
+    torch.testing.assert_close(whole.loss, full.loss)
+    torch.testing.assert_close(case.grads(whole.loss), case.grads(full.loss))
+
+
+@pytest.mark.parametrize("stored", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", OUTSIDES)
+def test_a_stored_top_k_teacher_equals_the_hidden_one(kind: Kind, outside: Outside, stored: int) -> None:
+    case = Case()
+    divergence = Divergence(kind, top_k=4, outside=outside)
+    hidden = case.head(divergence, chunk_size=3)
+    top_k = case.head(divergence, case.stored(stored), targets=case.targets, chunk_size=3)
+    torch.testing.assert_close(top_k.loss, hidden.loss)
+    torch.testing.assert_close(case.grads(top_k.loss), case.grads(hidden.loss))
+    torch.testing.assert_close(top_k.metrics["top_k_mass"], hidden.metrics["top_k_mass"])
+    assert top_k.metrics.keys() == {"divergence", "top_k_mass", "student_logprobs"}
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    case = Case()
+    teacher = HiddenTeacher(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
+    case.head(Divergence(), teacher).loss.backward()
+    assert case.hidden.grad is not None
+    assert teacher.hidden.grad is None
+    assert teacher.weight.grad is None
+
+
+HEADS: dict[str, Callable[[Case, Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda c, h, w: cross_entropy_head(h, w, c.targets, c.token_weights, 5.0, 3).loss,
+    **{
+        name_of(d): lambda c, h, w, d=d: divergence_head(h, w, c.teacher, c.token_weights, 5.0, d, chunk_size=3).loss
+        for d in (Divergence(), Divergence(top_k=4), Divergence(top_k=4, outside="tail"))
+    },
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_tied_weights_get_both_gradients_and_micro_batches_add_up(head: Callable[..., Tensor]) -> None:
+    case = Case()
+    head(case, case.weight[case.targets], case.weight).backward()
+    head(case, case.hidden, case.weight).mul(3.0).backward()
+    tied = case.weight[case.targets].detach().requires_grad_()
+    (to_hidden, to_head), (_, second) = (
+        torch.autograd.grad(head(case, h, case.weight), [h, case.weight]) for h in (tied, case.hidden)
+    )
+    expected = (to_head + 3.0 * second).index_add(0, case.targets, to_hidden)
+    assert case.weight.grad is not None
+    torch.testing.assert_close(case.weight.grad, expected)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_autocast_and_bfloat16_inputs_still_compute_in_float32(head: Callable[..., Tensor]) -> None:
+    case = Case(dtype=torch.bfloat16)
+    exact = Case(dtype=torch.bfloat16)
+    exact.teacher = HiddenTeacher(exact.teacher.hidden.double(), exact.teacher.weight.double())
+    expected = head(exact, exact.hidden.double(), exact.weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        for hidden, weight in ((case.hidden, case.weight), (case.hidden, case.weight.float())):
+            loss = head(case, hidden, weight)
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    grads = case.grads(head(case, case.hidden, case.weight))
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(grads, exact.grads(expected), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_second_backward_is_refused_rather_than_wrong(head: Callable[..., Tensor]) -> None:
+    case = Case()
+    loss = head(case, case.hidden, case.weight)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward()
+
+
+class Recorder(TorchDispatchMode):
+    """Largest tensor any operator returned, and how often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        strided = [x for x in results if isinstance(x, Tensor) and x.layout == torch.strided]
+        self.largest = max(self.largest, *(x.numel() for x in strided), 0)
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return out
+
+    @property
+    def products(self) -> int:
+        return sum(self.calls.get(name, 0) for name in ("mm", "addmm", "addmm_", "bmm"))
+
+
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES], ids=lambda d: name_of(d) if d else "cross_entropy")
+def test_logits_are_never_held_whole(divergence: Divergence | None) -> None:
+    case = Case(n=96, vocab=200, hidden=8)
+    with Recorder() as recorder:
+        if divergence is None:
+            head = cross_entropy_head(case.hidden, case.weight, case.targets, case.token_weights, 5.0, chunk_size=16)
+        else:
+            head = case.head(divergence, targets=case.targets, chunk_size=16)
+        head.loss.backward()
+    assert recorder.largest <= 16 * 200 * 2  # the product of a chunk, with room for the support's rows of the head
+    assert recorder.calls
+
+
+def frozen_cases() -> Iterator[tuple[str, bool, bool, bool, int]]:
+    """(id, gradient mode, hidden requires grad, weight requires grad, products of a chunk)."""
+    yield "trained", True, True, True, 4
+    yield "frozen head", True, True, False, 3
+    yield "frozen body", True, False, True, 3
+    yield "nothing to train", True, False, False, 2
+    yield "no_grad", False, True, True, 2
+
+
+@pytest.mark.parametrize(("grad", "hidden", "weight", "products"), [row[1:] for row in frozen_cases()])
+def test_only_the_wanted_gradients_cost_products(grad: bool, hidden: bool, weight: bool, products: int) -> None:
+    case = Case(n=4)
+    case.hidden.requires_grad_(hidden)
+    case.weight.requires_grad_(weight)
+    with torch.set_grad_enabled(grad), Recorder() as recorder:
+        loss = case.head(Divergence()).loss
+    assert recorder.products == products
+    assert loss.requires_grad == (grad and (hidden or weight))
+    if loss.requires_grad:
+        loss.backward()
+        assert (case.hidden.grad is not None) == hidden
+        assert (case.weight.grad is not None) == weight
+
+
+def test_a_renormalised_support_never_projects_the_student() -> None:
+    case = Case(n=16, vocab=200, hidden=4)
+    teacher = case.stored(4)
+    with Recorder() as recorder:
+        case.head(Divergence(top_k=4), teacher).loss.backward()
+    assert recorder.calls.get("mm", 0) == 0
+    assert recorder.largest <= 200 * 4  # the head's own gradient
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"kind": "backward"}, "kind"),
+        ({"support": "both", "top_k": 4}, "support"),
+        ({"outside": "drop", "top_k": 4}, "outside"),
+        ({"weight": 1.5}, "weight"),
+        ({"kind": "jsd", "weight": 0.0}, "weight"),
+        ({"top_k": 0}, "top_k"),
+        ({"outside": "tail"}, "top_k"),
+    ],
+)
+def test_divergence_names_the_wrong_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        Divergence(**fields)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "stored", "field"),
+    [
+        (Divergence(top_k=12), False, "top_k"),
+        (Divergence(top_k=12), True, "top_k"),
+        (Divergence(top_k=5), True, "top_k"),
+        (Divergence(), True, "top_k"),
+        (Divergence(top_k=4, support="student"), True, "support"),
+    ],
+)
+def test_a_teacher_that_cannot_serve_is_refused(divergence: Divergence, stored: bool, field: str) -> None:
+    case = Case()
+    with pytest.raises(ValueError, match=field):
+        case.head(divergence, case.stored(4) if stored else None)
+
+
+def test_wrong_arguments_of_the_heads_are_named() -> None:
+    case = Case()
+    args = (case.hidden, case.weight, case.targets, case.token_weights)
+    with pytest.raises(ValueError, match="num_tokens"):
+        cross_entropy_head(*args, 0.0)
+    with pytest.raises(ValueError, match="chunk_size"):
+        cross_entropy_head(*args, 5.0, 0)
+    with pytest.raises(ValueError, match="vocabulary"):
+        case.head(Divergence(), HiddenTeacher(case.teacher.hidden, case.teacher.weight[:-1]))
+
+
+def test_the_command_line_builds_and_checks_a_divergence() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Divergence, "divergence")
+    config = parser.parse_args(["--divergence.kind=jsd", "--divergence.top_k=64", "--divergence.outside=tail"])
+    assert parser.instantiate(config)["divergence"] == Divergence("jsd", top_k=64, outside="tail")
+    with pytest.raises(ArgumentError, match="kind"):
+        parser.parse_args(["--divergence.kind=sideways"])
