@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.tasks import Countdown
+from sdzero.tasks import Countdown, splits
 from sdzero.tasks.countdown import numbers_of, parse, value_of
 from sdzero.types import Question
 
@@ -89,7 +89,8 @@ def test_questions_keep_the_rules() -> None:
         assert f"equals {target}" in question.text
 
 
-def test_the_order_of_the_numbers_makes_no_new_question() -> None:
+def test_the_order_of_the_numbers_makes_no_new_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "_PATIENCE", 500)
     small = Countdown(min_numbers=2, max_numbers=2, max_value=3)
     with pytest.raises(ValueError, match="holds only") as error:
         small.questions("phase1", 1000)

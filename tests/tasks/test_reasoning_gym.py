@@ -42,12 +42,7 @@ def test_almost_right_has_no_reward() -> None:
 
 
 def test_options_reach_the_generator_and_move_no_question_to_another_split() -> None:
-    texts = {
-        split: {
-            q.text
-            for q in ReasoningGym("chain_sum", seed=s, options={"max_terms": 2, "max_digits": 1}).questions(split, 30)
-        }
-        for s, split in ((1, "eval"), (2, "phase1"))
-    }
-    assert not texts["eval"] & texts["phase1"]
-    assert all(text.count("+") + text.count(" - ") == 1 for text in texts["eval"])
+    one, two = (ReasoningGym("chain_sum", seed=seed, options={"max_terms": 2, "max_digits": 1}) for seed in (1, 2))
+    held_out = {question.text for question in one.questions("eval", 30)}
+    assert not held_out & {question.text for question in two.questions("phase1", 60)}
+    assert all(text.count(" + ") + text.count(" - ") == 1 for text in held_out)

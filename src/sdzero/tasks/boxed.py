@@ -2,22 +2,25 @@ r"""The last balanced \boxed{...} of a response: where a final answer is read.""
 
 from __future__ import annotations
 
-_OPEN = r"\boxed{"
+import re
 
 
 def last_boxed(text: str, max_length: int = 1000) -> str | None:
-    r"""Content of the last `\boxed{...}` whose braces balance, stripped.
+    r"""Content of the `\boxed{...}` that begins last among those whose braces balance, stripped.
+
+    One pass: a response full of open boxes takes no longer than another.
 
     Returns:
-        None if there is none, if it is empty, or if it is longer than `max_length` characters.
+        None if there is none, or if its content is empty or longer than `max_length` characters.
     """
-    start = text.rfind(_OPEN)
-    while start >= 0:
-        begin = start + len(_OPEN)
-        depth = 1
-        for position in range(begin, min(len(text), begin + max_length + 1)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[begin:position].strip() or None
-        start = text.rfind(_OPEN, 0, start)
-    return None
+    open_braces: list[int | None] = []  # where a box's content begins; None for a brace that opens no box
+    begin = end = 0
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace[0] != "}":
+            open_braces.append(brace.end() if len(brace[0]) > 1 else None)
+        elif open_braces:
+            opened = open_braces.pop()
+            if opened is not None and opened > begin:
+                begin, end = opened, brace.start()
+    content = text[begin:end].strip()
+    return content if 0 < len(content) <= max_length else None
