@@ -18,13 +18,6 @@ USAGE = """usage: sdzero COMMAND ...
 Each command says more with --help."""
 
 
-def lightning(arguments: list[str]) -> None:
-    """fit, validate, test, predict."""
-    from sdzero.lightning_cli import SDZeroCLI
-
-    SDZeroCLI.main(arguments)
-
-
 def collect(arguments: list[str]) -> None:
     from jsonargparse import ArgumentParser
     from lightning import seed_everything
@@ -58,7 +51,9 @@ def main() -> None:
     name = arguments[0]
     try:
         if name in ("fit", "validate", "test", "predict"):
-            lightning(arguments)
+            from sdzero.lightning_cli import SDZeroCLI
+
+            SDZeroCLI.main()
         elif name in COMMANDS:
             COMMANDS[name](arguments[1:])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,24 @@ from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
 
 
+# Lightning's advice that does not hold here
+_NOISE = (
+    "Using ModelCheckpoint with manual optimization",  # the state after the step is what a restart needs
+    "Total length of `list` across ranks is zero",  # a run without validation
+    ".*does not have many workers",  # rollouts are sampled in the trainer's process
+    "Your `IterableDataset` has `__len__` defined",  # on purpose: see sdzero.data.base
+    "Found .* module.s. in eval mode",  # the teacher
+    ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
+)
+
+
 class SDZeroCLI(LightningCLI):
     """`sdzero fit|validate|test|predict --config FILE [--model.x ... --data.x ... --trainer.x ...]`."""
 
     @classmethod
-    def main(cls, arguments: list[str]) -> None:
+    def main(cls) -> None:
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
         cls(
             Method,
             StepDataModule,
@@ -30,7 +44,6 @@ class SDZeroCLI(LightningCLI):
             # no sanity run: it would sample before the first step. Every batch is one step: log each
             trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1},
             parser_kwargs={"prog": "sdzero"},
-            args=arguments,
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -203,12 +203,12 @@ def export(model: nn.Module, builder: PromptBuilder, folder: Path, is_writer: bo
     weights = {name: tensor.cpu().clone() for name, tensor in full_weights(model) if is_writer}
     if not is_writer:
         return
+    manifest = {**manifest, "weights_sha256": weights_sha256(weights.items())}
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     hf = unwrap(model).hf
-    hf.save_pretrained(staging, state_dict=weights)
+    hf.save_pretrained(staging, state_dict=weights)  # empties the dict
     builder.tokenizer.save_pretrained(staging)
-    manifest = {**manifest, "weights_sha256": weights_sha256(weights.items())}
     (staging / "sdzero.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for file in staging.iterdir():
         with file.open("rb") as handle:

@@ -23,12 +23,13 @@ from typing import Any
 
 import yaml
 
+from sdzero import __version__
 from sdzero.checkpoints import newest_checkpoint
 from sdzero.models import folder_sha256
 from sdzero.rollouts import write_text
 from sdzero.summary import print_table, summarize
 
-PACKAGES = ("sdzero", "torch", "lightning", "transformers")
+PACKAGES = ("torch", "lightning", "transformers")
 ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
 
 
@@ -171,7 +172,7 @@ class Run:
         if code:
             sys.exit(f"sdzero run: stage {stage.name} ended with exit code {code}; its command:\n{shlex.join(command)}")
         outputs = {o: content_sha256(folder / o) for o in stage.outputs}
-        versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
+        versions = {"sdzero": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
         self._record(stage, {**self.lineage[stage.name], "outputs": outputs, "versions": versions, "seconds": spent})
 
     def _record(self, stage: Stage, record: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def print_table(summary: list[dict[str, Any]]) -> None:
 
     table = Table(title="avg@k on held-out questions, with its standard error over questions")
     for heading in ("model", "accuracy", "pass@k", "tokens", "keywords", "wrong→right", "right→wrong"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "model" else "right")
     for row in summary:
         pass_at_k = next(v for k, v in row.items() if k.startswith("pass_at") and not k.endswith("_se"))
         flips = [row["wrong_to_right"], row["right_to_wrong"]]
@@ -60,4 +60,4 @@ def print_table(summary: list[dict[str, Any]]) -> None:
             f"{row['keyword_rate']:.2f}",
             *("-" if flip is None else f"{flip:.0f}" for flip in flips),
         )
-    Console().print(table)
+    Console(width=None if Console().is_terminal else 120).print(table)

@@ -158,7 +158,10 @@ class Method(L.LightningModule):
 
     @abstractmethod
     def loss(self, examples: Sequence[Example], counts: Sequence[float]) -> LossOutput:
-        """The micro batch's share of the loss; its metrics are scalars that add up over micro batches and ranks."""
+        """The micro batch's share of the loss; its metrics are scalars that add up over micro batches and ranks.
+
+        They are logged under train/ unless their name says otherwise.
+        """
 
     def num_trained(self, examples: Sequence[Example]) -> int:
         """Tokens these examples add to the training budget, counted as appendix C.2 does."""
@@ -326,7 +329,8 @@ class Method(L.LightningModule):
         return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=op).cpu()  # pyright: ignore
 
     def _log(self, prefix: str, values: dict[str, Any]) -> None:
-        self.log_dict({f"{prefix}/{name}": float(value) for name, value in values.items()}, rank_zero_only=True)
+        named = {name if "/" in name else f"{prefix}/{name}": float(value) for name, value in values.items()}
+        self.log_dict(named, rank_zero_only=True)
 
     # --- evaluation ---------------------------------------------------------------------------
 

@@ -124,10 +124,11 @@ class SelfDistill(Method):
         token_kl_reward = per_token["student_logprobs"] - per_token["teacher_logprobs"]
         metrics = {}
         for reward, num in zip((0, 1), counts[2:], strict=True):
-            chosen = (rewards == reward).to(token_kl_reward.device)
-            metrics[f"kl_r{reward}"] = per_token["divergence"][chosen].sum() / max(num, 1)
-            metrics[f"token_kl_reward_r{reward}"] = token_kl_reward[chosen].sum() / max(num, 1)
+            if num:
+                chosen = (rewards == reward).to(token_kl_reward.device)
+                metrics[f"teacher/kl_r{reward}"] = per_token["divergence"][chosen].sum() / num
+                metrics[f"teacher/token_kl_reward_r{reward}"] = token_kl_reward[chosen].sum() / num
         if "top_k_mass" in per_token:
             chosen = (rewards >= 0).to(token_kl_reward.device)
-            metrics["top_k_mass"] = per_token["top_k_mass"][chosen].sum() / counts[0]
+            metrics["teacher/top_k_mass"] = per_token["top_k_mass"][chosen].sum() / counts[0]
         return metrics
