@@ -1,1 +1,21 @@
-"""Rollout engines: each samples from its own copy of the policy's weights."""
+"""Rollout engines. The classes are imported on first use: `import sdzero.engines` brings neither vLLM nor torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdzero.engines.scripted import ScriptedEngine
+    from sdzero.engines.transformers import TransformersEngine
+    from sdzero.engines.vllm import VLLMEngine
+
+__all__ = ["ScriptedEngine", "TransformersEngine", "VLLMEngine"]
+
+_MODULES = {"ScriptedEngine": "scripted", "TransformersEngine": "transformers", "VLLMEngine": "vllm"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

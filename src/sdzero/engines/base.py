@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from sdzero.prompts import PromptBuilder
@@ -35,7 +39,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """seconds: wall clock of the sync; checksum: of the tensors compared on both sides."""
+    """seconds: wall clock of the sync; checksum: of all weights sent, in the engine's dtype."""
 
     seconds: float
     checksum: str
@@ -69,12 +73,11 @@ class RolloutEngine(ABC):
         """
 
     @abstractmethod
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
         """One response per prompt, in order. The unit of durability: same call, same seed, same weights.
 
         Raises:
+            ValueError: a prompt with its new tokens is longer than the engine's `max_model_len`; nothing is cut.
             EngineError: the engine holds another version, died, or passed its deadline.
         """
 
@@ -93,4 +96,65 @@ class RolloutEngine(ABC):
                 f"asked for responses of policy version {policy_version}, but the engine holds {self.policy_version}"
             )
 
+    @staticmethod
+    def _check_lengths(prompts: Sequence[Prompt], sampling: Sampling, max_model_len: int) -> None:
+        for prompt in prompts:
+            length, new = len(prompt.token_ids), sampling.max_new_tokens
+            if length == 0:
+                raise ValueError(f"the prompt of question {prompt.question.id!r} is empty")
+            if length > max_model_len - 1:
+                raise ValueError(
+                    f"the prompt of question {prompt.question.id!r} has {length} tokens and leaves no room for a "
+                    f"response in max_model_len {max_model_len}: drop the question, or raise the length limits"
+                )
+            if length + new > max_model_len:
+                raise ValueError(
+                    f"question {prompt.question.id!r}: {length} prompt tokens + max_new_tokens {new} exceed "
+                    f"max_model_len {max_model_len}: lower max_new_tokens, or raise max_model_len"
+                )
 
+    def _rollout(
+        self,
+        builder: PromptBuilder,
+        prompt: Prompt,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        max_new_tokens: int,
+    ) -> Rollout:
+        """A response from what the engine returned, checked: it ends at its first end-of-turn token or at the limit."""
+        ended = bool(token_ids) and token_ids[-1] in builder.end_ids
+        body = builder.body(token_ids)
+        complete = ended or len(token_ids) == max_new_tokens
+        if not complete or len(body) != len(token_ids) - ended or len(logprobs) != len(token_ids):
+            raise EngineError(
+                f"the engine returned a broken response to question {prompt.question.id!r}: {len(token_ids)} tokens of "
+                f"at most {max_new_tokens}, {len(logprobs)} log-probabilities, end-of-turn token last: {ended}"
+            )
+        assert self.policy_version is not None
+        return Rollout(
+            prompt=prompt,
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
+            text=builder.tokenizer.decode(body, skip_special_tokens=True),
+            finish_reason="stop" if ended else "length",
+            policy_version=self.policy_version,
+        )
+
+
+@contextmanager
+def preserved_rng(seed: int | None = None) -> Iterator[None]:
+    """Python's, numpy's and torch's random states (every CUDA device's too) end as they began.
+
+    Inside, all of them are seeded with `seed`; None leaves them be.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,151 @@
+"""Sampling with `transformers`: needs no extra, runs wherever torch does, and repeats to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from sdzero.engines.base import EngineSpec, RolloutEngine, SyncReport, preserved_rng
+from sdzero.engines.checks import SyncCheck, WeightLayout
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Prompt, Rollout, Sampling
+
+
+class TransformersEngine(RolloutEngine):
+    """Its own copy of the model, sampled in left-padded batches.
+
+    The same prompts, seed and weights give the same responses to the bit: a call is split into batches of
+    `max_batch_size` in its own order.
+
+    Args:
+        max_batch_size: prompts sampled at once. It bounds the key-value cache, and is part of what a seed means.
+    """
+
+    def __init__(self, max_batch_size: int = 256) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        self.max_batch_size = max_batch_size
+
+    def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
+        self._spec, self._builder = spec, builder
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, spec.dtype)
+        with preserved_rng():
+            if spec.load_weights:
+                model = AutoModelForCausalLM.from_pretrained(spec.model_path, dtype=dtype)
+            else:
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model_path), dtype=dtype)
+        model.generation_config = GenerationConfig()  # a model's own sampling defaults must not leak into generate()
+        self._model: Any = model.requires_grad_(False).eval().to(self._device)
+        self.policy_version = 0 if spec.load_weights else None
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        started = perf_counter()
+        self.policy_version = None  # a sync that breaks off leaves an engine that refuses to generate
+        held = self._model.state_dict(keep_vars=True)
+        check = SyncCheck(WeightLayout.of(self._model), held, getattr(torch, self._spec.dtype))
+        with torch.no_grad():
+            for name, tensor in check.watch(weights):
+                held[name].copy_(tensor)
+        checksum = check.finish(held)
+        self.policy_version = policy_version
+        return SyncReport(perf_counter() - started, checksum)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+        self._check_version(policy_version)
+        self._check_lengths(prompts, sampling, self._spec.max_model_len)
+        rollouts: list[Rollout] = []
+        with preserved_rng(seed), torch.inference_mode():
+            for start in range(0, len(prompts), self.max_batch_size):
+                rollouts += self._sample(prompts[start : start + self.max_batch_size], sampling)
+        return rollouts
+
+    def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        input_ids, attention_mask = _left_pad(prompts, self._builder.pad_id, self._device)
+        recorder = _RecordLogprobs()
+        sequences = self._model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=_generation_config(sampling, self._builder),
+            logits_processor=LogitsProcessorList([recorder]),
+            synced_gpus=False,  # ranks sample on their own
+        )
+        logprobs = recorder.finish(sequences[:, -1]).tolist()  # [B, N]
+        new_ids = sequences[:, input_ids.shape[1] :].tolist()  # [B, N], padded after an end-of-turn token
+        rollouts = []
+        for prompt, ids, values in zip(prompts, new_ids, logprobs, strict=True):
+            ends = (place + 1 for place, token in enumerate(ids) if token in self._builder.end_ids)
+            length = next(ends, len(ids))
+            rollouts.append(
+                self._rollout(self._builder, prompt, ids[:length], values[:length], sampling.max_new_tokens)
+            )
+        return rollouts
+
+    def sleep(self) -> None:
+        self._model.to("cpu")
+
+    def wake(self) -> None:
+        self._model.to(self._device)
+
+    def close(self) -> None:
+        self.policy_version = None
+        del self._model
+
+
+class _RecordLogprobs(LogitsProcessor):
+    """Keeps the log-probability of each sampled token, before temperature and top-p, one [B, V] at a time.
+
+    `generate` runs custom processors before its own temperature and top-p; each call shows the token that was sampled
+    from the scores of the call before.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None  # [B, V]
+        self._columns: list[Tensor] = []  # [B] each
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._record(input_ids[:, -1])
+        self._last = scores.float().log_softmax(-1)
+        return scores
+
+    def _record(self, sampled: Tensor) -> None:
+        if self._last is not None:
+            self._columns.append(self._last.gather(1, sampled[:, None]).squeeze(1))
+
+    def finish(self, sampled: Tensor) -> Tensor:
+        """Log-probabilities [B, N]; `sampled` [B] are the last step's tokens, which no further call has shown."""
+        self._record(sampled)
+        return torch.stack(self._columns, dim=1)
+
+
+def _left_pad(prompts: Sequence[Prompt], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, both [B, T], the prompts at the right edge."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    pads = [longest - len(prompt.token_ids) for prompt in prompts]
+    rows = [[pad_id] * pad + list(prompt.token_ids) for prompt, pad in zip(prompts, pads, strict=True)]
+    mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+
+
+def _generation_config(sampling: Sampling, builder: PromptBuilder) -> GenerationConfig:
+    """Every option that changes what is sampled: left out, it would come from library defaults such as top_k=50."""
+    options: dict[str, Any] = dict(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(builder.end_ids),
+        pad_token_id=builder.pad_id,
+        do_sample=sampling.temperature > 0,
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        return_dict_in_generate=False,
+    )
+    if sampling.temperature > 0:
+        options |= dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+    return GenerationConfig(**options)

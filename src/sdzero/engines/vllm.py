@@ -1,0 +1,326 @@
+"""vLLM in the trainer's own process: each rank samples from its own engine on its own device."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine, SyncReport, preserved_rng
+from sdzero.engines.checks import SyncCheck, WeightLayout
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Prompt, Rollout, Sampling
+
+_GRACE_SECONDS = 60.0  # past the deadline, before a call that hangs in native code ends the process
+
+
+class VLLMEngine(RolloutEngine):
+    """A co-located vLLM engine, fed by `sync` without a copy on disk.
+
+    The engine is seeded once per call, so a repeated call repeats its tokens, but other prompts beside a prompt change
+    its draw. On a GPU it gives its memory back between `sleep` and `wake`.
+
+    Args:
+        gpu_memory_utilization: share of a GPU's memory for weights and key-value cache, in (0, 1].
+        tensor_parallel_size: GPUs one engine spans. Above 1, that many neighbouring ranks form an engine and answer
+            the prompts of all of them together.
+        kv_cache_gib: key-value cache in GiB where the engine runs on the CPU.
+        max_num_seqs: responses sampled at the same time.
+        enforce_eager: no compilation and no CUDA graphs; null means on the CPU only, where compiling takes longer
+            than it saves.
+        enable_prefix_caching: prompts of one call that begin alike share the work on their common part.
+        deadline_seconds: limit of one generate call or sync; passing it raises EngineError. A call that hangs in
+            native code ends the process a minute later, with the stacks of all threads on stderr.
+    """
+
+    def __init__(
+        self,
+        gpu_memory_utilization: float = 0.4,
+        tensor_parallel_size: int = 1,
+        kv_cache_gib: float = 1.0,
+        max_num_seqs: int = 256,
+        enforce_eager: bool | None = None,
+        enable_prefix_caching: bool = True,
+        deadline_seconds: float = 3600.0,
+    ) -> None:
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+        if deadline_seconds <= 0:
+            raise ValueError(f"deadline_seconds must be positive, got {deadline_seconds}")
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.tensor_parallel_size = tensor_parallel_size
+        self.kv_cache_gib = kv_cache_gib
+        self.max_num_seqs = max_num_seqs
+        self.enforce_eager = enforce_eager
+        self.enable_prefix_caching = enable_prefix_caching
+        self.deadline_seconds = deadline_seconds
+        self._asleep: set[str] = set()  # of "weights" and "kv_cache"
+
+    def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
+        self._spec, self._builder = spec, builder
+        os.environ.update(_environment(self.tensor_parallel_size))
+        with preserved_rng(), _preserved_threads():
+            self._layout = WeightLayout.of_pretrained(spec.model_path)
+            llm_class, self._is_cpu = _import_vllm()
+            self._runs_eagerly = self._is_cpu if self.enforce_eager is None else self.enforce_eager
+            if dist.is_initialized():
+                _spare_process_group()
+            with self._guarded():
+                self._llm = llm_class(**self._llm_options())
+        self.policy_version = 0 if spec.load_weights else None
+
+    def _llm_options(self) -> dict[str, Any]:
+        spec, cache_bytes = self._spec, int(self.kv_cache_gib * 2**30)
+        memory = {"kv_cache_memory_bytes": cache_bytes} if self._is_cpu else {"enable_sleep_mode": True}
+        return {
+            "model": spec.model_path,
+            "dtype": spec.dtype,
+            "load_format": "auto" if spec.load_weights else "dummy",
+            "max_model_len": spec.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            # with a process group of several ranks vLLM must join it rather than spawn workers of its own
+            "distributed_executor_backend": "external_launcher" if _world_size() > 1 else None,
+            "enforce_eager": self._runs_eagerly,
+            "enable_prefix_caching": self.enable_prefix_caching,
+            "logprobs_mode": "raw_logprobs",
+            "generation_config": "vllm",  # not the model's own sampling defaults
+            "skip_tokenizer_init": True,  # ids in, ids out
+            "disable_log_stats": True,
+            "seed": 0,
+            **memory,
+        }
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        started = perf_counter()
+        self.policy_version = None  # a sync that breaks off leaves an engine that refuses to generate
+        self._wake("weights")
+        with preserved_rng(), self._guarded():
+            check = SyncCheck(self._layout, self._held(), getattr(torch, self._spec.dtype))
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": check.watch(weights)})
+            if self._is_cpu:
+                self._llm.apply_model(_repack_heads)
+            self._forget_prefixes()
+            checksum = check.finish(self._held())
+        self._wake("kv_cache")
+        self.policy_version = policy_version
+        return SyncReport(perf_counter() - started, checksum)
+
+    def _held(self) -> Mapping[str, Tensor]:
+        return self._llm.apply_model(_parameters)[0]
+
+    def _forget_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM could not drop its cached prefixes, which belong to older weights")
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+        self._check_version(policy_version)
+        self._check_lengths(prompts, sampling, self._spec.max_model_len)
+        requests, first, seed = _shared_requests([p.token_ids for p in prompts], seed, self.tensor_parallel_size)
+        with preserved_rng(seed), self._guarded():
+            self._forget_prefixes()  # what a call returns must not depend on the calls before it
+            outputs = self._run(requests, _sampling_params(sampling, self._builder))
+        mine = outputs[first : first + len(prompts)]
+        return [
+            self._rollout(self._builder, prompt, output.token_ids, _logprobs(output), sampling.max_new_tokens)
+            for prompt, output in zip(prompts, mine, strict=True)
+        ]
+
+    def _run(self, requests: Sequence[Sequence[int]], params: Any) -> list[Any]:
+        """vLLM's `CompletionOutput` of each request, in order; steps the engine itself to watch the clock."""
+        engine, deadline = self._llm.llm_engine, monotonic() + self.deadline_seconds
+        finished: dict[int, Any] = {}
+        try:
+            for index, token_ids in enumerate(requests):
+                engine.add_request(str(index), {"prompt_token_ids": list(token_ids)}, params)
+            while engine.has_unfinished_requests():
+                if monotonic() > deadline:
+                    raise EngineError(
+                        f"vLLM finished {len(finished)} of {len(requests)} responses in deadline_seconds "
+                        f"{self.deadline_seconds}: raise it, or sample fewer prompts per call"
+                    )
+                for output in engine.step():
+                    if output.finished:
+                        _add_once(finished, int(output.request_id), output)
+        except Exception as error:  # whatever vLLM raises: its scheduler's state is unknown from here on
+            self.policy_version = None
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(f"vLLM died with {len(finished)} of {len(requests)} responses finished") from error
+        if finished.keys() != set(range(len(requests))):
+            raise EngineError(f"vLLM returned {len(finished)} of {len(requests)} responses and called itself done")
+        return [finished[index] for index in range(len(requests))]
+
+    def sleep(self) -> None:
+        if not self._is_cpu and not self._asleep:
+            self.policy_version = None
+            self._llm.sleep(level=2)
+            self._asleep = {"weights", "kv_cache"}
+
+    def wake(self) -> None:
+        """Brings back room for the weights; the next `sync` fills it, and then makes room for the cache."""
+        self._wake("weights")
+
+    def _wake(self, tag: str) -> None:
+        if tag in self._asleep:
+            self._llm.wake_up([tag])
+            self._asleep.remove(tag)
+
+    def close(self) -> None:
+        """Frees the engine and leaves the trainer's process group alone."""
+        self.policy_version = None
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()  # vLLM's objects refer to each other
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Around a call into vLLM: a watchdog, and no compilation where the engine runs eagerly.
+
+        Even an eager vLLM compiles helpers of its sampler with the system's C++ compiler, 5 to 20 seconds at the first
+        call. There is one watchdog of this kind in a process.
+        """
+        faulthandler.dump_traceback_later(self.deadline_seconds + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
+        try:
+            if self._runs_eagerly:
+                with torch.compiler.set_stance("force_eager"):
+                    yield
+            else:
+                yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _import_vllm() -> tuple[Callable[..., Any], bool]:
+    """The class `vllm.LLM`, and whether this vLLM runs on the CPU."""
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ModuleNotFoundError(
+            'VLLMEngine needs vLLM: pip install "sdzero[cpu]" (an unofficial CPU build) or pip install "sdzero[cuda]"; '
+            "without it, use TransformersEngine",
+            name="vllm",
+        ) from error
+    from vllm.platforms import current_platform
+
+    return vllm.LLM, current_platform.is_cpu()
+
+
+def _spare_process_group() -> None:
+    """vLLM's shutdown destroys torch's default process group, whoever made it. Here the trainer did, and needs it."""
+    from vllm.distributed import parallel_state
+
+    def destroy_world() -> None:
+        if parallel_state._WORLD:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
+
+    parallel_state.destroy_distributed_environment = destroy_world
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _environment(tensor_parallel_size: int) -> dict[str, str]:
+    """What vLLM reads from the environment; the ranks' part is missing under Lightning's own launcher."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())),  # else it sets 1
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+    }
+    world_size = _world_size()
+    if world_size % tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size {tensor_parallel_size} must divide the number of processes, which is {world_size}: "
+            "start one process per GPU (trainer.devices)"
+        )
+    if world_size > 1:
+        rank = dist.get_rank()
+        variables |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": os.environ.get("LOCAL_RANK", str(rank)),
+            "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            "MASTER_PORT": os.environ.get("MASTER_PORT", "29500"),
+        }
+    return variables
+
+
+@contextmanager
+def _preserved_threads() -> Iterator[None]:
+    """vLLM's CPU worker changes torch's thread count and replaces `torch.set_num_threads`, for the trainer too."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """vLLM's CPU layers multiply by a packed copy of their weight, and a reload packs anew only what was sent to a
+    layer by name: a head tied to the embedding would keep the copy of its first weights for good."""
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and module.weight.numel():
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _sampling_params(sampling: Sampling, builder: PromptBuilder) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=sorted(builder.end_ids),
+        ignore_eos=True,  # the builder's end-of-turn tokens are the only ones
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+    )
+
+
+def _shared_requests(
+    token_ids: Sequence[Sequence[int]], seed: int, tensor_parallel_size: int
+) -> tuple[Sequence[Sequence[int]], int, int]:
+    """The requests of all ranks of one engine, where this rank's begin, and the seed all of them use."""
+    if tensor_parallel_size == 1:
+        return token_ids, 0, seed
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    gathered: list[Any] = [None] * group.world_size
+    dist.all_gather_object(gathered, (list(token_ids), seed), group=group.cpu_group)
+    first = sum(len(ids) for ids, _ in gathered[: group.rank_in_group])
+    return [row for ids, _ in gathered for row in ids], first, gathered[0][1]
+
+
+def _add_once(finished: dict[int, Any], index: int, output: Any) -> None:
+    if index in finished:
+        raise EngineError(f"vLLM returned request {index} twice")
+    if len(output.outputs) != 1 or output.outputs[0].finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM gave up request {index}: {[o.finish_reason for o in output.outputs]}")
+    finished[index] = output.outputs[0]
+
+
+def _logprobs(output: Any) -> list[float]:
+    return [values[token].logprob for token, values in zip(output.token_ids, output.logprobs, strict=True)]

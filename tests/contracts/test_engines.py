@@ -1,0 +1,303 @@
+"""What every rollout engine promises, held against plain forward passes of the same weights."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sdzero.engines import ScriptedEngine, TransformersEngine, VLLMEngine
+from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Prompt, Question, Rollout, Sampling
+from tiny_model import write_tiny_model
+
+MAX_MODEL_LEN = 96
+
+
+def script(prompt: Prompt, seed: int) -> str:
+    return "answer " * (seed % 3 + len(prompt.question.id))
+
+
+FACTORIES = {
+    "scripted": lambda: ScriptedEngine(script),
+    "transformers": lambda: TransformersEngine(max_batch_size=512),
+    "vllm": lambda: VLLMEngine(kv_cache_gib=0.05, max_num_seqs=512),
+}
+
+
+def rng_state() -> tuple:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def builder(model_path: str) -> PromptBuilder:
+    return PromptBuilder.from_pretrained(model_path)
+
+
+@pytest.fixture(scope="module")
+def trainer(model_path: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+
+class Started:
+    """Each engine is started once, without weights, and says whether that touched the trainer's process."""
+
+    def __init__(self, model_path: str, builder: PromptBuilder) -> None:
+        self.spec, self.builder = EngineSpec(model_path, MAX_MODEL_LEN), builder
+        self.engines: dict[str, RolloutEngine] = {}
+        self.process_kept: dict[str, bool] = {}
+
+    def __getitem__(self, name: str) -> RolloutEngine:
+        if name not in self.engines:
+            engine = FACTORIES[name]()
+            before = rng_state(), torch.get_num_threads(), torch.set_num_threads
+            engine.start(self.spec, self.builder)
+            self.process_kept[name] = before == (rng_state(), torch.get_num_threads(), torch.set_num_threads)
+            assert engine.policy_version is None
+            self.engines[name] = engine
+        return self.engines[name]
+
+
+@pytest.fixture(scope="module")
+def started(model_path: str, builder: PromptBuilder) -> Iterator[Started]:
+    started = Started(model_path, builder)
+    yield started
+    for engine in started.engines.values():
+        engine.close()
+
+
+@pytest.fixture(params=FACTORIES)
+def engine(request: pytest.FixtureRequest, started: Started, trainer: torch.nn.Module) -> RolloutEngine:
+    """Holds the trainer's weights as version 1."""
+    engine = started[request.param]
+    engine.sync(trainer.named_parameters(), 1)
+    return engine
+
+
+@pytest.fixture(params=["transformers", "vllm"])
+def sampler(request: pytest.FixtureRequest, started: Started, trainer: torch.nn.Module) -> RolloutEngine:
+    engine = started[request.param]
+    engine.sync(trainer.named_parameters(), 1)
+    return engine
+
+
+def prompts(builder: PromptBuilder, count: int) -> list[Prompt]:
+    return [builder.prompt(Question(f"q{i}", f"{i} + {3 * i} = ?" * (1 + i % 2), "")) for i in range(count)]
+
+
+def ids(rollouts: Iterable[Rollout]) -> list[tuple[int, ...]]:
+    return [rollout.token_ids for rollout in rollouts]
+
+
+def scaled(model: torch.nn.Module, factor: float) -> dict[str, Tensor]:
+    return {name: parameter.detach() * factor for name, parameter in model.named_parameters()}
+
+
+def forward_logprobs(model: torch.nn.Module, rollout: Rollout) -> Tensor:
+    """Log-probabilities [N] of the response's tokens from one forward pass over prompt + response."""
+    row = torch.tensor([rollout.prompt.token_ids + rollout.token_ids])
+    with torch.no_grad():
+        logits = model(row).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
+
+
+def test_start_leaves_random_states_and_threads_alone(started: Started, engine: RolloutEngine) -> None:
+    name = next(name for name, value in started.engines.items() if value is engine)
+    assert started.process_kept[name]
+
+
+def test_one_response_per_prompt_in_order(engine: RolloutEngine, builder: PromptBuilder) -> None:
+    asked = prompts(builder, 40)
+    rollouts = engine.generate(asked, Sampling(1.0, 1.0, 30), seed=5, policy_version=1)
+    assert [rollout.prompt for rollout in rollouts] == asked
+    reasons = set()
+    for rollout in rollouts:
+        assert 1 <= len(rollout.token_ids) <= 30 and len(rollout.logprobs) == len(rollout.token_ids)
+        ends = [place for place, token in enumerate(rollout.token_ids) if token in builder.end_ids]
+        assert ends == ([len(rollout.token_ids) - 1] if rollout.finish_reason == "stop" else [])
+        assert rollout.finish_reason == "stop" or len(rollout.token_ids) == 30
+        assert rollout.text == builder.tokenizer.decode(builder.body(rollout.token_ids), skip_special_tokens=True)
+        assert rollout.policy_version == 1
+        reasons.add(rollout.finish_reason)
+    assert engine.generate([], Sampling(), seed=5, policy_version=1) == []
+    assert reasons == {"stop", "length"} or isinstance(engine, ScriptedEngine)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_max_new_tokens_counts_the_end_token(engine: RolloutEngine, builder: PromptBuilder, limit: int) -> None:
+    rollouts = engine.generate(prompts(builder, 10), Sampling(1.0, 1.0, limit), seed=5, policy_version=1)
+    assert max(len(rollout.token_ids) for rollout in rollouts) == limit
+
+
+def test_random_states_of_the_trainer_survive(
+    engine: RolloutEngine, builder: PromptBuilder, trainer: torch.nn.Module
+) -> None:
+    before = rng_state()
+    engine.sync(trainer.named_parameters(), 2)
+    engine.generate(prompts(builder, 3), Sampling(1.0, 0.9, 5), seed=9, policy_version=2)
+    assert rng_state() == before
+
+
+def test_another_version_is_refused(engine: RolloutEngine, builder: PromptBuilder) -> None:
+    with pytest.raises(EngineError, match=r"version 7.*holds 1"):
+        engine.generate(prompts(builder, 1), Sampling(1.0, 1.0, 4), seed=0, policy_version=7)
+
+
+def test_nothing_is_truncated(engine: RolloutEngine, builder: PromptBuilder) -> None:
+    question = Question("long", "", "")
+    full = Prompt(question, (5,) * (MAX_MODEL_LEN - 4))
+    assert engine.generate([full], Sampling(1.0, 1.0, 4), seed=0, policy_version=1)[0].prompt == full
+    with pytest.raises(ValueError, match=r"'long'.*lower max_new_tokens"):
+        engine.generate([full], Sampling(1.0, 1.0, 5), seed=0, policy_version=1)
+    with pytest.raises(ValueError, match=r"'long'.*no room"):
+        engine.generate([Prompt(question, (5,) * MAX_MODEL_LEN)], Sampling(1.0, 1.0, 1), seed=0, policy_version=1)
+    with pytest.raises(ValueError, match="'long' is empty"):
+        engine.generate([Prompt(question, ())], Sampling(1.0, 1.0, 1), seed=0, policy_version=1)
+
+
+def test_a_seed_names_its_tokens(sampler: RolloutEngine, builder: PromptBuilder) -> None:
+    asked, sampling = prompts(builder, 30), Sampling(1.0, 1.0, 20)
+    first = sampler.generate(asked, sampling, seed=11, policy_version=1)
+    random.random(), np.random.rand(), torch.rand(1)  # what the trainer draws in between does not matter
+    again = sampler.generate(asked, sampling, seed=11, policy_version=1)
+    other = sampler.generate(asked, sampling, seed=12, policy_version=1)
+    assert ids(again) == ids(first)
+    assert isinstance(sampler, VLLMEngine) or [r.logprobs for r in again] == [r.logprobs for r in first]
+    assert sum(a != b for a, b in zip(ids(other), ids(first), strict=True)) > 20
+
+
+def test_temperature_zero_is_greedy(sampler: RolloutEngine, builder: PromptBuilder, trainer: torch.nn.Module) -> None:
+    for rollout in sampler.generate(prompts(builder, 10), Sampling(0.0, 1.0, 12), seed=1, policy_version=1):
+        row = torch.tensor([rollout.prompt.token_ids + rollout.token_ids])
+        with torch.no_grad():
+            best = trainer(row).logits[0, len(rollout.prompt.token_ids) - 1 : -1].argmax(-1)
+        assert tuple(best.tolist()) == rollout.token_ids
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_plain_forward_pass(
+    sampler: RolloutEngine, builder: PromptBuilder, trainer: torch.nn.Module, temperature: float
+) -> None:
+    """Untempered, whatever the sampling; prompts of unlike lengths, so padding and caches are in play."""
+    for rollout in sampler.generate(prompts(builder, 20), Sampling(temperature, 0.9, 25), seed=3, policy_version=1):
+        expected = forward_logprobs(trainer, rollout)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-3, rtol=0)
+
+
+def exact_distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Probabilities [V]: the smallest set of likeliest tokens whose tempered mass reaches `top_p`, renormalised."""
+    probabilities = (logits.double() / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    mass_before = probabilities[order].cumsum(0) - probabilities[order]
+    probabilities[order[mass_before >= top_p]] = 0
+    return probabilities / probabilities.sum()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_samples_follow_the_exact_distribution(
+    sampler: RolloutEngine, trainer: torch.nn.Module, temperature: float, top_p: float
+) -> None:
+    """Chi-square of 4,000 first tokens, the rare ones lumped: 6 standard deviations above its mean is no chance."""
+    draws, prompt = 4000, Prompt(Question("q", "", ""), (30, 40, 50))
+    with torch.no_grad():
+        logits = trainer(torch.tensor([prompt.token_ids])).logits[0, -1]
+    expected = exact_distribution(logits, temperature, top_p) * draws
+    rollouts = sampler.generate([prompt] * draws, Sampling(temperature, top_p, 1), seed=17, policy_version=1)
+    counts = Counter(rollout.token_ids[0] for rollout in rollouts)
+    observed = torch.tensor([counts[token] for token in range(len(logits))], dtype=torch.double)
+    assert not observed[expected == 0].any()
+    common = expected >= 10
+    expected_bins = torch.cat([expected[common], expected[~common].sum()[None]])
+    observed_bins = torch.cat([observed[common], observed[~common].sum()[None]])
+    kept = expected_bins > 0
+    chi_square = ((observed_bins - expected_bins)[kept] ** 2 / expected_bins[kept]).sum()
+    freedom = int(kept.sum()) - 1
+    assert freedom > 10 and chi_square < freedom + 6 * (2 * freedom) ** 0.5
+
+
+def test_a_sync_changes_what_is_sampled_and_back(
+    sampler: RolloutEngine, builder: PromptBuilder, trainer: torch.nn.Module
+) -> None:
+    asked, sampling = prompts(builder, 20), Sampling(1.0, 1.0, 20)
+    first = sampler.generate(asked, sampling, seed=4, policy_version=1)
+    changed = scaled(trainer, 0.9)
+    report = sampler.sync(changed.items(), 2)
+    with pytest.raises(EngineError):
+        sampler.generate(asked, sampling, seed=4, policy_version=1)
+    other = sampler.generate(asked, sampling, seed=4, policy_version=2)
+    assert ids(other) != ids(first)
+    for parameter in changed.values():
+        parameter.zero_()  # the engine's copy is its own
+    assert ids(sampler.generate(asked, sampling, seed=4, policy_version=2)) == ids(other)
+    back = sampler.sync(trainer.named_parameters(), 3)
+    assert back.checksum != report.checksum
+    assert ids(sampler.generate(asked, sampling, seed=4, policy_version=3)) == ids(first)
+
+
+def test_every_weight_arrives(
+    sampler: RolloutEngine, builder: PromptBuilder, trainer: torch.nn.Module, model_path: str
+) -> None:
+    """A head that is tied to the embedding too, and projections that an engine fuses or packs."""
+    changed = scaled(trainer, 1.0)
+    torch.manual_seed(0)
+    for tensor in changed.values():
+        tensor += 0.1 * torch.randn_like(tensor)
+    other = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    other.load_state_dict(changed, strict=False)
+    sampler.sync(changed.items(), 2)
+    for rollout in sampler.generate(prompts(builder, 10), Sampling(1.0, 1.0, 10), seed=3, policy_version=2):
+        expected = forward_logprobs(other, rollout)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"])
+def test_a_missing_weight_is_caught(
+    sampler: RolloutEngine, builder: PromptBuilder, trainer: torch.nn.Module, name: str
+) -> None:
+    weights = dict(trainer.named_parameters())
+    del weights[name]
+    with pytest.raises(EngineError, match=rf"{name}' was not sent \(1 such"):
+        sampler.sync(weights.items(), 2)
+    for version in (1, 2):
+        with pytest.raises(EngineError, match="holds None"):
+            sampler.generate(prompts(builder, 1), Sampling(1.0, 1.0, 4), seed=0, policy_version=version)
+
+
+def test_unknown_repeated_and_misshapen_weights_are_caught(sampler: RolloutEngine, trainer: torch.nn.Module) -> None:
+    weights = list(trainer.named_parameters())
+    with pytest.raises(EngineError, match=r"'model\.extra' is no weight"):
+        sampler.sync([*weights, ("model.extra", torch.zeros(2))], 2)
+    with pytest.raises(EngineError, match="sent twice"):
+        sampler.sync([*weights, weights[3]], 2)
+    wrong_shape = [(name, tensor[:5] if name == "model.norm.weight" else tensor) for name, tensor in weights]
+    with pytest.raises(EngineError, match=r"'model\.norm\.weight' was sent with shape \(5,\).*has \(64,\)"):
+        sampler.sync(wrong_shape, 2)
+    sampler.sync([*weights, ("lm_head.weight", weights[0][1])], 2)  # the tied weight's second name is no fault
+    assert sampler.policy_version == 2
+
+
+def test_one_wrong_bit_is_caught(sampler: RolloutEngine, trainer: torch.nn.Module) -> None:
+    def flip(model: torch.nn.Module) -> None:
+        weight = model.get_parameter("model.norm.weight").data
+        weight[7] = torch.nextafter(weight[7], torch.tensor(9.0))
+
+    def garbling() -> Iterator[tuple[str, Tensor]]:
+        yield from trainer.named_parameters()
+        sampler._llm.apply_model(flip) if isinstance(sampler, VLLMEngine) else flip(sampler._model)
+
+    with pytest.raises(EngineError, match=r"'model\.norm\.weight' of the engine differs.*\(1 such"):
+        sampler.sync(garbling(), 2)
+    assert sampler.policy_version is None
