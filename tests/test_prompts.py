@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sdzero.prompts import (
@@ -255,6 +255,17 @@ def test_end_ids_are_the_tokenizers_and_the_generation_configs(tmp_path, eos, en
     builder = PromptBuilder.from_pretrained(qwen3_folder(tmp_path, eos))
     assert builder.end_ids == end_ids
     assert builder.end_id == IM_END and builder.pad_id == ENDOFTEXT
+
+
+def test_a_tokenizer_that_starts_every_text_with_a_token_adds_none_of_them():
+    """Llama's do: one before the control phrase, the solution or the rendered template would be one too many."""
+    tokenizer = smollm2().tokenizer
+    start = ("<|im_start|>", 1)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [start])
+    assert tokenizer.encode("2")[0] == 1
+    eager, plain = PromptBuilder(tokenizer), smollm2()
+    assert [eager.bridge(r) for r in (0, 1)] == [plain.bridge(r) for r in (0, 1)]
+    assert eager.demonstration(QUESTION, "2") == plain.demonstration(QUESTION, "2")
 
 
 def test_without_a_pad_token_the_end_token_pads():
