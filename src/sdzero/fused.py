@@ -205,6 +205,37 @@ def of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
     return log_probs.gather(1, targets[:, None]).squeeze(1)
 
 
+def compare_with_rest(
+    kind: str, share: float, log_s: Tensor, ids: Tensor, buckets_t: Tensor, per_token: bool, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The divergence [C] over the columns `ids` and one bucket of all the others, and scale times its gradient [C, V].
+
+    Args:
+        kind: reverse, forward, mixed or jsd.
+        share: as in `compare`.
+        log_s: [C, V], the student's log-probabilities; its place is taken by the gradient.
+        ids: [C, K].
+        buckets_t: [C, K + 1], the teacher's log-probabilities, the others' bucket last.
+        per_token: whether the bucket stands for a teacher that gives EVERY token outside the bucket's log-probability.
+        scale: [C], or None where no gradient is wanted.
+    """
+    inside_s, rest_s = log_s.gather(1, ids), split_off(log_s, ids)
+    buckets_s = torch.cat([inside_s, rest_s], -1).log_softmax(-1)
+    probs_s = buckets_s.exp()
+    values, grad = compare(kind, share, buckets_s, buckets_t, scale is not None)
+    entropy = slope = torch.zeros_like(rest_s)
+    if per_token and kind in ("reverse", "mixed"):
+        # The bucket's reverse KL lacks the student's own entropy among the tokens outside.
+        entropy = row_entropy(log_s)
+        slope = probs_s[:, -1:] * (1.0 if kind == "reverse" else 1 - share)
+        values -= (slope * entropy).squeeze(1)
+    if grad is None or scale is None:
+        return values, None
+    grad += slope * entropy * probs_s
+    grad[:, -1:] -= slope * entropy
+    return values, spread(log_s, ids, grad * scale[:, None], slope * scale[:, None], entropy)
+
+
 def split_off(log_probs: Tensor, ids: Tensor) -> Tensor:
     """Log of the mass outside the columns `ids`, [C, 1]; `log_probs` is left normalised outside them, 0 mass inside."""
     log_probs.scatter_(1, ids, MASKED)

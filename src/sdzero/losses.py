@@ -250,37 +250,24 @@ class _TopKBody:
     def __call__(
         self, student: Projection, rows: slice, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | Columns | None]:
-        kind, share, outside = self.divergence.kind, self.divergence.weight, self.divergence.outside
+        inside_only = self.divergence.outside == "renormalize"
         log_s = None
-        if self.targets is not None or self.divergence.support == "student" or outside != "renormalize":
+        if self.targets is not None or self.divergence.support == "student" or not inside_only:
             log_s = student.log_probs(rows)
             if self.targets is not None:
                 self.metrics["student_logprobs"][rows] = fused.of_targets(log_s, self.targets[rows])
         ids, inside_t, rest_t = self._teacher_support(rows, log_s, student.dtype)
+        kind, share = self.divergence.kind, self.divergence.weight
+        if log_s is not None and not inside_only:
+            if rest_t is None:
+                buckets_t = torch.nn.functional.pad(inside_t.log_softmax(-1), (0, 1), value=LOG_ZERO)
+            else:
+                buckets_t = torch.cat([inside_t, rest_t], -1).log_softmax(-1)
+            return fused.compare_with_rest(kind, share, log_s, ids, buckets_t, rest_t is None, scale)
         inside_s = student.columns(rows, ids) if log_s is None else log_s.gather(1, ids)
-        if log_s is None or outside == "renormalize":
-            normal_s, normal_t = inside_s.log_softmax(-1), inside_t.log_softmax(-1)
-            values, grad = fused.compare(kind, share, normal_s, normal_t, scale is not None)
-            return values, None if grad is None or scale is None else Columns(ids, grad * scale[:, None])
-        rest_s = fused.split_off(log_s, ids)
-        buckets_s = torch.cat([inside_s, rest_s], -1).log_softmax(-1)
-        if rest_t is None:
-            buckets_t = torch.nn.functional.pad(inside_t.log_softmax(-1), (0, 1), value=LOG_ZERO)
-        else:
-            buckets_t = torch.cat([inside_t, rest_t], -1).log_softmax(-1)
-        probs_s = buckets_s.exp()
-        values, grad = fused.compare(kind, share, buckets_s, buckets_t, scale is not None)
-        entropy = slope = torch.zeros_like(rest_s)
-        if outside == "student_full" and kind in ("reverse", "mixed"):
-            # The bucket's reverse KL lacks the student's own entropy among the tokens outside.
-            entropy = fused.row_entropy(log_s)
-            slope = probs_s[:, -1:] * (1.0 if kind == "reverse" else 1 - share)
-            values -= (slope * entropy).squeeze(1)
-        if grad is None or scale is None:
-            return values, None
-        grad += slope * entropy * probs_s
-        grad[:, -1:] -= slope * entropy
-        return values, fused.spread(log_s, ids, grad * scale[:, None], slope * scale[:, None], entropy)
+        log_s, log_t = inside_s.log_softmax(-1), inside_t.log_softmax(-1)
+        values, grad = fused.compare(kind, share, log_s, log_t, scale is not None)
+        return values, None if grad is None or scale is None else Columns(ids, grad * scale[:, None])
 
     def _teacher_support(
         self, rows: slice, log_s: Tensor | None, dtype: torch.dtype
