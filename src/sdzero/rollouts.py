@@ -131,8 +131,6 @@ class Sampler:
         progress: Callable[[int], None] = lambda done: None,
     ) -> list[ScoredRollout]:
         """One scored response per prompt, in order. `group` names the draw, e.g. "train-000012"."""
-        if self.rank:
-            group = f"{group}-rank{self.rank}"
         scored: list[ScoredRollout] = []
         for call, start in enumerate(range(0, len(prompts), self.call_size)):
             rollouts = self._call(prompts[start : start + self.call_size], sampling, group, call, policy_version)

@@ -206,7 +206,7 @@ class StepDataModule(L.LightningDataModule):
             assert self.trainer is not None and self.engine is not None and self.task is not None
             spec = EngineSpec(self.policy.model_config.path, self.max_model_len(), self.engine_dtype)
             self.engine.start(spec, self.policy.builder)
-            journal = CallJournal(Path(self.trainer.default_root_dir) / "journal")
+            journal = CallJournal(Path(self.trainer.default_root_dir) / "journal" / f"rank{self.rank}")
             self._sampler = Sampler(self.engine, self.task, journal, self.evaluation.call_size, run_seed(), self.rank)
         return self._sampler
 

@@ -1,0 +1,102 @@
+"""Trains on stored rollouts or traces, on one rank or on several, and saves gradients and weights.
+
+    python train_stored.py METHOD NUM_RANKS MODEL_FOLDER OUT_FILE [--strategy ddp]
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+
+from sdzero.data.base import stream_loader
+from sdzero.methods import SRT, SelfDistill
+from sdzero.models import ModelConfig, full_weights
+from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
+
+NUM_STEPS, ITEMS = 3, (7, 6, 1)  # odd numbers: the ranks' shares differ, and once one rank has nothing
+
+
+def items(builder, kind: str, count: int, rng: random.Random) -> list:
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(4, 12) for _ in range(rng.randint(low, high)))
+
+    made = []
+    for i in range(count):
+        question, reward = Question(f"q{i}", "x", "1"), rng.randrange(2)
+        if kind == "srt":
+            made.append(Trace(question, ids(2, 5), ids(1, 20), builder.bridge(reward), ids(1, 30), reward))
+        else:
+            response = (*ids(1, 40), builder.end_id)
+            rollout = Rollout(Prompt(question, ids(2, 5)), response, (0.0,) * len(response), "", "stop", 0)
+            made.append(ScoredRollout(rollout, Verdict(1, "correct") if reward else Verdict(0, "wrong")))
+    return made
+
+
+class Stored(L.LightningDataModule):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def train_dataloader(self):
+        def batches():
+            rng = random.Random(0)
+            for step, count in enumerate(ITEMS):
+                mine = items(self.trainer.lightning_module.builder, self.kind, count, rng)
+                mine = mine[self.trainer.global_rank :: self.trainer.world_size]
+                yield TraceBatch(mine, step) if self.kind == "srt" else RolloutBatch(mine, step, step)
+
+        return stream_loader(NUM_STEPS, batches)
+
+
+class Record(L.Callback):
+    """Gradients as the optimizer sees them, and the weights at the end."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.gradients, self.losses = out, [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        grads = [p.grad for p in pl_module.student.parameters()]
+        self.gradients.append([(g.full_tensor() if isinstance(g, DTensor) else g).clone() for g in grads])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append({k: v.clone() for k, v in trainer.callback_metrics.items() if not k.endswith("second")})
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        weights = {name: tensor.clone() for name, tensor in full_weights(pl_module.student)}
+        if trainer.is_global_zero:
+            torch.save({"gradients": self.gradients, "weights": weights, "losses": self.losses}, self.out)
+
+
+def main() -> None:
+    kind, ranks, model, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    options = {
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.5),
+        "max_tokens_per_micro_batch": 160,
+        "max_grad_norm": 1.0,
+    }
+    method = (SRT if kind == "srt" else SelfDistill)(ModelConfig(model), **options)
+    strategy = "auto"
+    if ranks > 1:
+        strategy = DDPStrategy() if "ddp" in sys.argv else ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[Record(out)],
+        use_distributed_sampler=False,
+    )
+    trainer.fit(method, datamodule=Stored(kind))
+
+
+if __name__ == "__main__":
+    main()
