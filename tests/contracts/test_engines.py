@@ -33,7 +33,7 @@ FACTORIES = {
 
 
 def rng_state() -> tuple:
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return random.getstate(), repr(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_nothing_is_truncated(engine: RolloutEngine, builder: PromptBuilder) -> 
 def test_a_seed_names_its_tokens(sampler: RolloutEngine, builder: PromptBuilder) -> None:
     asked, sampling = prompts(builder, 30), Sampling(1.0, 1.0, 20)
     first = sampler.generate(asked, sampling, seed=11, policy_version=1)
-    random.random(), np.random.rand(), torch.rand(1)  # what the trainer draws in between does not matter
+    _ = random.random(), np.random.rand(), torch.rand(1)  # what the trainer draws in between does not matter
     again = sampler.generate(asked, sampling, seed=11, policy_version=1)
     other = sampler.generate(asked, sampling, seed=12, policy_version=1)
     assert ids(again) == ids(first)
@@ -296,7 +296,11 @@ def test_one_wrong_bit_is_caught(sampler: RolloutEngine, trainer: torch.nn.Modul
 
     def garbling() -> Iterator[tuple[str, Tensor]]:
         yield from trainer.named_parameters()
-        sampler._llm.apply_model(flip) if isinstance(sampler, VLLMEngine) else flip(sampler._model)
+        if isinstance(sampler, VLLMEngine):
+            sampler._llm.apply_model(flip)
+        else:
+            assert isinstance(sampler, TransformersEngine)
+            flip(sampler._model)
 
     with pytest.raises(EngineError, match=r"'model\.norm\.weight' of the engine differs.*\(1 such"):
         sampler.sync(garbling(), 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdzero.engines.base import EngineError
 
-_CHUNK = 2**24
+_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24  # elements at once: what fits the cache; what keeps a GPU busy
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,12 +25,12 @@ def fingerprint(tensor: Tensor) -> int:
     The sum of bits[i] * (2i + 1) in 64-bit integers that wrap: any single change and any swap of unlike elements show.
     """
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
-    total = 0
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
-        places = torch.arange(start, start + part.numel(), device=part.device)
-        total += int((part * (2 * places + 1)).sum())
-    return total % 2**64
+    chunk = _CPU_CHUNK if bits.device.type == "cpu" else _GPU_CHUNK
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), chunk):
+        part = bits[start : start + chunk].long()
+        total += (part * torch.arange(2 * start + 1, 2 * (start + part.numel()), 2, device=part.device)).sum()
+    return int(total) % 2**64
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from sdzero.engines.checks import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
+_CPU = torch.device("cpu")
+
 
 class TransformersEngine(RolloutEngine):
     """Its own copy of the model, sampled in left-padded batches.
@@ -33,15 +35,16 @@ class TransformersEngine(RolloutEngine):
 
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
         self._spec, self._builder = spec, builder
-        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         dtype = getattr(torch, spec.dtype)
         with preserved_rng():
             if spec.load_weights:
                 model = AutoModelForCausalLM.from_pretrained(spec.model_path, dtype=dtype)
             else:
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model_path), dtype=dtype)
-        model.generation_config = GenerationConfig()  # a model's own sampling defaults must not leak into generate()
-        self._model: Any = model.requires_grad_(False).eval().to(self._device)
+        self._model: Any = model
+        self._model.generation_config = GenerationConfig()  # the model's own sampling defaults must not leak in
+        self._model.requires_grad_(False).eval().to(self._device)
         self.policy_version = 0 if spec.load_weights else None
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
@@ -87,7 +90,7 @@ class TransformersEngine(RolloutEngine):
         return rollouts
 
     def sleep(self) -> None:
-        self._model.to("cpu")
+        self._model.to(_CPU)
 
     def wake(self) -> None:
         self._model.to(self._device)
@@ -123,7 +126,7 @@ class _RecordLogprobs(LogitsProcessor):
         return torch.stack(self._columns, dim=1)
 
 
-def _left_pad(prompts: Sequence[Prompt], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _left_pad(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask, both [B, T], the prompts at the right edge."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     pads = [longest - len(prompt.token_ids) for prompt in prompts]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic, perf_counter
@@ -21,6 +20,7 @@ from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
 _GRACE_SECONDS = 60.0  # past the deadline, before a call that hangs in native code ends the process
+_STDERR = 2  # the descriptor: sys.stderr may be a notebook's or a test's stand-in without one
 
 
 class VLLMEngine(RolloutEngine):
@@ -190,7 +190,7 @@ class VLLMEngine(RolloutEngine):
         Even an eager vLLM compiles helpers of its sampler with the system's C++ compiler, 5 to 20 seconds at the first
         call. There is one watchdog of this kind in a process.
         """
-        faulthandler.dump_traceback_later(self.deadline_seconds + _GRACE_SECONDS, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.deadline_seconds + _GRACE_SECONDS, exit=True, file=_STDERR)
         try:
             if self._runs_eagerly:
                 with torch.compiler.set_stance("force_eager"):
@@ -276,7 +276,7 @@ def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _repack_heads(model: torch.nn.Module) -> None:
+def _repack_heads(model: Any) -> None:
     """vLLM's CPU layers multiply by a packed copy of their weight, and a reload packs anew only what was sent to a
     layer by name: a head tied to the embedding would keep the copy of its first weights for good."""
     for module in model.modules():

@@ -1,0 +1,245 @@
+"""VLLMEngine around a vLLM that is played by a tiny model and a list: order of calls, death, deadline, waiting room."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sdzero.engines import VLLMEngine, vllm
+from sdzero.engines.base import EngineError, EngineSpec
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Prompt, Question, Sampling
+from tiny_model import write_tiny_model
+
+PROMPTS = [Prompt(Question(f"q{i}", "", ""), (5, 6, 7)) for i in range(4)]
+
+
+def finished(request_id: str, token_ids: list[int], reason: str = "length") -> Any:
+    logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in token_ids]
+    output = SimpleNamespace(token_ids=token_ids, logprobs=logprobs, finish_reason=reason)
+    return SimpleNamespace(request_id=request_id, finished=True, outputs=[output])
+
+
+class FakeLLM:
+    """Answers each request with tokens 9 9, one request a step; `calls` is what was asked of it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.calls: list[str] = []
+        self.model = AutoModelForCausalLM.from_pretrained(options["model"])
+        self.llm_engine = self
+        self.waiting: list[str] = []
+        self.on_step: Callable[[], list[Any]] | None = None
+        self.can_reset = True
+
+    def add_request(self, request_id: str, prompt: dict[str, list[int]], params: Any) -> None:
+        self.params = params
+        self.waiting.append(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list[Any]:
+        if self.on_step:
+            return self.on_step()
+        return [finished(self.waiting.pop(), [9, 9])]
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        self.calls.append(method)
+        with torch.no_grad():
+            for name, tensor in kwargs["weights_iterator"]:
+                self.model.get_parameter(name).copy_(tensor)
+
+    def apply_model(self, function: Callable[[torch.nn.Module], Any]) -> list[Any]:
+        return [function(self.model)]
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return self.can_reset
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake_up {tags}")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def start(model_path: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[VLLMEngine, FakeLLM]]:
+    """Starts an engine with loaded weights on the fake; `on_cpu` says what the fake vLLM runs on."""
+
+    def start(on_cpu: bool = True, load_weights: bool = True, **options: Any) -> tuple[VLLMEngine, FakeLLM]:
+        monkeypatch.setattr(vllm, "_import_vllm", lambda: (FakeLLM, on_cpu))
+        monkeypatch.setattr(vllm, "_environment", lambda tensor_parallel_size: {})
+        engine = VLLMEngine(**options)
+        engine.start(EngineSpec(model_path, 64, load_weights=load_weights), PromptBuilder.from_pretrained(model_path))
+        return engine, engine._llm
+
+    return start
+
+
+def generate(engine: VLLMEngine, max_new_tokens: int = 2) -> list[Any]:
+    assert engine.policy_version is not None
+    return engine.generate(PROMPTS, Sampling(0.7, 0.9, max_new_tokens), 0, engine.policy_version)
+
+
+def test_sleep_and_wake_follow_the_order_that_keeps_weights_and_cache_apart(start: Any) -> None:
+    engine, llm = start(on_cpu=False, load_weights=False)
+    weights = dict(AutoModelForCausalLM.from_pretrained(llm.options["model"]).named_parameters())
+    assert llm.options["enable_sleep_mode"] and llm.options["load_format"] == "dummy"
+    assert not llm.options["enforce_eager"]
+    engine.sync(weights.items(), 1)
+    engine.sleep()
+    engine.sleep()  # sleeping twice is sleeping
+    with pytest.raises(EngineError, match="holds None"):
+        engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 1)
+    engine.wake()
+    engine.sync(weights.items(), 2)
+    engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 2)
+    assert llm.calls == [
+        *("reload_weights", "reset_prefix_cache"),
+        *("sleep 2", "wake_up ['weights']", "reload_weights", "reset_prefix_cache", "wake_up ['kv_cache']"),
+        "reset_prefix_cache",
+    ]
+
+
+def test_a_sync_wakes_a_sleeping_engine(start: Any) -> None:
+    engine, llm = start(on_cpu=False)
+    engine.sleep()
+    engine.sync(list(llm.model.named_parameters()), 1)
+    assert llm.calls[1:] == ["wake_up ['weights']", "reload_weights", "reset_prefix_cache", "wake_up ['kv_cache']"]
+
+
+def test_on_the_cpu_nobody_sleeps(start: Any) -> None:
+    engine, llm = start(kv_cache_gib=0.5)
+    engine.sleep()
+    engine.wake()
+    assert llm.calls == [] and engine.policy_version == 0
+    assert llm.options["kv_cache_memory_bytes"] == 2**29 and llm.options["enforce_eager"]
+    assert "enable_sleep_mode" not in llm.options
+
+
+def test_responses_come_back_in_the_order_of_their_prompts(start: Any) -> None:
+    engine, llm = start()
+    rollouts = generate(engine)
+    assert [rollout.prompt for rollout in rollouts] == PROMPTS
+    assert rollouts[0].token_ids == (9, 9) and rollouts[0].logprobs == (-0.5, -0.5)
+    params = llm.params
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 0.9, 0, 2)
+    assert params.stop_token_ids == [0, 2] and params.seed is None  # a seed raises in vLLM's CPU build
+
+
+def test_a_step_that_raises_is_the_engines_death(start: Any) -> None:
+    engine, llm = start()
+
+    def die() -> list[Any]:
+        if len(llm.waiting) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return [finished(llm.waiting.pop(), [9, 9])]
+
+    llm.on_step = die
+    with pytest.raises(EngineError, match="died with 2 of 4 responses finished") as caught:
+        generate(engine)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(EngineError, match="holds None"):
+        engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 0)
+
+
+def test_the_deadline_ends_a_slow_call_and_tells_how_far_it_came(start: Any) -> None:
+    engine, llm = start(deadline_seconds=0.2)
+
+    def crawl() -> list[Any]:
+        time.sleep(0.07)
+        return [finished(llm.waiting.pop(), [9, 9])] if len(llm.waiting) > 3 else []
+
+    llm.on_step = crawl
+    with pytest.raises(EngineError, match=r"finished 1 of 4 responses in deadline_seconds 0\.2"):
+        generate(engine)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda: [], "returned 0 of 4 responses"),
+        (lambda: [finished("0", [9, 9]), finished("0", [9, 9])], "request 0 twice"),
+        (lambda: [finished(str(i), []) for i in range(4)], "broken response to question 'q0': 0 tokens"),
+        (lambda: [finished(str(i), [9]) for i in range(4)], "broken response to question 'q0': 1 tokens"),
+        (lambda: [finished(str(i), [2, 9]) for i in range(4)], None),
+        (lambda: [finished(str(i), [9, 9], "abort") for i in range(4)], "gave up request 0"),
+    ],
+)
+def test_what_is_not_a_response_is_an_error(start: Any, step: Callable[[], list[Any]], message: str | None) -> None:
+    engine, llm = start()
+
+    def once() -> list[Any]:
+        llm.waiting.clear()
+        return step()
+
+    llm.on_step = once
+    if message is None:
+        assert [rollout.finish_reason for rollout in generate(engine)] == ["length"] * 4
+    else:
+        with pytest.raises(EngineError, match=message):
+            generate(engine)
+
+
+def test_prefixes_of_older_weights_must_go(start: Any) -> None:
+    engine, llm = start()
+    llm.can_reset = False
+    with pytest.raises(EngineError, match="cached prefixes"):
+        engine.sync(list(llm.model.named_parameters()), 1)
+    assert engine.policy_version is None
+
+
+def test_a_hang_in_native_code_ends_the_process_with_its_stacks() -> None:
+    code = (
+        "import sys, time\n"
+        "from sdzero.engines import VLLMEngine, vllm\n"
+        "vllm._GRACE_SECONDS = 0.1\n"
+        "engine = VLLMEngine(deadline_seconds=0.1)\n"
+        "engine._runs_eagerly = False\n"
+        "with engine._guarded():\n"
+        "    pass\n"
+        "time.sleep(0.4)\n"  # the watchdog of a call that returned stays quiet
+        "print('alive', flush=True)\n"
+        "def native_call_that_hangs():\n"
+        "    time.sleep(60)\n"
+        "with engine._guarded():\n"
+        "    native_call_that_hangs()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and done.stdout == "alive\n"
+    assert "native_call_that_hangs" in done.stderr
+
+
+def test_without_vllm_the_error_names_the_extras(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(vllm, "_environment", lambda tensor_parallel_size: {})
+    engine = VLLMEngine()
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "sdzero\[cpu\]".*pip install "sdzero\[cuda\]"'):
+        engine.start(EngineSpec(model_path, 64), PromptBuilder.from_pretrained(model_path))
+
+
+def test_tensor_parallel_engines_need_a_process_per_gpu(model_path: str) -> None:
+    engine = VLLMEngine(tensor_parallel_size=2)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 2 must divide the number of processes, which is 1"):
+        engine.start(EngineSpec(model_path, 64), PromptBuilder.from_pretrained(model_path))
+
+
+def test_importing_the_engines_brings_neither_vllm_nor_torch() -> None:
+    code = "import sys, sdzero.engines; print([m for m in ('vllm', 'torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
+    assert done.stdout == "[]\n"
