@@ -1,6 +1,6 @@
 """Trains on stored rollouts or traces, on one rank or on several, and saves gradients and weights.
 
-    python train_stored.py METHOD NUM_RANKS MODEL_FOLDER OUT_FILE [--strategy ddp]
+    python train_stored.py srt|self_distill NUM_RANKS MODEL_FOLDER OUT_FILE [ddp]
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""Two gloo ranks on the CPU do what one rank does: FSDP2 through ModelParallelStrategy, and DDP."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import write_tiny_model
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
+
+
+def train(kind: str, ranks: int, model: Path, out: Path, *options: str) -> dict:
+    command = [sys.executable, str(HERE / "train_stored.py"), kind, str(ranks), str(model), str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / a.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("kind", ["srt", "self_distill"])
+def test_two_ranks_equal_one(kind: str, model_folder: Path, tmp_path: Path) -> None:
+    """Float32, SGD, clipping, uneven shares, a rank without rows, several micro batches."""
+    one = train(kind, 1, model_folder, tmp_path / "one.pt")
+    for strategy in ("fsdp2", "ddp") if kind == "self_distill" else ("fsdp2",):
+        two = train(kind, 2, model_folder, tmp_path / f"{strategy}.pt", strategy)
+        for step, (ours, theirs) in enumerate(zip(one["gradients"], two["gradients"], strict=True)):
+            assert max(map(relative, ours, theirs)) < 1e-5, (strategy, step)
+        assert one["weights"].keys() == two["weights"].keys()
+        assert max(relative(w, two["weights"][name]) for name, w in one["weights"].items()) < 1e-5
+        for ours, theirs in zip(one["losses"], two["losses"], strict=True):  # metrics reduce over the ranks
+            assert ours.keys() == theirs.keys()
+            assert all(torch.allclose(ours[k], theirs[k], rtol=1e-4, atol=1e-6) for k in ours), (ours, theirs)
+
+
+def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: Path) -> None:
+    """Gather, reload, generate, reward, distil, save sharded, export."""
+    overlays = ["recipes/smoke/self_distill", "data/vllm_cpu", "trainer/fsdp2"]
+    command = [sys.executable, "-m", "sdzero", "fit"]
+    command += [part for overlay in overlays for part in ("--config", f"configs/{overlay}.yaml")]
+    command += [
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.precision=32-true",
+        "--trainer.strategy.data_parallel_size=2",
+        "--trainer.max_steps=3",
+        f"--trainer.default_root_dir={tmp_path}",
+        f"--model.model.path={smoke_run / 'srt/model'}",
+        f"--data.disjoint_from={smoke_run / 'collect/questions.json'}",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=False, cwd=HERE.parents[1], env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "model/model.safetensors").is_file()
+    for rank in (0, 1):
+        calls = (tmp_path / f"journal/rank{rank}/calls.log").read_text().split("\n")[:-1]
+        assert calls == [f"train-{step:06d} 0" for step in range(3)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
