@@ -30,7 +30,7 @@ def collect(arguments: list[str]) -> None:
     parser.add_class_arguments(Collect)
     config = parser.parse_args(arguments)
     seed_everything(config.seed_everything, verbose=False)
-    values = parser.instantiate_classes(config).as_dict()
+    values = vars(parser.instantiate_classes(config))
     Collect(**{k: v for k, v in values.items() if k not in ("config", "seed_everything")}).run()
 
 
@@ -64,5 +64,3 @@ def main() -> None:
         if Path(__file__).parent.resolve() not in Path(innermost).resolve().parents:
             raise
         sys.exit(f"sdzero {name}: error: {error}")
-
-

@@ -21,7 +21,7 @@ from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler, write_text, write_traces
 from sdzero.seeds import derive_seed, run_seed
 from sdzero.tasks.base import Task
-from sdzero.types import Prompt, Question, Sampling, ScoredRollout, Split, Trace
+from sdzero.types import Question, Sampling, ScoredRollout, Split, Trace
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class Collect:
         available = getattr(self.model.hf_config(), "max_position_embeddings", None) or needed
         if needed > available:
             raise ValueError(
-                f"sampling.max_new_tokens={self.sampling.max_new_tokens}: the longest prompt ({longest}) with an answer, "
-                f"P_r and a revision needs {needed} tokens, but the model has {available} positions"
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens}: the longest prompt ({longest}) with an "
+                f"answer, P_r and a revision needs {needed} tokens, but the model has {available} positions"
             )
         return needed
 
@@ -115,7 +115,9 @@ class Collect:
         prompts = [builder.prompt(q) for q in chosen for _ in range(self.num_initial)]
         initial = sampler.sample(prompts, self.sampling, f"{chunk:05d}-initial", 0)
         # revisions of one answer stand side by side, so that the engine shares their prefix
-        revision_prompts: list[Prompt] = [builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)]
+        revision_prompts: list[Prompt] = [
+            builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)
+        ]
         revised = sampler.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision", 0)
         n = self.num_revisions
         return [(first, revised[i * n : (i + 1) * n]) for i, first in enumerate(initial)]

@@ -138,7 +138,8 @@ def shard_fsdp2(model: LanguageModel, config: ModelConfig, mesh: Any, compute_dt
     }
     for layer in _layers(model, config):
         fully_shard(layer, **options)
-    return fully_shard(model, reshard_after_forward=False, **options)
+    fully_shard(model, reshard_after_forward=False, **options)  # in place
+    return model
 
 
 def shard_fsdp1(

@@ -195,7 +195,9 @@ class Run:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="sdzero run", description="Runs a recipe's stages in order; call it again to go on.")
+    parser = argparse.ArgumentParser(
+        prog="sdzero run", description="Runs a recipe's stages in order; call it again to go on."
+    )
     parser.add_argument("recipe", type=Path, help="folder with collect.yaml, srt.yaml, self_distill.yaml, eval.yaml")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE)")
     parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent

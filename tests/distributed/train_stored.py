@@ -1,6 +1,6 @@
 """Trains on stored rollouts or traces, on one rank or on several, and saves gradients and weights.
 
-    python train_stored.py srt|self_distill NUM_RANKS MODEL_FOLDER OUT_FILE [ddp]
+python train_stored.py srt|self_distill NUM_RANKS MODEL_FOLDER OUT_FILE [ddp]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -44,11 +45,14 @@ class Stored(L.LightningDataModule):
         self.kind = kind
 
     def train_dataloader(self):
+        assert self.trainer is not None
+        trainer, builder = self.trainer, getattr(self.trainer.lightning_module, "builder")  # noqa: B009
+
         def batches():
             rng = random.Random(0)
             for step, count in enumerate(ITEMS):
-                mine = items(self.trainer.lightning_module.builder, self.kind, count, rng)
-                mine = mine[self.trainer.global_rank :: self.trainer.world_size]
+                mine = items(builder, self.kind, count, rng)
+                mine = mine[trainer.global_rank :: trainer.world_size]
                 yield TraceBatch(mine, step) if self.kind == "srt" else RolloutBatch(mine, step, step)
 
         return stream_loader(NUM_STEPS, batches)
@@ -60,14 +64,14 @@ class Record(L.Callback):
     def __init__(self, out: Path) -> None:
         self.out, self.gradients, self.losses = out, [], []
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         grads = [p.grad for p in pl_module.student.parameters()]
         self.gradients.append([(g.full_tensor() if isinstance(g, DTensor) else g).clone() for g in grads])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append({k: v.clone() for k, v in trainer.callback_metrics.items() if not k.endswith("second")})
 
-    def on_train_end(self, trainer, pl_module) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         weights = {name: tensor.clone() for name, tensor in full_weights(pl_module.student)}
         if trainer.is_global_zero:
             torch.save({"gradients": self.gradients, "weights": weights, "losses": self.losses}, self.out)
@@ -83,7 +87,7 @@ def main() -> None:
     method = (SRT if kind == "srt" else SelfDistill)(ModelConfig(model), **options)
     strategy = "auto"
     if ranks > 1:
-        strategy = DDPStrategy() if "ddp" in sys.argv else ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False)
+        strategy = DDPStrategy() if "ddp" in sys.argv else ModelParallelStrategy(ranks, 1)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,

@@ -239,7 +239,8 @@ class StepDataModule(L.LightningDataModule):
         if not gap <= self.max_logprob_gap:
             raise EngineError(
                 f"after the sync of policy version {self.policy.policy_version} the engine's log-probabilities "
-                f"are {gap:.4g} nats off the trainer's (max_logprob_gap={self.max_logprob_gap}): stale or garbled weights"
+                f"are {gap:.4g} nats off the trainer's (max_logprob_gap={self.max_logprob_gap}): "
+                "stale or garbled weights"
             )
         self._checked_version = self.policy.policy_version
         return {"logprob_gap": gap}

@@ -99,5 +99,3 @@ class RolloutDataModule(StepDataModule):
         if self._sampler is not None:
             self._sampler.journal.forget(lambda group: "train-" <= group < f"train-{obsolete:06d}")
         return super().state_dict()
-
-

@@ -75,12 +75,14 @@ class TraceDataModule(StepDataModule):
         super().setup(stage)
         if stage != "fit":
             return
-        self.traces = self.source.traces(self.policy.builder)
+        self.traces = list(self.source.traces(self.policy.builder))
         if shared := sorted({t.question.id for t in self.traces} & {q.id for q in self.eval_questions}):
             raise ValueError(f"{len(shared)} questions of the traces are also in the evaluation, e.g. {shared[:3]}")
         longest = max(len(t.prompt_ids + t.init_ids + t.bridge_ids + t.revised_ids) for t in self.traces)
         if longest > self.max_positions:
-            raise ValueError(f"the longest trace has {longest} tokens, but the model has {self.max_positions} positions")
+            raise ValueError(
+                f"the longest trace has {longest} tokens, but the model has {self.max_positions} positions"
+            )
 
     def make_batch(self, counter: int, indices: Sequence[int]) -> TraceBatch:
         return TraceBatch([self.traces[i] for i in indices], counter)

@@ -31,7 +31,6 @@ from sdzero.prompts import collate
 from sdzero.seeds import run_seed
 from sdzero.types import EvalBatch, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
 
-
 BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 FAULTS = ("num_nonfinite", "num_skipped")
 
@@ -113,8 +112,6 @@ class Method(L.LightningModule):
         max_skipped_steps: consecutive batches without a target token before the run stops.
     """
 
-    automatic_optimization = False
-
     def __init__(
         self,
         model: ModelConfig,
@@ -127,6 +124,7 @@ class Method(L.LightningModule):
         max_skipped_steps: int = 10,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.model_config = model
         self.builder = model.builder()
         self.hf_config = model.hf_config()
@@ -300,10 +298,10 @@ class Method(L.LightningModule):
 
     def _count_rollouts(self, batch: RolloutBatch) -> dict[str, float]:
         """Adds the step's rollouts, of all ranks, to the budget; returns their means and the sampling's figures."""
-        rows = [(1, len(s.rollout.token_ids), s.verdict.reward, s.verdict.reason) for s in batch.scored]
-        sums = [sum(row[i] for row in rows) for i in range(3)]
-        by_reason = [sum(row[3] == reason for row in rows) for reason in get_args(Reason)]
-        num, num_tokens, num_right, *reasons = self._reduce(torch.tensor([*sums, *by_reason]), "sum").tolist()
+        lengths, verdicts = [len(s.rollout.token_ids) for s in batch.scored], [s.verdict for s in batch.scored]
+        sums = [len(lengths), sum(lengths), sum(v.reward for v in verdicts)]
+        sums += [sum(v.reason == reason for v in verdicts) for reason in get_args(Reason)]
+        num, num_tokens, num_right, *reasons = self._reduce(torch.tensor(sums), "sum").tolist()
         self.num_generations += num
         self.num_tokens_sampled += num_tokens
         means = {"reward": num_right / max(num, 1), "length": num_tokens / max(num, 1)}

@@ -48,9 +48,9 @@ class SelfDistill(Method):
         vocab_size = self.hf_config.vocab_size
         if divergence.top_k is not None and divergence.top_k > vocab_size:
             raise ValueError(f"divergence.top_k={divergence.top_k} is above the vocabulary of {vocab_size} tokens")
-        teacher_vocab_size = self.teacher_config.hf_config().vocab_size
-        if teacher_vocab_size != vocab_size:
-            raise ValueError(f"teacher.path: its vocabulary has {teacher_vocab_size} tokens, the student's {vocab_size}")
+        theirs = self.teacher_config.hf_config().vocab_size
+        if theirs != vocab_size:
+            raise ValueError(f"teacher.path: its vocabulary has {theirs} tokens, the student's {vocab_size}")
 
     def configure_model(self) -> None:
         super().configure_model()
