@@ -115,9 +115,7 @@ class Collect:
         prompts = [builder.prompt(q) for q in chosen for _ in range(self.num_initial)]
         initial = sampler.sample(prompts, self.sampling, f"{chunk:05d}-initial", 0)
         # revisions of one answer stand side by side, so that the engine shares their prefix
-        revision_prompts: list[Prompt] = [
-            builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)
-        ]
+        revision_prompts = [builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)]
         revised = sampler.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision", 0)
         n = self.num_revisions
         return [(first, revised[i * n : (i + 1) * n]) for i, first in enumerate(initial)]
