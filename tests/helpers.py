@@ -1,0 +1,153 @@
+"""What tests of methods and callbacks share: a task, an engine that takes notes, stored batches, a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sdzero.data.base import stream_loader
+from sdzero.engines import ScriptedEngine
+from sdzero.engines.base import SyncReport
+from sdzero.methods import Method
+from sdzero.prompts import PromptBuilder
+from sdzero.tasks.base import Task
+from sdzero.types import Prompt, Question, Rollout, RolloutBatch, Sampling, ScoredRollout, Split, Trace, Verdict
+
+
+class Toy(Task):
+    """Questions "0+1=", "1+1=", ...; by default a response that ends with the gold answer is right."""
+
+    def __init__(self, right: Callable[[Question, str], bool] = lambda q, text: text.endswith(q.answer)) -> None:
+        self.right = right
+
+    def questions(self, split: Split, num_questions: int) -> list[Question]:
+        return [Question(f"{split}-{i}", f"{i}+1=", str(i + 1)) for i in range(num_questions)]
+
+    def verify(self, question: Question, response: str) -> Verdict:
+        return Verdict(1, "correct") if self.right(question, response) else Verdict(0, "wrong")
+
+
+class Notes(ScriptedEngine):
+    """A scripted engine that keeps the weights it was sent, and the prompts and version of every call."""
+
+    def __init__(self, responses: Callable[[Prompt, int], str]) -> None:
+        super().__init__(responses)
+        self.weights: dict[str, Tensor] = {}
+        self.calls: list[tuple[int, list[Prompt]]] = []
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        self.weights = {name: tensor.clone() for name, tensor in weights}
+        return super().sync(self.weights.items(), policy_version)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+        self.calls.append((policy_version, list(prompts)))
+        return super().generate(prompts, sampling, seed, policy_version)
+
+
+class Stored(L.LightningDataModule):
+    """Batches made beforehand, one optimizer step each, the same ones every epoch."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return stream_loader(len(self.batches), lambda: iter(self.batches))
+
+
+class Steps(L.Callback):
+    """Of every step: the gradients as the optimizer sees them, and all metrics after it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        assert isinstance(pl_module.student, torch.nn.Module)
+        named = pl_module.student.hf.named_parameters()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        self.gradients.append({name: p.grad.clone() for name, p in named})
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def curve(self, name: str) -> list[float]:
+        return [metrics[name] for metrics in self.metrics]
+
+
+def make_trainer(root: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False, "log_every_n_steps": 1}
+    return L.Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **{**defaults, **options},
+    )
+
+
+def fit(method: Method, data: L.LightningDataModule | Sequence[Any], root: Path, *callbacks: L.Callback, **options: Any) -> Steps:
+    """A real fit of stored batches, or of a data module, and what its steps were."""
+    steps = Steps()
+    module = data if isinstance(data, L.LightningDataModule) else Stored(data)
+    make_trainer(root, *callbacks, steps, **options).fit(method, datamodule=module)
+    return steps
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def make_trace(builder: PromptBuilder, question_id: str, init: str | None, revised: str, reward: int | None) -> Trace:
+    """A trace of a first attempt and its revision; without `init`, a demonstration."""
+    question = Question(question_id, f"{question_id}: what is 1+1?", "2")
+    if init is None:
+        return builder.demonstration(question, revised)
+    assert reward is not None
+    first = make_scored(builder, question, init, reward)
+    return builder.trace(first, encode(builder, revised))
+
+
+def make_scored(builder: PromptBuilder, question: Question, response: str, reward: int, cut: bool = False) -> ScoredRollout:
+    """A scored response; a `cut` one has no end-of-turn token."""
+    ids = encode(builder, response) + (() if cut else (builder.end_id,))
+    rollout = Rollout(builder.prompt(question), ids, (0.0,) * len(ids), response, "length" if cut else "stop", 0)
+    reason = "truncated" if cut else "correct" if reward else "wrong"
+    return ScoredRollout(rollout, Verdict(1, reason) if reward else Verdict(0, reason))
+
+
+def make_batch(scored: Sequence[ScoredRollout], version: int = 0) -> RolloutBatch:
+    return RolloutBatch(list(scored), version, version)
+
+
+def encode(builder: PromptBuilder, text: str) -> tuple[int, ...]:
+    return tuple(builder.tokenizer.encode(text, add_special_tokens=False))
+
+
+def plain_model(path: Path) -> Any:
+    """The model as transformers loads it, in float64: the slow reference."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+
+
+def plain_logprobs(model: Any, context: Sequence[int], target: Sequence[int]) -> Tensor:
+    """Log-probabilities [N, V] at every token of `target` after `context`, from one plain forward pass."""
+    logits = model(torch.tensor([[*context, *target]])).logits[0]
+    return logits[len(context) - 1 : -1].log_softmax(-1)
