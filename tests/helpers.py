@@ -71,7 +71,7 @@ class Steps(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module.student, torch.nn.Module)
         named = pl_module.student.hf.named_parameters()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        self.gradients.append({name: p.grad.clone() for name, p in named})
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,7 +97,9 @@ def make_trainer(root: Path, *callbacks: L.Callback, **options: Any) -> L.Traine
     )
 
 
-def fit(method: Method, data: L.LightningDataModule | Sequence[Any], root: Path, *callbacks: L.Callback, **options: Any) -> Steps:
+def fit(
+    method: Method, data: L.LightningDataModule | Sequence[Any], root: Path, *callbacks: L.Callback, **options: Any
+) -> Steps:
     """A real fit of stored batches, or of a data module, and what its steps were."""
     steps = Steps()
     module = data if isinstance(data, L.LightningDataModule) else Stored(data)
@@ -124,7 +126,9 @@ def make_trace(builder: PromptBuilder, question_id: str, init: str | None, revis
     return builder.trace(first, encode(builder, revised))
 
 
-def make_scored(builder: PromptBuilder, question: Question, response: str, reward: int, cut: bool = False) -> ScoredRollout:
+def make_scored(
+    builder: PromptBuilder, question: Question, response: str, reward: int, cut: bool = False
+) -> ScoredRollout:
     """A scored response; a `cut` one has no end-of-turn token."""
     ids = encode(builder, response) + (() if cut else (builder.end_id,))
     rollout = Rollout(builder.prompt(question), ids, (0.0,) * len(ids), response, "length" if cut else "stop", 0)

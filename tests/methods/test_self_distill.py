@@ -1,0 +1,334 @@
+"""SelfDistill, held against full float64 logits of student and teacher, response by response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import (
+    Notes,
+    Steps,
+    Toy,
+    encode,
+    fit,
+    make_batch,
+    make_scored,
+    plain_logprobs,
+    plain_model,
+    same,
+    weights_of,
+)
+from sdzero.data import Evaluation, RolloutDataModule
+from sdzero.losses import Divergence
+from sdzero.methods import SelfDistill
+from sdzero.models import ModelConfig
+from sdzero.prompts import Context, Demonstration, Feedback, FinalAnswer, Plain, PromptBuilder, Revision
+from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Verdict
+from tiny_model import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same vocabulary, and of another shape."""
+    return write_tiny_model(tmp_path_factory.mktemp("other"), seed=1, num_hidden_layers=1, hidden_size=32)
+
+
+@pytest.fixture(scope="module")
+def builder(path: Path) -> PromptBuilder:
+    return PromptBuilder.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def scored(builder: PromptBuilder) -> list[ScoredRollout]:
+    """Both rewards, two responses to one question, and one without an end-of-turn token."""
+    q0 = Question("q0", "1+1=", "2", {"solution": "one and one is 2"})
+    q1 = Question("q1", "3+4=", "7", {"solution": "3, 4: 7"})
+    return [
+        make_scored(builder, q0, "the answer is 3", reward=0),
+        make_scored(builder, q0, "the answer is 2", reward=1),
+        make_scored(builder, q1, "Wait, wait, it is", reward=0, cut=True),
+        make_scored(builder, q1, "7", reward=1),
+    ]
+
+
+def run(path: Path, scored: list[ScoredRollout], root: Path, **options: Any) -> tuple[SelfDistill, Steps]:
+    method = SelfDistill(
+        ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), max_grad_norm=0, **options
+    )
+    return method, fit(method, [make_batch(scored)], root)
+
+
+def read_by_hand(builder: PromptBuilder, scored: ScoredRollout) -> tuple[int, ...]:
+    """What equation 4's teacher reads before the second copy of y."""
+    body = tuple(i for i in scored.rollout.token_ids if i != builder.end_id)
+    phrase = (
+        "Let me rephrase the above solution."
+        if scored.verdict.reward
+        else ("Wait, this response is not correct, let me start over.")
+    )
+    return scored.rollout.prompt.token_ids + body + encode(builder, f"\n\n{phrase}\n\n")
+
+
+def chat(build: Callable[[ScoredRollout], str]) -> Callable[[PromptBuilder, ScoredRollout], tuple[int, ...]]:
+    return lambda builder, scored: builder.chat(build(scored))
+
+
+def feedback(scored: ScoredRollout) -> str:
+    """q0's and q1's wrong answers each have a sibling's success beside them; the right ones have none."""
+    question = scored.rollout.prompt.question
+    success = {"q0": "the answer is 2", "q1": "7"}[question.id]
+    mend = "" if scored.verdict.reward else f"\nA correct attempt was:\n{success}"
+    return f"{question.text}\n\nFeedback on an earlier attempt: {scored.verdict.reason}.{mend}"
+
+
+READS: dict[str, tuple[Context, Callable[[PromptBuilder, ScoredRollout], tuple[int, ...]]]] = {
+    "revision": (Revision(), read_by_hand),
+    "plain": (Plain(), lambda builder, s: s.rollout.prompt.token_ids),
+    "demonstration": (
+        Demonstration("{question} Look: {demonstration}"),
+        chat(lambda s: f"{(q := s.rollout.prompt.question).text} Look: {q.meta['solution']}"),
+    ),
+    "final answer": (
+        FinalAnswer("{question} It is {answer}"),
+        chat(lambda s: f"{(q := s.rollout.prompt.question).text} It is {q.answer}"),
+    ),
+    "feedback": (Feedback(), chat(feedback)),
+}
+
+
+class Reference:
+    """Equation 4 with all logits of both models, one response at a time."""
+
+    def __init__(
+        self, student: Path, teacher: Path, builder: PromptBuilder, scored: list[ScoredRollout], read: Any
+    ) -> None:
+        self.model, reviser = plain_model(student), plain_model(teacher)
+        self.rewards = [s.verdict.reward for s in scored]
+        self.kl: list[Tensor] = []
+        self.kl_reward: list[Tensor] = []
+        for s in scored:
+            ids = s.rollout.token_ids  # with its end-of-turn token: ending is learned too
+            log_s = plain_logprobs(self.model, s.rollout.prompt.token_ids, ids)
+            with torch.no_grad():
+                log_t = plain_logprobs(reviser, read(builder, s), ids)
+            self.kl.append((log_s.exp() * (log_s - log_t)).sum(-1))
+            self.kl_reward.append((log_s - log_t).gather(1, torch.tensor(ids)[:, None]).squeeze(1).detach())
+
+    def mean_of(self, values: list[Tensor], reward: int) -> float:
+        return torch.cat([v for v, r in zip(values, self.rewards, strict=True) if r == reward]).mean().item()
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
+@pytest.mark.parametrize("name", READS)
+def test_the_loss_is_equation_4(
+    path: Path,
+    other: Path,
+    builder: PromptBuilder,
+    scored: list[ScoredRollout],
+    tmp_path: Path,
+    name: str,
+    reduction: str,
+) -> None:
+    """Loss, gradients and logged figures, with a teacher of another shape; in micro batches of one row and more."""
+    context, read = READS[name]
+    options = {"context": context, "teacher": ModelConfig(str(other)), "reduction": reduction}
+    _, steps = run(path, scored, tmp_path, max_tokens_per_micro_batch=190, **options)
+    reference = Reference(path, other, builder, scored, read)
+    loss = (
+        torch.cat(reference.kl).mean()
+        if reduction == "token_mean"
+        else torch.stack([k.sum() for k in reference.kl]).mean()
+    )
+    loss.backward()
+    (metrics,), (gradients,) = steps.metrics, steps.gradients
+    assert metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for parameter, gradient in gradients.items():
+        expected = reference.model.get_parameter(parameter).grad
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    for reward in (0, 1):
+        assert metrics[f"teacher/kl_r{reward}"] == pytest.approx(reference.mean_of(reference.kl, reward), rel=1e-5)
+        expected = reference.mean_of(reference.kl_reward, reward)
+        assert metrics[f"teacher/token_kl_reward_r{reward}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_another_model_the_teacher_is_the_student_as_it_starts(
+    path: Path, builder: PromptBuilder, scored: list[ScoredRollout], tmp_path: Path
+) -> None:
+    method, steps = run(path, scored, tmp_path)
+    expected = torch.cat(Reference(path, path, builder, scored, read_by_hand).kl).mean().item()
+    assert expected > 0.1  # the context alone makes the difference
+    assert steps.metrics[0]["train/loss"] == pytest.approx(expected, rel=1e-5)
+    assert same(weights_of(method.teacher), weights_of(method.student))
+    method, steps = run(path, scored, tmp_path, context=Plain())
+    assert steps.metrics[0]["train/loss"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_positive_means_that_the_reviser_would_take_the_token_back(
+    path: Path, other: Path, builder: PromptBuilder, tmp_path: Path, sign: int
+) -> None:
+    """Of all answers of one token, the one that the teacher finds least (most) likely beside the student."""
+    prompt = builder.prompt(question := Question("q0", "1+1=", "2")).token_ids
+    log_s, log_t = (plain_logprobs(plain_model(model), prompt, [0])[0] for model in (path, other))
+    token = int((sign * (log_s - log_t)).argmax())
+    response = Rollout(Prompt(question, prompt), (token,), (0.0,), "", "length", 0)
+    options = {"teacher": ModelConfig(str(other)), "context": Plain()}
+    _, steps = run(path, [ScoredRollout(response, Verdict(0, "truncated"))], tmp_path, **options)
+    assert sign * steps.metrics[0]["teacher/token_kl_reward_r0"] > 0.5
+
+
+def test_the_teacher_is_read_on_the_second_copy(
+    path: Path, builder: PromptBuilder, scored: list[ScoredRollout], tmp_path: Path
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert isinstance(pl_module, SelfDistill)
+            pl_module.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
+
+    method = SelfDistill(ModelConfig(str(path)), max_tokens_per_micro_batch=1)
+    fit(method, [make_batch(scored)], tmp_path, Watch())
+    read = {read_by_hand(builder, s) + s.rollout.token_ids: len(s.rollout.token_ids) for s in scored}
+    assert len(seen) == len(read) == len(scored)
+    for input_ids, predicts in seen:
+        num = read[tuple(input_ids[0].tolist())]
+        last = len(input_ids[0]) - 1  # the logits at a place are those of the next token
+        assert predicts[0].nonzero().flatten().tolist() == list(range(last - num, last))
+
+
+def test_top_k_mass_is_the_teachers(
+    path: Path, builder: PromptBuilder, scored: list[ScoredRollout], tmp_path: Path
+) -> None:
+    _, steps = run(path, scored, tmp_path, divergence=Divergence(top_k=4), max_tokens_per_micro_batch=1)
+    model = plain_model(path)
+    masses, kls = [], []
+    for s in scored:
+        log_t = plain_logprobs(model, read_by_hand(builder, s), s.rollout.token_ids).detach()
+        log_s = plain_logprobs(model, s.rollout.prompt.token_ids, s.rollout.token_ids).detach()
+        top = log_t.topk(4)
+        masses.append(top.values.exp().sum(-1))
+        inside_s, inside_t = log_s.gather(1, top.indices).log_softmax(-1), top.values.log_softmax(-1)
+        kls.append((inside_s.exp() * (inside_s - inside_t)).sum(-1))
+    assert steps.metrics[0]["teacher/top_k_mass"] == pytest.approx(torch.cat(masses).mean().item(), rel=1e-5)
+    assert steps.metrics[0]["train/loss"] == pytest.approx(torch.cat(kls).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_cut_responses_can_be_left_out(path: Path, scored: list[ScoredRollout], tmp_path: Path, mask: bool) -> None:
+    method, steps = run(path, scored, tmp_path, mask_truncated=mask)
+    kept = [s for s in scored if s.rollout.finish_reason == "stop"] if mask else scored
+    assert method.num_tokens_trained == 2 * sum(
+        len(s.rollout.token_ids) for s in kept
+    )  # the student's and the teacher's
+    assert method.num_generations == len(scored)  # sampled all the same
+    assert method.num_tokens_sampled == sum(len(s.rollout.token_ids) for s in scored)
+    _, of_kept = run(path, kept, tmp_path)
+    assert steps.metrics[0]["train/loss"] == pytest.approx(of_kept.metrics[0]["train/loss"], rel=1e-5)
+
+
+class Modes(L.Callback):
+    """At every step: who is in training mode, and how often each model's first layer ran."""
+
+    def __init__(self) -> None:
+        self.modes: list[tuple[set[bool], set[bool]]] = []
+        self.calls = {"student": 0, "teacher": 0}
+        self.in_step: list[dict[str, int]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, SelfDistill)
+        for name in self.calls:
+            layer = getattr(pl_module, name).hf.model.layers[0].self_attn.q_proj
+
+            def count(module: torch.nn.Module, inputs: Any, name: str = name) -> None:
+                self.calls[name] += 1
+
+            layer.register_forward_pre_hook(count)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, SelfDistill)
+        students, teachers = pl_module.student.modules(), pl_module.teacher.modules()
+        self.modes.append(({m.training for m in students}, {m.training for m in teachers}))
+        self.calls = {"student": 0, "teacher": 0}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.in_step.append(dict(self.calls))
+
+
+def answer(prompt: Prompt, seed: int) -> str:
+    return f"the answer is {seed % 3}"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_modes_survive_validation_and_checkpointing_is_real(path: Path, tmp_path: Path, checkpointing: bool) -> None:
+    """Activations are computed twice only where a backward pass wants them: never the teacher's."""
+    sampling = Sampling(max_new_tokens=30)
+    evaluation = Evaluation(num_questions=2, num_samples=2, sampling=sampling)
+    data = RolloutDataModule(Toy(), Notes(answer), 6, 2, sampling=sampling, evaluation=evaluation, max_logprob_gap=99)
+    method, modes = SelfDistill(ModelConfig(str(path), gradient_checkpointing=checkpointing)), Modes()
+    fit(method, data, tmp_path, modes, val_check_interval=1)
+    assert modes.modes == [({True}, {False})] * 3
+    assert modes.in_step == [{"student": 2 if checkpointing else 1, "teacher": 1}] * 3
+
+
+def test_checkpointing_changes_no_gradient(path: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        method = SelfDistill(ModelConfig(str(path), gradient_checkpointing=checkpointing))
+        gradients.append(fit(method, [make_batch(scored)], tmp_path).gradients[0])
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name])
+
+
+def test_the_teacher_learns_nothing(path: Path, other: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
+    method = SelfDistill(
+        ModelConfig(str(path)), teacher=ModelConfig(str(other)), optimizer=lambda p: torch.optim.SGD(p, lr=1.0)
+    )
+    batches = [make_batch(scored, version) for version in range(2)]
+    fit(method, batches, tmp_path)
+    start = {f"hf.{name}": p.detach().float() for name, p in plain_model(other).named_parameters()}
+    assert same(weights_of(method.teacher), start)
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+    moved = {f"hf.{name}": p.detach().float() for name, p in plain_model(path).named_parameters()}
+    assert not any(torch.equal(p, moved[name]) for name, p in weights_of(method.student).items())
+
+
+def test_a_bfloat16_teacher_is_allowed(path: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
+    method, steps = run(path, scored, tmp_path, teacher=ModelConfig(str(path), dtype="bfloat16"))
+    assert {p.dtype for p in method.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in method.student.parameters()} == {torch.float32}
+    _, exact = run(path, scored, tmp_path)
+    assert steps.metrics[0]["train/loss"] == pytest.approx(exact.metrics[0]["train/loss"], rel=0.05)
+
+
+def test_what_cannot_be_compared_is_refused_before_weights_are_read(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were read")
+
+    narrow = write_tiny_model(tmp_path / "narrow", vocab_size=100)
+    vocab_size = ModelConfig(str(path)).hf_config().vocab_size
+    monkeypatch.setattr("sdzero.methods.base.load", never)
+    monkeypatch.setattr("sdzero.methods.self_distill.load", never)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
+    with pytest.raises(ValueError, match=rf"teacher\.path: its vocabulary has 100 tokens, the student's {vocab_size}"):
+        SelfDistill(ModelConfig(str(path)), teacher=ModelConfig(str(narrow)))
+    with pytest.raises(
+        ValueError, match=rf"divergence\.top_k={vocab_size + 1} is above the vocabulary of {vocab_size}"
+    ):
+        SelfDistill(ModelConfig(str(path)), divergence=Divergence(top_k=vocab_size + 1))
+    SelfDistill(ModelConfig(str(path)), divergence=Divergence(top_k=vocab_size))
