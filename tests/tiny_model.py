@@ -67,7 +67,8 @@ def write_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(Qwen3Config(**{**config, **overrides}))
-    defaults = dict(do_sample=True, top_k=5, temperature=0.3, repetition_penalty=1.5)  # engines must not pick these up
+    # what engines must not pick up
+    defaults = dict(do_sample=True, top_k=5, temperature=0.3, repetition_penalty=1.5, min_p=0.2)
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[1], **defaults)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -59,6 +59,9 @@ class Started:
         self.engines: dict[str, RolloutEngine] = {}
         self.process_kept: dict[str, bool] = {}
 
+    def close(self, name: str) -> None:
+        self.engines.pop(name).close()
+
     def __getitem__(self, name: str) -> RolloutEngine:
         if name not in self.engines:
             engine = FACTORIES[name]()
@@ -74,8 +77,8 @@ class Started:
 def started(model_path: str, builder: PromptBuilder) -> Iterator[Started]:
     started = Started(model_path, builder)
     yield started
-    for engine in started.engines.values():
-        engine.close()
+    for name in list(started.engines):
+        started.close(name)
 
 
 @pytest.fixture(params=FACTORIES)
@@ -305,3 +308,18 @@ def test_one_wrong_bit_is_caught(sampler: RolloutEngine, trainer: torch.nn.Modul
     with pytest.raises(EngineError, match=r"'model\.norm\.weight' of the engine differs.*\(1 such"):
         sampler.sync(garbling(), 2)
     assert sampler.policy_version is None
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm"])
+def test_a_second_engine_started_with_weights_is_version_0(
+    name: str, started: Started, builder: PromptBuilder, trainer: torch.nn.Module
+) -> None:
+    """It samples like a synced one: the folder's generation_config.json (top_k 5, temperature 0.3, ...) has no say."""
+    asked, sampling = prompts(builder, 20), Sampling(1.0, 1.0, 20)
+    started[name].sync(trainer.named_parameters(), 1)
+    synced = started[name].generate(asked, sampling, seed=4, policy_version=1)
+    started.close(name)
+    engine = FACTORIES[name]()
+    engine.start(EngineSpec(started.spec.model_path, MAX_MODEL_LEN, load_weights=True), builder)
+    assert ids(engine.generate(asked, sampling, seed=4, policy_version=0)) == ids(synced)
+    engine.close()

@@ -233,6 +233,16 @@ def test_without_vllm_the_error_names_the_extras(model_path: str, monkeypatch: p
         engine.start(EngineSpec(model_path, 64), PromptBuilder.from_pretrained(model_path))
 
 
+@pytest.mark.parametrize(("on_cpu", "key"), [(True, "kv_cache_gib 1.0"), (False, "gpu_memory_utilization 0.4")])
+def test_a_refused_start_names_our_keys(start: Any, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, key: str) -> None:
+    def refuse(self: FakeLLM, **options: Any) -> None:
+        raise ValueError("No available memory for the cache blocks.")
+
+    monkeypatch.setattr(FakeLLM, "__init__", refuse)
+    with pytest.raises(ValueError, match=rf"{key} and a longest prompt \+ response of 64.*No available memory"):
+        start(on_cpu=on_cpu)
+
+
 def test_tensor_parallel_engines_need_a_process_per_gpu(model_path: str) -> None:
     engine = VLLMEngine(tensor_parallel_size=2)
     with pytest.raises(ValueError, match=r"tensor_parallel_size 2 must divide the number of processes, which is 1"):

@@ -25,11 +25,12 @@ def fingerprint(tensor: Tensor) -> int:
     The sum of bits[i] * (2i + 1) in 64-bit integers that wrap: any single change and any swap of unlike elements show.
     """
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
-    chunk = _CPU_CHUNK if bits.device.type == "cpu" else _GPU_CHUNK
+    chunk = min(bits.numel(), _CPU_CHUNK if bits.device.type == "cpu" else _GPU_CHUNK)
+    odd = torch.arange(1, 2 * chunk, 2, device=bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), chunk):
+    for start in range(0, bits.numel(), max(chunk, 1)):
         part = bits[start : start + chunk].long()
-        total += (part * torch.arange(2 * start + 1, 2 * (start + part.numel()), 2, device=part.device)).sum()
+        total += (part * odd[: part.numel()]).sum() + 2 * start * part.sum()
     return int(total) % 2**64
 
 

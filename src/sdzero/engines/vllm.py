@@ -38,8 +38,8 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: no compilation and no CUDA graphs; null means on the CPU only, where compiling takes longer
             than it saves.
         enable_prefix_caching: prompts of one call that begin alike share the work on their common part.
-        deadline_seconds: limit of one generate call or sync; passing it raises EngineError. A call that hangs in
-            native code ends the process a minute later, with the stacks of all threads on stderr.
+        deadline_seconds: limit of one generate call; passing it raises EngineError. A start, sync or generate that
+            hangs in native code ends the process a minute later, with the stacks of all threads on stderr.
     """
 
     def __init__(
@@ -75,8 +75,18 @@ class VLLMEngine(RolloutEngine):
             if dist.is_initialized():
                 _spare_process_group()
             with self._guarded():
-                self._llm = llm_class(**self._llm_options())
+                self._llm = self._construct(llm_class)
         self.policy_version = 0 if spec.load_weights else None
+
+    def _construct(self, llm_class: Callable[..., Any]) -> Any:
+        try:
+            return llm_class(**self._llm_options())
+        except ValueError as error:  # vLLM's advice names options of its own
+            memory = "kv_cache_gib" if self._is_cpu else "gpu_memory_utilization"
+            raise ValueError(
+                f"vLLM does not start with {memory} {getattr(self, memory)} and a longest prompt + response of "
+                f"{self._spec.max_model_len} tokens; change these. It says: {error}"
+            ) from error
 
     def _llm_options(self) -> dict[str, Any]:
         spec, cache_bytes = self._spec, int(self.kv_cache_gib * 2**30)
@@ -251,10 +261,12 @@ def _environment(tensor_parallel_size: int) -> dict[str, str]:
         )
     if world_size > 1:
         rank = dist.get_rank()
+        on_gpu = torch.cuda.is_available()
         variables |= {
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": os.environ.get("LOCAL_RANK", str(rank)),
+            # the GPU that vLLM takes: the trainer's
+            "LOCAL_RANK": str(torch.cuda.current_device()) if on_gpu else os.environ.get("LOCAL_RANK", str(rank)),
             "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
             "MASTER_PORT": os.environ.get("MASTER_PORT", "29500"),
         }

@@ -1,0 +1,60 @@
+"""One of two trainer ranks, as tests/engines/test_vllm_ranks.py starts them: sharded model, its own vLLM engine.
+
+python two_ranks.py RANK MODEL_PATH STORE_FILE
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from time import perf_counter
+
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from sdzero.engines import VLLMEngine
+from sdzero.engines.base import EngineSpec
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Question, Sampling
+
+
+def main(rank: int, model_path: str, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    sharded = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    builder = PromptBuilder.from_pretrained(model_path)
+    for tensor_parallel_size in (1, 2):
+        engine = VLLMEngine(tensor_parallel_size=tensor_parallel_size, kv_cache_gib=0.05)
+        started = perf_counter()
+        engine.start(EngineSpec(model_path, 96), builder)
+        print(f"start {perf_counter() - started:.1f} s", flush=True)
+        weights = (
+            (name, weight.full_tensor()) for name, weight in sharded.named_parameters() if isinstance(weight, DTensor)
+        )
+        report = engine.sync(weights, 1)
+        prompts = [builder.prompt(Question(f"{rank}-{i}", f"{rank} {i} ?", "")) for i in range(3 + 2 * rank)]
+        # engines of their own may draw unlike numbers of tokens; one engine over both ranks draws alike on both
+        length = 8 + 12 * rank if tensor_parallel_size == 1 else 10
+        rollouts = engine.generate(prompts, Sampling(1.0, 1.0, length), 5 + rank, 1)
+        assert [rollout.prompt for rollout in rollouts] == prompts
+        for rollout in rollouts:
+            row = torch.tensor([rollout.prompt.token_ids + rollout.token_ids])
+            with torch.no_grad():
+                logits = reference(row).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-3, rtol=0)
+        sharded(input_ids=torch.tensor([prompts[0].token_ids])).logits.mean().backward()
+        engine.close()
+        print(f"tensor_parallel_size {tensor_parallel_size}: checksum {report.checksum}", flush=True)
+    dist.barrier()  # the trainer's process group outlives its engines
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert "RANK" not in os.environ  # Lightning's own launcher does not set it either
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
