@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -180,10 +180,13 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def lerp_weights(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target += weight * (source - target), shard by shard; 1.0 copies exactly."""
+    """target += weight * (source - target), shard by shard; 1.0 copies exactly. Collective under FSDP1."""
     reshard(target)
     reshard(source)
-    with torch.no_grad():
+    with ExitStack() as gathered, torch.no_grad():
+        if isinstance(target, FSDP1):  # its root keeps a gathered copy after a forward pass, which would hide the update
+            gathered.enter_context(FSDP1.summon_full_params(target, writeback=True))
+            gathered.enter_context(FSDP1.summon_full_params(source, writeback=False))
         for into, of in zip(target.parameters(), source.parameters(), strict=True):
             value = of.detach().to(into.dtype)
             into.copy_(value) if weight == 1.0 else into.lerp_(value, weight)

@@ -20,8 +20,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
 
 
-def train(kind: str, ranks: int, model: Path, out: Path, *options: str) -> dict:
-    command = [sys.executable, str(HERE / "train_stored.py"), kind, str(ranks), str(model), str(out), *options]
+def run(script: str, out: Path, *arguments: object) -> dict:
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
@@ -34,9 +34,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", ["srt", "self_distill"])
 def test_two_ranks_equal_one(kind: str, model_folder: Path, tmp_path: Path) -> None:
     """Float32, SGD, clipping, uneven shares, a rank without rows, several micro batches."""
-    one = train(kind, 1, model_folder, tmp_path / "one.pt")
+    one = run("train_stored.py", tmp_path / "one.pt", kind, 1, model_folder, tmp_path / "one.pt")
     for strategy in ("fsdp2", "ddp") if kind == "self_distill" else ("fsdp2",):
-        two = train(kind, 2, model_folder, tmp_path / f"{strategy}.pt", strategy)
+        out = tmp_path / f"{strategy}.pt"
+        two = run("train_stored.py", out, kind, 2, model_folder, out, strategy)
         for step, (ours, theirs) in enumerate(zip(one["gradients"], two["gradients"], strict=True)):
             assert max(map(relative, ours, theirs)) < 1e-5, (strategy, step)
         assert one["weights"].keys() == two["weights"].keys()
@@ -44,6 +45,16 @@ def test_two_ranks_equal_one(kind: str, model_folder: Path, tmp_path: Path) -> N
         for ours, theirs in zip(one["losses"], two["losses"], strict=True):  # metrics reduce over the ranks
             assert ours.keys() == theirs.keys()
             assert all(torch.allclose(ours[k], theirs[k], rtol=1e-4, atol=1e-6) for k in ours), (ours, theirs)
+
+
+def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path: Path) -> None:
+    """What FSDPStrategy leaves to the models: wrapping, clipping, gathering, and an EMA and a copy of the teacher."""
+    one, two = (run("fsdp1_ranks.py", tmp_path / f"{n}.pt", n, model_folder, tmp_path / f"{n}.pt") for n in (1, 2))
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+    assert one["norms"] == pytest.approx(two["norms"], rel=1e-5)
+    for model in ("student", "teacher"):
+        assert max(relative(w, two[model][name]) for name, w in one[model].items()) < 1e-5
+    assert any(relative(w, one["teacher"][name]) > 1e-4 for name, w in one["student"].items())
 
 
 def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: Path) -> None:
