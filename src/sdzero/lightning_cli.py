@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
 
-
 # Lightning's advice that does not hold here
 _NOISE = (
     "Using ModelCheckpoint with manual optimization",  # the state after the step is what a restart needs

@@ -184,7 +184,7 @@ def lerp_weights(target: nn.Module, source: nn.Module, weight: float) -> None:
     reshard(target)
     reshard(source)
     with ExitStack() as gathered, torch.no_grad():
-        if isinstance(target, FSDP1):  # its root keeps a gathered copy after a forward pass, which would hide the update
+        if isinstance(target, FSDP1):  # its root keeps a gathered copy, which would hide the update
             gathered.enter_context(FSDP1.summon_full_params(target, writeback=True))
             gathered.enter_context(FSDP1.summon_full_params(source, writeback=False))
         for into, of in zip(target.parameters(), source.parameters(), strict=True):

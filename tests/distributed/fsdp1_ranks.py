@@ -37,7 +37,7 @@ def work(rank: int, num_ranks: int, folder: str, out: str) -> None:
         output = student(
             batch.input_ids,
             batch.predicts,
-            lambda h, w, g=guide, o=ones: divergence_head(h, w, g, o, count, Divergence()),
+            lambda h, w, g=guide, o=ones, n=count: divergence_head(h, w, g, o, n, Divergence()),
         )
         (output.loss * num_ranks).backward()
         total = output.loss.detach().clone()

@@ -169,7 +169,7 @@ class Method(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
-        if stage == "fit" and precision in ("bf16-true", "16-true", "16-mixed", "transformer-engine-float16"):
+        if stage == "fit" and precision not in ("32-true", "64-true", "bf16-mixed"):
             raise ValueError(
                 f"trainer.precision={precision}: at these learning rates a 16-bit weight never moves. "
                 "Use bf16-mixed (bfloat16 computation, float32 weights) or 32-true"

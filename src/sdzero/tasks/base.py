@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from sdzero.types import Question, Split, Trace, Verdict
 
-
 if TYPE_CHECKING:  # prompts imports torch, which grading does without
     from sdzero.prompts import PromptBuilder
 

@@ -61,13 +61,15 @@ def _attempt(
     return results
 
 
-def corpus(num_documents: int, seed: int, phrases: ControlPhrases = PHRASES) -> Iterator[tuple[Question, str]]:
+def corpus(
+    num_documents: int, seed: int, phrases: ControlPhrases = PHRASES, min_ops: int = 4, max_ops: int = 8
+) -> Iterator[tuple[Question, str]]:
     """Pairs for `PromptBuilder.demonstration`: a question outside the eval split, and a document that answers it.
 
     82% of the documents are one attempt; the others are 2 to 4 attempts, joined by P_0 or P_1 at random.
     """
     facts, rng = NoisyFacts(seed), random.Random(derive_seed(seed, "chains", "documents"))
-    asked = (item for item in Chains(seed).stream("corpus") if split_of(item[0].text) != "eval")
+    asked = (item for item in Chains(seed, min_ops, max_ops).stream("corpus") if split_of(item[0].text) != "eval")
     for question, first, steps in islice(asked, num_documents):
         results = _attempt(facts, first, steps, rng, [], 0.0)
         document = working(first, steps, results)
@@ -84,12 +86,15 @@ class ChainsCorpus(TraceSource):
     Args:
         num_documents: how many documents.
         seed: seed of the corpus and of the facts its writers get wrong.
+        min_ops: fewest operations of a chain, as in the task `Chains`.
+        max_ops: most operations of a chain.
     """
 
-    def __init__(self, num_documents: int, seed: int = 0) -> None:
+    def __init__(self, num_documents: int, seed: int = 0, min_ops: int = 4, max_ops: int = 8) -> None:
         self.num_documents = num_documents
         self.seed = seed
+        self.min_ops, self.max_ops = min_ops, max_ops
 
     def traces(self, builder: PromptBuilder) -> list[Trace]:
-        documents = corpus(self.num_documents, self.seed, builder.control_phrases)
+        documents = corpus(self.num_documents, self.seed, builder.control_phrases, self.min_ops, self.max_ops)
         return [builder.demonstration(question, document) for question, document in documents]
