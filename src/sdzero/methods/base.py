@@ -293,7 +293,7 @@ class Method(L.LightningModule):
     def _skip(self) -> None:
         self.num_skipped += 1
         if self.num_skipped > self.max_skipped_steps:
-            raise RuntimeError(f"{self.num_skipped} batches in a row had no target token: every response is empty")
+            raise RuntimeError(f"{self.num_skipped} batches in a row had no target token: all are empty or left out")
         self._log("train", {"skipped": self.num_skipped})
 
     def _count_rollouts(self, batch: RolloutBatch) -> dict[str, float]:
