@@ -110,11 +110,13 @@ def load(config: ModelConfig, seed: int) -> LanguageModel:
 
     config.check_path()
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
-    if config.weights == "pretrained":
-        hf = AutoModelForCausalLM.from_pretrained(config.path, **options)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "weights"))
+    # Lightning calls with the accelerator as default device: random weights would depend on it, and transformers
+    # would want a further library to read weights straight onto it
+    with torch.device("cpu"), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(derive_seed(seed, "weights"))
+        if config.weights == "pretrained":
+            hf = AutoModelForCausalLM.from_pretrained(config.path, **options)
+        else:
             hf = AutoModelForCausalLM.from_config(config.hf_config(), **options)
     if config.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
