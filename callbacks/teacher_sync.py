@@ -17,7 +17,8 @@ class TeacherSync(L.Callback):
     Args:
         every_n_steps: synchronise after every n optimizer steps.
         every_n_epochs: synchronise after every n passes over the questions.
-        plateau_monitor: synchronise when this logged metric (higher is better), e.g. `eval/accuracy`, has not risen.
+        plateau_monitor: synchronise when this logged metric (higher is better), e.g. `eval/avg_at_k`, has not risen.
+            A run that resumes between a step and its validation goes without that validation.
         plateau_patience: validations without a rise before that.
         ema_decay: instead of copies, teacher <- decay * teacher + (1 - decay) * student after every step.
     """
@@ -46,8 +47,20 @@ class TeacherSync(L.Callback):
         self.num_without_rise = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not isinstance(pl_module, SelfDistill):
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, SelfDistill):
             raise TypeError(f"TeacherSync needs a method with a teacher, not {type(pl_module).__name__}")
+        if self.ema_decay is not None and pl_module.teacher_config.dtype != "float32":
+            raise ValueError(
+                "TeacherSync: ema_decay moves weights by less than bfloat16 holds: set teacher.dtype=float32"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, SelfDistill)
+        student, teacher = ([p.shape for p in m.parameters()] for m in (pl_module.student, pl_module.teacher))
+        if student != teacher:
+            raise ValueError("TeacherSync: the teacher has another shape than the student: leave out one of the two")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
