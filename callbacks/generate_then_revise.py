@@ -58,7 +58,7 @@ class GenerateThenRevise(L.Callback):
             values = {f"eval/{name}_{key}": value for key, value in metric.compute().items()}
             pl_module.log_dict(values, rank_zero_only=True)
             metric.reset()
-        pl_module.log("eval/revise_dropped", torch.tensor(float(self.num_dropped)), reduce_fx="sum")
+        pl_module.log("eval/revise_dropped", torch.tensor(float(self.num_dropped)), reduce_fx="sum", sync_dist=True)
         self.num_dropped = 0
 
     def on_validation_batch_end(
