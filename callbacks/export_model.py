@@ -21,7 +21,8 @@ class ExportModel(L.Callback):
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    # not on_train_end: a run that goes on from its last step's checkpoint has nothing to train, and skips that hook
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Method)
         folder = self.folder or Path(trainer.default_root_dir) / "model"
         manifest = {name: getattr(pl_module, name) for name in ("policy_version", *BUDGET)}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 USAGE = """usage: sdzero COMMAND ...
 
@@ -18,26 +24,43 @@ USAGE = """usage: sdzero COMMAND ...
 Each command says more with --help."""
 
 
-def collect(arguments: list[str]) -> None:
+def _collect_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
-    from lightning import seed_everything
 
     from sdzero.collect import Collect
 
-    parser = ArgumentParser(prog="sdzero collect", description=Collect.__doc__)
+    parser = ArgumentParser(prog="sdzero collect", description=Collect.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with these keys")
     parser.add_argument("--seed_everything", type=int, default=0, help="the run's seed")
     parser.add_class_arguments(Collect)
+    return parser
+
+
+def collect(arguments: list[str]) -> None:
+    from sdzero.collect import Collect
+
+    parser = _collect_parser()
     config = parser.parse_args(arguments)
-    seed_everything(config.seed_everything, verbose=False)
-    values = vars(parser.instantiate_classes(config))
+    # what seed_everything would set; every draw is seeded by its name, and Lightning takes seconds to import
+    os.environ["PL_GLOBAL_SEED"] = str(config.seed_everything)
+    values = parser.instantiate(config).as_dict()
     Collect(**{k: v for k, v in values.items() if k not in ("config", "seed_everything")}).run()
 
 
 def run(arguments: list[str]) -> None:
     from sdzero.pipeline import main
 
-    main(arguments)
+    main(arguments, _check)
+
+
+def _check(command: str, arguments: Sequence[str]) -> None:
+    """Parses a stage's arguments and does nothing else. Raises: ArgumentError naming the key that is wrong."""
+    if command == "collect":
+        _collect_parser().parse_args([*arguments])
+    else:
+        from sdzero.lightning_cli import SDZeroCLI
+
+        SDZeroCLI.check([command, *arguments])
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"run": run, "collect": collect}
@@ -58,9 +81,33 @@ def main() -> None:
             COMMANDS[name](arguments[1:])
         else:
             sys.exit(f"sdzero: unknown command {name!r}\n\n{USAGE}")
+    except ArgumentError as error:
+        print(f"sdzero {name}: error: {_one_line(str(error))}; `sdzero {name} --help` lists the keys", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        # what the project itself says to its user needs no traceback; a library's error does
-        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(__file__).parent.resolve() not in Path(innermost).resolve().parents:
+        own = _own(error)
+        if own is None:
             raise
-        sys.exit(f"sdzero {name}: error: {error}")
+        sys.exit(f"sdzero {name}: error: {own}")
+
+
+def _own(error: BaseException) -> BaseException | None:
+    """What the project itself says to its user, which needs no traceback; None for a library's own error.
+
+    jsonargparse raises an error of its own from the one that a constructor raised.
+    """
+    package, found = Path(__file__).parent.resolve(), None
+    link: BaseException | None = error
+    while link is not None:
+        innermost = traceback.extract_tb(link.__traceback__)[-1].filename
+        if package in Path(innermost).resolve().parents:
+            found = link
+        link = link.__cause__
+    return found
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message without what it says about the types that were tried."""
+    boilerplate = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(boilerplate))

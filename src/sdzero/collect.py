@@ -68,6 +68,8 @@ class Collect:
         for name in ("num_questions", "num_initial", "num_revisions", "call_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_traces is not None and self.num_traces < 1:
+            raise ValueError(f"num_traces must be at least 1, or null to keep all, got {self.num_traces}")
         if self.correct_share is not None and not 0 <= self.correct_share <= 1:
             raise ValueError(f"correct_share must lie in [0, 1], got {self.correct_share}")
 
@@ -81,20 +83,32 @@ class Collect:
         try:
             weights = folder_sha256(Path(self.model.path)) if Path(self.model.path).is_dir() else self.model.path
             journal = CallJournal(self.out / "journal")
+            weights = f"{weights}/{self.engine_dtype}"  # a call made in another dtype is another call
             sampler = Sampler(self.engine, self.task, journal, self.call_size, run_seed(), weights=weights)
             counts, kept = self._ask_all(sampler, builder, questions)
             chosen = self._draw(kept)
             write_traces(self.out / "traces.jsonl", self._chosen_traces(sampler, builder, questions, chosen))
         finally:
             self.engine.close()
-        statistics = _statistics(counts, kept, chosen, sampler.num_engine_calls)
+        statistics = _statistics(counts, kept, chosen, journal.num_started)
         write_text(self.out / "questions.json", json.dumps([q.id for q in questions]))
         write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         print(json.dumps(statistics, indent=2), flush=True)
         if not chosen:
-            raise ValueError(f"no trace was left of {len(questions)} questions; see {self.out / 'statistics.json'}")
+            raise ValueError(self._why_none(counts, kept))
         if self.num_traces is not None and len(chosen) < self.num_traces:
             log.warning("num_traces: wanted %d, but only %d could be drawn", self.num_traces, len(chosen))
+
+    def _why_none(self, counts: Counter[str], kept: Sequence[tuple[int, int, int, int]]) -> str:
+        revisions = sum(counts[f"revision_r{r}/generations"] for r in (0, 1))
+        correct = sum(counts[f"revision_r{r}/correct"] for r in (0, 1))
+        by_reward = [sum(k[3] == r for k in kept) for r in (0, 1)]
+        return (
+            f"no trace was left: of {revisions} revisions {correct} were verified as correct, and {len(kept)} could be "
+            f"kept ({by_reward[0]} with r=0, {by_reward[1]} with r=1; branches={self.branches}, "
+            f"verified_only={self.verified_only}, correct_share={self.correct_share}). Raise num_questions or "
+            f"num_revisions, or take a stronger model; all counts are in {self.out / 'statistics.json'}"
+        )
 
     def _max_model_len(self, builder: PromptBuilder, questions: Sequence[Question]) -> int:
         longest = max(len(builder.prompt(q).token_ids) for q in questions)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
+from sdzero.rollouts import write_text
 
 # Lightning's advice that does not hold here
 _NOISE = (
@@ -22,6 +26,8 @@ _NOISE = (
     "Your `IterableDataset` has `__len__` defined",  # on purpose: see sdzero.data.base
     "Found .* module.s. in eval mode",  # the teacher
     ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
+    "LightningCLI's args parameter is intended",  # SDZeroCLI.check, within `sdzero run`
+    r"\s*Unable to serialize instance <function Method",  # the default optimizer, in the saved config
 )
 
 
@@ -29,7 +35,8 @@ class SDZeroCLI(LightningCLI):
     """`sdzero fit|validate|test|predict --config FILE [--model.x ... --data.x ... --trainer.x ...]`."""
 
     @classmethod
-    def main(cls) -> None:
+    def main(cls, arguments: list[str] | None = None) -> None:
+        """Runs the command that `arguments` (None: the process's own) name."""
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
         cls(
@@ -42,8 +49,16 @@ class SDZeroCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             # no sanity run: it would sample before the first step. Every batch is one step: log each
             trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1},
-            parser_kwargs={"prog": "sdzero"},
+            # a wrong key raises, for sdzero.cli to say so in one line
+            parser_kwargs={"prog": "sdzero", "exit_on_error": False, "allow_abbrev": False},
+            args=arguments,
         )
+
+    @classmethod
+    def check(cls, arguments: list[str]) -> None:
+        """Parses `arguments` and builds nothing. Raises: ArgumentError naming the key that is wrong."""
+        with redirect_stdout(StringIO()), suppress(SystemExit):
+            cls.main([*arguments, "--print_config"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
@@ -54,6 +69,13 @@ class SDZeroCLI(LightningCLI):
 
     def after_test(self) -> None:
         if self.trainer.is_global_zero:
-            results = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
-            path = Path(self.trainer.default_root_dir) / "results.json"
-            path.write_text(json.dumps(results, indent=2) + "\n")
+            figures = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
+            # an error of too few questions is not a number, which JSON does not have
+            results = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            write_text(Path(self.trainer.default_root_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+
+    def after_predict(self) -> None:
+        """Every rank leaves the responses it sampled, one JSON object a line."""
+        rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
+        path = Path(self.trainer.default_root_dir) / f"predictions-rank{self.trainer.global_rank}.jsonl"
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -16,21 +16,26 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from sdzero import __version__
-from sdzero.checkpoints import newest_checkpoint
-from sdzero.models import folder_sha256
-from sdzero.rollouts import write_text
 from sdzero.summary import print_table, summarize
 
 PACKAGES = ("torch", "lightning", "transformers")
 ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
+FIT_MODEL = "model.init_args.model.path"
+LOCK_SECONDS = 3.0
+"""A stage whose `sdzero run` was killed takes a moment to notice, and holds the folder's lock until it has ended."""
+
+Check = Callable[[str, Sequence[str]], None]
+"""Parses a stage's command and arguments, and raises where a key is wrong."""
 
 
 @dataclass(frozen=True)
@@ -62,68 +67,86 @@ def stages(recipe: Path, out: Path) -> list[Stage]:
         if not (recipe / f"{name}.yaml").is_file():
             raise FileNotFoundError(f"{recipe} is not a recipe: it has no {name}.yaml")
     trained: list[Stage] = []
-    base_model: dict[str, Path] = {}
     if (recipe / "base.yaml").is_file():
         trained.append(Stage("base", "fit", recipe / "base.yaml", {}, ("model",)))
-        base_model = {"model": out / "base/model"}
+        base = out / "base/model"
+    else:
+        base = Path(_required(recipe / "collect.yaml", "model.path"))
+
+    def evaluation(name: str, model: Path) -> Stage:
+        return Stage(f"{name}/eval", "test", recipe / "eval.yaml", {FIT_MODEL: model}, ("results.json",))
+
+    srt, self_distill = out / "srt/model", out / "self_distill/model"
+    srt_inputs = {FIT_MODEL: base, "data.init_args.source.init_args.path": out / "collect/traces.jsonl"}
+    sd_inputs = {FIT_MODEL: srt, "data.init_args.disjoint_from": out / "collect/questions.json"}
     collected = ("traces.jsonl", "questions.json", "statistics.json")
-    collect = Stage("collect", "collect", recipe / "collect.yaml", _keys(base_model, "model.path"), collected)
-    srt_inputs = {**_keys(base_model, FIT_MODEL), "data.init_args.source.init_args.path": out / "collect/traces.jsonl"}
-    srt = Stage("srt", "fit", recipe / "srt.yaml", srt_inputs, ("model",))
-    sd_inputs = {FIT_MODEL: out / "srt/model", "data.init_args.disjoint_from": out / "collect/questions.json"}
-    self_distill = Stage("self_distill", "fit", recipe / "self_distill.yaml", sd_inputs, ("model",))
-
-    def evaluation(name: str, model: dict[str, Path]) -> Stage:
-        return Stage(f"{name}/eval", "test", recipe / "eval.yaml", _keys(model, FIT_MODEL), ("results.json",))
-
     return [
         *trained,
-        evaluation("base", base_model),
-        collect,
-        srt,
-        evaluation("srt", {"model": out / "srt/model"}),
-        self_distill,
-        evaluation("self_distill", {"model": out / "self_distill/model"}),
+        evaluation("base", base),
+        Stage("collect", "collect", recipe / "collect.yaml", {"model.path": base}, collected),
+        Stage("srt", "fit", recipe / "srt.yaml", srt_inputs, ("model",)),
+        evaluation("srt", srt),
+        Stage("self_distill", "fit", recipe / "self_distill.yaml", sd_inputs, ("model",)),
+        evaluation("self_distill", self_distill),
     ]
 
 
-FIT_MODEL = "model.init_args.model.path"
-
-
-def _keys(model: dict[str, Path], key: str) -> dict[str, Path]:
-    return {key: model["model"]} if model else {}
+def _required(config: Path, key: str) -> str:
+    values = resolved(config)
+    if key not in values:
+        raise ValueError(f"{config}: {key} is missing, and the recipe has no base.yaml that trains a base model")
+    return str(values[key])
 
 
 def resolved(path: Path) -> dict[str, Any]:
-    """A config as flat `a.b.c: value` pairs, with the YAML files it names put in their place."""
+    """A config as flat `a.b.c: value` pairs, with the YAML files it names put in their place.
+
+    Raises:
+        ValueError: a file is not YAML; names the place.
+    """
 
     def walk(prefix: str, value: Any, folder: Path) -> dict[str, Any]:
         if isinstance(value, str) and value.endswith(".yaml") and (folder / value).is_file():
-            return walk(prefix, yaml.safe_load((folder / value).read_text()), (folder / value).parent)
+            return walk(prefix, _load(folder / value), (folder / value).parent)
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         flat = [walk(f"{prefix}.{key}" if prefix else str(key), item, folder) for key, item in items]
         return {k: v for part in flat for k, v in part.items()} if flat else {prefix: value}
 
-    return walk("", yaml.safe_load(path.read_text()), path.parent)
+    return walk("", _load(path), path.parent)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def content_sha256(path: Path) -> str:
-    """Hash of an input: of the weights of a model folder, of the bytes of a file."""
-    return folder_sha256(path) if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hash of an input: of the weights of a model folder, of the bytes of a file. A hub id stands for itself."""
+    if path.is_dir():
+        from sdzero.models import folder_sha256  # brings torch, which --help does without
+
+        return folder_sha256(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
 
 
 class Run:
     """The run's folder with its lineage.json: per finished stage its config, versions and hashes."""
 
-    def __init__(self, recipe: Path, out: Path, seed: int, engine: str | None) -> None:
-        self.recipe, self.out, self.seed, self.engine = recipe, out, seed, engine
+    def __init__(self, recipe: Path, out: Path, seed: int | None, engine: str | None, lock: IO[str]) -> None:
+        self.recipe, self.out, self.seed, self.engine, self.lock = recipe, out, seed, engine, lock
         self.lineage_path = out / "lineage.json"
         self.lineage: dict[str, Any] = {}
         if self.lineage_path.is_file():
             self.lineage = json.loads(self.lineage_path.read_text())
 
-    def execute(self) -> None:
+    def execute(self, check: Check) -> None:
         plan = stages(self.recipe, self.out)
+        if not self.lineage:  # a wrong key in the last stage must not show after the first has run for hours
+            for stage in plan:
+                self._check_engine(stage)
+                check(stage.command, self._arguments(stage))
         for number, stage in enumerate(plan, 1):
             title = f"[{number}/{len(plan)}] {stage.name}"
             if self._finished(stage):
@@ -131,21 +154,38 @@ class Run:
                 continue
             print(f"{title}: {stage.command} {stage.config}", flush=True)
             self._execute(stage)
+        from sdzero.rollouts import write_text  # brings torch
+
         summary = summarize(self.out, self.lineage)
         write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(summary)
         print(f"\ncurves: tensorboard --logdir {self.out}\nfigures: {self.out / 'summary.json'}")
 
+    def _config(self, stage: Stage) -> dict[str, Any]:
+        """The stage's resolved config with this run's seed and engine in it."""
+        seed = {} if self.seed is None else {"seed_everything": self.seed}
+        config = {**resolved(stage.config), **seed}
+        if self.engine is not None and (key := _engine_key(stage, config)):
+            config[key] = ENGINES[self.engine]
+        return config
+
+    def _check_engine(self, stage: Stage) -> None:
+        config = self._config(stage)
+        key = _engine_key(stage, config)
+        if key and config[key] == ENGINES["vllm"] and find_spec("vllm") is None:
+            raise ValueError(
+                f'{stage.config}: {key}: vLLM is not installed: pip install "sdzero[cuda]" (or "sdzero[cpu]"), '
+                "or take --engine transformers"
+            )
+
     def _identity(self, stage: Stage) -> dict[str, Any]:
-        config = {**resolved(stage.config), "seed_everything": self.seed}
-        if self.engine is not None:
-            config["engine"] = self.engine
-        return {"config": config, "inputs": {key: content_sha256(path) for key, path in stage.inputs.items()}}
+        inputs = {key: content_sha256(path) for key, path in stage.inputs.items()}
+        return {"config": self._config(stage), "inputs": inputs}
 
     def _finished(self, stage: Stage) -> bool:
         """Raises: ValueError naming the changed key where the stage started or finished with another config."""
         record = self.lineage.get(stage.name)
-        if record is None:
+        if record is None or not (self.out / stage.name).is_dir():
             return False
         now = self._identity(stage)
         for what in ("config", "inputs"):
@@ -154,19 +194,21 @@ class Run:
             if changed:
                 raise ValueError(
                     f"stage {stage.name} of {self.out} ran with other {what}: {', '.join(changed)} changed. "
-                    f"Take another --out, or remove {self.out / stage.name} and its entry in lineage.json"
+                    f"Take another --out, or remove {self.out / stage.name} to have it made again"
                 )
         return "seconds" in record and all((self.out / stage.name / o).exists() for o in stage.outputs)
 
     def _execute(self, stage: Stage) -> None:
         folder = self.out / stage.name
-        folder.mkdir(parents=True, exist_ok=True)
         spent = self.lineage.get(stage.name, {}).get("spent", 0.0)
         # written before the stage starts, so that a restart with another config is noticed too
         self._record(stage, {**self._identity(stage), "spent": spent})
-        command = self._command(stage, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "sdzero", stage.command, *self._arguments(stage), *_going_on(stage, folder)]
+        environment = {**os.environ, "SDZERO_PARENT": str(os.getpid())}
         started = time.monotonic()
-        code = subprocess.run(command, env={**os.environ, "SDZERO_PARENT": str(os.getpid())}, check=False).returncode
+        # the child holds the lock too: where this process is killed, no other run starts before the child has ended
+        code = subprocess.run(command, env=environment, pass_fds=[self.lock.fileno()], check=False).returncode
         spent += time.monotonic() - started
         self._record(stage, {**self.lineage[stage.name], "spent": spent})
         if code:
@@ -176,38 +218,65 @@ class Run:
         self._record(stage, {**self.lineage[stage.name], "outputs": outputs, "versions": versions, "seconds": spent})
 
     def _record(self, stage: Stage, record: dict[str, Any]) -> None:
+        from sdzero.rollouts import write_text  # brings torch
+
         self.lineage[stage.name] = record
         write_text(self.lineage_path, json.dumps(self.lineage, indent=2) + "\n")
 
-    def _command(self, stage: Stage, folder: Path) -> list[str]:
-        options = {"seed_everything": str(self.seed), **{key: str(path) for key, path in stage.inputs.items()}}
+    def _arguments(self, stage: Stage) -> list[str]:
+        folder = self.out / stage.name
+        options = {key: str(path) for key, path in stage.inputs.items()}
         options |= {"out": str(folder)} if stage.command == "collect" else {"trainer.default_root_dir": str(folder)}
-        if self.engine is not None:
-            key = "engine" if stage.command == "collect" else "data.init_args.engine"
-            if any(k.startswith(f"{key}.") or k == key for k in resolved(stage.config)):
-                options[key] = ENGINES[self.engine]
-        checkpoint = newest_checkpoint(folder / "checkpoints") if stage.command == "fit" else None
-        if checkpoint is not None:
-            print(f"going on from {checkpoint}", flush=True)
-            options["ckpt_path"] = str(checkpoint)
-        arguments = [f"--{key}={value}" for key, value in options.items()]
-        return [sys.executable, "-m", "sdzero", stage.command, "--config", str(stage.config), *arguments]
+        if self.seed is not None:
+            options["seed_everything"] = str(self.seed)
+        if self.engine is not None and (key := _engine_key(stage, resolved(stage.config))):
+            options[key.removesuffix(".class_path")] = ENGINES[self.engine]
+        return ["--config", str(stage.config), *(f"--{key}={value}" for key, value in options.items())]
 
 
-def main(arguments: list[str]) -> None:
+def _engine_key(stage: Stage, config: dict[str, Any]) -> str | None:
+    """The key that names the class of the stage's rollout engine; None for a stage without one."""
+    prefix = "engine" if stage.command == "collect" else "data.init_args.engine"
+    return next((key for key in (f"{prefix}.class_path", prefix) if key in config), None)
+
+
+def _going_on(stage: Stage, folder: Path) -> list[str]:
+    """The option that lets an interrupted training go on from its newest good checkpoint."""
+    if stage.command != "fit" or not (folder / "checkpoints").is_dir():
+        return []
+    from sdzero.checkpoints import newest_checkpoint  # brings Lightning
+
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        return []
+    print(f"going on from {checkpoint}", flush=True)
+    return [f"--ckpt_path={checkpoint}"]
+
+
+def _acquire(lock: IO[str], out: Path) -> None:
+    """Raises: ValueError where another run holds the folder."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"another run is at work in {out}: wait for its end, or take another --out") from None
+        time.sleep(0.1)
+
+
+def main(arguments: list[str], check: Check) -> None:
     parser = argparse.ArgumentParser(
         prog="sdzero run", description="Runs a recipe's stages in order; call it again to go on."
     )
     parser.add_argument("recipe", type=Path, help="folder with collect.yaml, srt.yaml, self_distill.yaml, eval.yaml")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE)")
-    parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")
+    parser.add_argument("--seed", type=int, help="the run's seed (default: the recipe's seed_everything)")
     parser.add_argument("--engine", choices=sorted(ENGINES), help="another rollout engine than the recipe's")
     options = parser.parse_args(arguments)
     out = options.out or Path("runs") / options.recipe.resolve().name
+    stages(options.recipe, out)  # a folder that is no recipe leaves nothing behind
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"sdzero run: another run is at work in {out}")
-        Run(options.recipe, out, options.seed, options.engine).execute()
+        _acquire(lock, out)
+        Run(options.recipe, out, options.seed, options.engine, lock).execute(check)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,39 @@ def score(rollout: Rollout, task: Task) -> ScoredRollout:
     return ScoredRollout(rollout, task.verify(rollout.prompt.question, rollout.text))
 
 
+def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
+    """Rows of a JSONL file.
+
+    Raises:
+        ValueError: a line is not a JSON object; names the file and the line.
+    """
+    rows = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: line {number} is damaged ({error}): remove the file to have it made again"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} is no JSON object: remove the file to have it made again")
+        rows.append(row)
+    return rows
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that grows by whole lines. A half-written last line is cut off, and said so."""
+    """Rows of a JSONL file that grows by whole lines. A half-written last line is cut off, and said so.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
     raw = path.read_bytes()
     end = raw.rfind(b"\n") + 1
     if end < len(raw):
         log.warning("%s: dropped a half-written last line (%d bytes)", path, len(raw) - end)
         with path.open("r+b") as file:
             file.truncate(end)
-    return [json.loads(line) for line in raw[:end].splitlines()]
+    return parse_rows(path, raw[:end])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,9 +78,21 @@ def write_traces(path: Path, traces: Iterable[Trace]) -> None:
     os.replace(partial, path)
 
 
-def row_to_trace(row: dict[str, Any]) -> Trace:
-    ids = {name: tuple(row[name]) for name in ("prompt_ids", "init_ids", "bridge_ids", "revised_ids")}
-    return Trace(question=Question(**row["question"]), reward=row["reward"], **ids)
+def read_traces(path: Path) -> list[Trace]:
+    """What `write_traces` wrote.
+
+    Raises:
+        ValueError: a line is damaged or lacks a field; names the file, the line and the field.
+    """
+    traces = []
+    for number, row in enumerate(parse_rows(path, path.read_bytes()), 1):
+        if missing := [f.name for f in dataclasses.fields(Trace) if f.name not in row]:
+            raise ValueError(
+                f"{path}: line {number} lacks {missing[0]!r}: it is no trace as `sdzero collect` writes them"
+            )
+        ids = {name: tuple(value) for name, value in row.items() if name.endswith("_ids")}
+        traces.append(Trace(question=Question(**row["question"]), reward=row["reward"], **ids))
+    return traces
 
 
 class CallJournal:
@@ -96,6 +132,12 @@ class CallJournal:
         if group == self._group:
             self._rows[key] = row
 
+    @property
+    def num_started(self) -> int:
+        """Calls started so far, before restarts too."""
+        log_file = self.folder / "calls.log"
+        return len(log_file.read_text().splitlines()) if log_file.exists() else 0
+
     def forget(self, groups: Callable[[str], bool]) -> None:
         """Removes the files of the groups that no restart will ask for again."""
         for file in self.folder.glob("*.jsonl"):
@@ -120,7 +162,6 @@ class Sampler:
     seed: int
     rank: int = 0
     weights: str = ""
-    num_engine_calls: int = field(default=0, init=False)
 
     def sample(
         self,
@@ -148,7 +189,6 @@ class Sampler:
         if stored is not None:
             return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, stored, strict=True)]
         self.journal.start(group, key)
-        self.num_engine_calls += 1
         rollouts = self.engine.generate(prompts, sampling, seed, policy_version)
         self.journal.put(group, key, fingerprint, [_encode(rollout) for rollout in rollouts])
         return rollouts

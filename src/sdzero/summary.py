@@ -36,7 +36,9 @@ def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
                 "right_to_wrong": results.get("eval/revise_right_to_wrong"),
                 **{key: sum(int(cost.get(key, 0)) for cost in costs) for key in BUDGET},
                 "seconds": sum(r["seconds"] for s, r in lineage.items() if s in (*stages, name, f"{name}/eval")),
-                "weights_sha256": manifest.get("weights_sha256"),
+                # a base that the run did not train is known by what its evaluation read
+                "weights_sha256": manifest.get("weights_sha256")
+                or next(iter(lineage[f"{name}/eval"]["inputs"].values())),
             }
         )
     return rows
@@ -54,10 +56,14 @@ def print_table(summary: list[dict[str, Any]]) -> None:
         flips = [row["wrong_to_right"], row["right_to_wrong"]]
         table.add_row(
             row["stage"],
-            f"{row['accuracy']:.3f} ± {row['accuracy_se']:.3f}",
+            f"{row['accuracy']:.3f} ± {_figure(row['accuracy_se'], '.3f')}",
             f"{pass_at_k:.3f}",
             f"{row['mean_response_tokens']:.1f}",
             f"{row['keyword_rate']:.2f}",
-            *("-" if flip is None else f"{flip:.0f}" for flip in flips),
+            *(_figure(flip, ".0f") for flip in flips),
         )
     Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

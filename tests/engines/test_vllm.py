@@ -226,10 +226,13 @@ def test_a_hang_in_native_code_ends_the_process_with_its_stacks() -> None:
 
 
 def test_without_vllm_the_error_names_the_extras(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VLLMEngine()
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setattr(vllm, "_environment", lambda tensor_parallel_size: {})
-    engine = VLLMEngine()
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "sdzero\[cpu\]".*pip install "sdzero\[cuda\]"'):
+    extras = r'pip install "sdzero\[cpu\]".*pip install "sdzero\[cuda\]"'
+    with pytest.raises(ModuleNotFoundError, match=extras):  # before any weight is loaded
+        VLLMEngine()
+    with pytest.raises(ModuleNotFoundError, match=extras):
         engine.start(EngineSpec(model_path, 64), PromptBuilder.from_pretrained(model_path))
 
 

@@ -95,7 +95,7 @@ class RolloutDataModule(StepDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         # one checkpoint back is kept too: a restart may have to pass over the newest
-        obsolete, self._saved_counter = self._saved_counter, self.counter
-        if self._sampler is not None:
+        if self._sampler is not None and self.counter > self._saved_counter:  # several files may be saved at one step
+            obsolete, self._saved_counter = self._saved_counter, self.counter
             self._sampler.journal.forget(lambda group: "train-" <= group < f"train-{obsolete:06d}")
         return super().state_dict()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from sdzero.data.base import Evaluation, StepDataModule
 from sdzero.engines.base import RolloutEngine
 from sdzero.prompts import PromptBuilder
-from sdzero.rollouts import row_to_trace
+from sdzero.rollouts import read_traces
 from sdzero.tasks.base import Task, TraceSource
 from sdzero.types import Trace, TraceBatch
 
@@ -27,8 +26,7 @@ class TraceFile(TraceSource):
     def traces(self, builder: PromptBuilder) -> list[Trace]:
         if not self.path.is_file():
             raise FileNotFoundError(f"data.source.path: no traces at {self.path}; `sdzero collect` writes them")
-        with self.path.open() as lines:
-            traces = [row_to_trace(json.loads(line)) for line in lines]
+        traces = read_traces(self.path)
         if not traces:
             raise ValueError(f"data.source.path: {self.path} holds no trace: no revision was verified as correct")
         for trace in traces:

@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -52,6 +53,8 @@ class VLLMEngine(RolloutEngine):
         enable_prefix_caching: bool = True,
         deadline_seconds: float = 3600.0,
     ) -> None:
+        if find_spec("vllm") is None:  # said here too: a trainer loads its weights before it starts the engine
+            raise _missing()
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
         if deadline_seconds <= 0:
@@ -211,6 +214,14 @@ class VLLMEngine(RolloutEngine):
             faulthandler.cancel_dump_traceback_later()
 
 
+def _missing() -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        'VLLMEngine needs vLLM: pip install "sdzero[cpu]" (an unofficial CPU build) or pip install "sdzero[cuda]"; '
+        "without it, use TransformersEngine",
+        name="vllm",
+    )
+
+
 def _import_vllm() -> tuple[Callable[..., Any], bool]:
     """The class `vllm.LLM`, and whether this vLLM runs on the CPU."""
     try:
@@ -218,11 +229,7 @@ def _import_vllm() -> tuple[Callable[..., Any], bool]:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        raise ModuleNotFoundError(
-            'VLLMEngine needs vLLM: pip install "sdzero[cpu]" (an unofficial CPU build) or pip install "sdzero[cuda]"; '
-            "without it, use TransformersEngine",
-            name="vllm",
-        ) from error
+        raise _missing() from error
     from vllm.platforms import current_platform
 
     return vllm.LLM, current_platform.is_cpu()
