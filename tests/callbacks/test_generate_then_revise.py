@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
@@ -151,11 +150,11 @@ def test_what_would_not_fit_is_dropped_and_counted(builder: PromptBuilder, tmp_p
     path = write_tiny_model(tmp_path / "model", max_position_embeddings=limit)
     data = EvaluationDataModule(Toy(), Script(builder), evaluation(512), max_logprob_gap=99)
     trainer = make_trainer(tmp_path, GenerateThenRevise(NUM_ATTEMPTS))
-    trainer.test(Method(ModelConfig(str(path))), data, verbose=False)
-    metrics: dict[str, Any] = trainer.callback_metrics
     lengths = [(len(encode(builder, t)), bridges[t.endswith(str(i + 1))]) for i, p in enumerate(FIRST) for t in p[:2]]
     dropped = sum(prompt + length + bridge + 6 > limit for length, bridge in lengths)
     assert 0 < dropped < len(lengths)
-    assert metrics["eval/revise_dropped"] == dropped
-    assert metrics["eval/revise_acc1"] != pytest.approx(REVISE["acc1"])
-    assert figures(trainer, "resample") == pytest.approx(RESAMPLE)
+    for _ in range(2):
+        trainer.test(Method(ModelConfig(str(path))), data, verbose=False)
+        assert trainer.callback_metrics["eval/revise_dropped"] == dropped
+        assert trainer.callback_metrics["eval/revise_acc1"] != pytest.approx(REVISE["acc1"])
+        assert figures(trainer, "resample") == pytest.approx(RESAMPLE)

@@ -75,6 +75,33 @@ def test_micro_batches_hold_every_row_once_and_keep_the_budget(
         assert batch and (len(batch) == 1 or len(batch) * longest <= budget)
 
 
+@pytest.mark.parametrize("kind", [SRT, SelfDistill])
+def test_filler_rows_weigh_nothing(path: Path, builder: PromptBuilder, tmp_path: Path, kind: type[Method]) -> None:
+    """A rank that has run out of rows computes one, so that all ranks meet: neither loss nor figures change."""
+    scored = [make_scored(builder, Question("q", "1+1=", "2"), text, reward=r) for r, text in enumerate(("3", "so 2"))]
+    trace = make_trace(builder, "q", "1+1=3", "1+1=2", reward=0)
+    batch = TraceBatch([trace], 0) if kind is SRT else make_batch(scored)
+    found: list[LossOutput] = []
+
+    class Ask(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert isinstance(pl_module, Method)
+            rows = pl_module.examples(batch)
+            counts, blank = pl_module.counts(rows), pl_module._blank()
+            found.extend(pl_module.loss(some, counts) for some in (rows, [*rows, blank], [blank]))
+
+    other = write_tiny_model(tmp_path / "other", seed=1)  # else teacher and student agree on the filler anyway
+    options: dict[str, Any] = {} if kind is SRT else {"teacher": ModelConfig(str(other))}
+    fit(kind(ModelConfig(str(path)), **options), [batch], tmp_path, Ask())
+    plain, filled, blank = found
+    assert filled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    assert blank.loss.item() == 0
+    assert filled.metrics.keys() == plain.metrics.keys() == blank.metrics.keys()
+    for name, value in plain.metrics.items():
+        assert filled.metrics[name].item() == pytest.approx(value.item(), rel=1e-5)
+        assert blank.metrics[name].item() == 0
+
+
 # --- the learning rate ----------------------------------------------------------------------------
 
 
