@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -64,15 +65,28 @@ class SDZeroCLI(LightningCLI):
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
         if self._get(self.config_init, "trainer.logger") is None:
             # name and version empty: curves, checkpoints and the config lie in the stage's own folder
-            kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="")
+            # flushed often: a kill loses what was not
+            kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="", flush_secs=5)
         return super().instantiate_trainer(**kwargs)
 
     def after_test(self) -> None:
+        rewards = self._gather(self.model.eval_rewards)
         if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            write_text(folder / "rewards.json", json.dumps({k: v for part in rewards for k, v in part.items()}))
             figures = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
             # an error of too few questions is not a number, which JSON does not have
             results = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            write_text(Path(self.trainer.default_root_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+            write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+
+    @staticmethod
+    def _gather(value: Any) -> list[Any]:
+        """Every rank's value."""
+        if not torch.distributed.is_initialized():
+            return [value]
+        values = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def after_predict(self) -> None:
         """Every rank leaves the responses it sampled, one JSON object a line."""

@@ -1,0 +1,323 @@
+"""`sdzero run`: what is skipped, what stops it, and that its figures are those of an independent recount."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runs import MODELS, SMOKE, STAGES, exit_code, num_calls, read_json, refusal, responses, rows, scalars
+from sdzero import pipeline
+from sdzero.metrics import count_keywords
+from sdzero.models import folder_sha256
+from sdzero.pipeline import content_sha256, resolved, stages
+from sdzero.tasks import Chains
+
+CALLS = {"collect": 8, "self_distill": 5, "base/eval": 4, "srt/eval": 4, "self_distill/eval": 4}
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    monkeypatch.setattr(pipeline, "LOCK_SECONDS", 0.0)
+    return lambda *arguments: refusal(capsys, monkeypatch, "run", *arguments)
+
+
+@pytest.fixture
+def copy(smoke_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(smoke_run, tmp_path / "copy")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return shutil.copytree(SMOKE, tmp_path / "recipe")
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+
+
+def no_child(*_: Any, **__: Any) -> None:
+    pytest.fail("a stage was started")
+
+
+# --- what is run again, and what stops a run ------------------------------------------------------
+
+
+def test_finished_stages_are_skipped(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
+    monkeypatch.setattr(pipeline.subprocess, "run", no_child)
+    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "finished before" in line] == [
+        f"[{i}/7] {name}: finished before" for i, name in enumerate(STAGES, 1)
+    ]
+    assert "avg@k" in said and "tensorboard --logdir" in said
+    assert before == {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
+
+
+def test_a_stage_without_its_outputs_or_its_folder_is_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        started.append(command)
+        raise OSError("no child in this test")
+
+    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    (copy / "srt/eval/results.json").unlink()
+    with pytest.raises(OSError, match="no child"):
+        exit_code(monkeypatch, "run", SMOKE, "--out", copy)
+    shutil.rmtree(copy / "srt")  # its model and its evaluation go
+    with pytest.raises(OSError, match="no child"):
+        exit_code(monkeypatch, "run", SMOKE, "--out", copy)
+    assert [command[3] for command in started] == ["test", "fit"]
+    assert f"--trainer.default_root_dir={copy}/srt" in started[1]
+    assert not any("ckpt_path" in argument for argument in started[1])
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "stage", "key"),
+    [
+        ("srt.yaml", "traces_per_step: 16", "traces_per_step: 8", "srt", "data.init_args.traces_per_step"),
+        ("srt.yaml", "seed_everything: 0", "seed_everything: 1", "srt", "seed_everything"),
+        ("collect.yaml", "call_size: 32", "call_size: 16", "collect", "call_size"),
+        ("collect.yaml", "num_traces: null", "num_traces: 9\nnum_initial: 2", "collect", "num_initial, num_traces"),
+        ("eval.yaml", "temperature: 0.7", "temperature: 0.6", "base/eval", "evaluation.sampling.temperature"),
+    ],
+)
+def test_a_changed_key_stops_the_run_and_is_named(
+    copy: Path, recipe: Path, refuse: Callable[..., str], file: str, before: str, after: str, stage: str, key: str
+) -> None:
+    edit(recipe / file, before, after)
+    said = refuse(recipe, "--out", copy)
+    assert f"stage {stage} of {copy} ran with other config" in said and f"{key} changed" in said
+    assert str(copy / stage) in said and "--out" in said
+
+
+def test_a_changed_key_in_a_file_that_the_recipe_names_is_found(
+    copy: Path, recipe: Path, refuse: Callable[..., str]
+) -> None:
+    """Key by key, so that moving a part of a config into a file of its own changes nothing."""
+    config = yaml.safe_load((recipe / "srt.yaml").read_text())
+    (recipe / "parts").mkdir()
+    (recipe / "parts/srt_model.yaml").write_text(yaml.safe_dump(config["model"]))
+    (recipe / "srt.yaml").write_text(yaml.safe_dump({**config, "model": "parts/srt_model.yaml"}))
+    assert resolved(recipe / "srt.yaml") == resolved(SMOKE / "srt.yaml")
+    edit(recipe / "parts/srt_model.yaml", "lr: 0.0025", "lr: 0.001")
+    assert "model.init_args.optimizer.init_args.lr changed" in refuse(recipe, "--out", copy)
+
+
+def test_another_seed_or_engine_on_the_command_line_is_a_changed_key(copy: Path, refuse: Callable[..., str]) -> None:
+    assert (
+        "stage base of" in (said := refuse(SMOKE, "--out", copy, "--seed", "1")) and "seed_everything changed" in said
+    )
+    said = refuse(SMOKE, "--out", copy, "--engine", "vllm")
+    assert "stage base/eval of" in said and "data.init_args.engine.class_path changed" in said  # the base has no engine
+
+
+def test_naming_the_recipes_own_seed_and_engine_changes_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.subprocess, "run", no_child)
+    arguments = ("run", SMOKE, "--out", copy, "--seed", "0", "--engine", "transformers")
+    assert exit_code(monkeypatch, *arguments) == 0
+
+
+def test_changed_traces_stop_the_run(copy: Path, refuse: Callable[..., str]) -> None:
+    traces = copy / "collect/traces.jsonl"
+    traces.write_text("".join(traces.read_text().splitlines(keepends=True)[:-1]))
+    said = refuse(SMOKE, "--out", copy)
+    assert "stage srt of" in said and "other inputs: data.init_args.source.init_args.path changed" in said
+
+
+def test_changed_weights_stop_the_run(copy: Path, smoke_run: Path, refuse: Callable[..., str]) -> None:
+    shutil.copy(smoke_run / "srt/model/model.safetensors", copy / "base/model/model.safetensors")
+    said = refuse(SMOKE, "--out", copy)
+    assert "stage base/eval of" in said and "other inputs: model.init_args.model.path changed" in said
+
+
+def test_a_key_changed_after_an_interruption_is_found_too(copy: Path, recipe: Path, refuse: Callable[..., str]) -> None:
+    lineage = read_json(copy / "lineage.json")
+    lineage["srt"].pop("seconds")  # as it stands while the stage runs
+    (copy / "lineage.json").write_text(pipeline.json.dumps(lineage))
+    edit(recipe / "srt.yaml", "lr: 2.5e-3", "lr: 1.0e-3")
+    assert "model.init_args.optimizer.init_args.lr changed" in refuse(recipe, "--out", copy)
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_command(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe / "base.yaml").unlink()
+    said = str(exit_code(monkeypatch, "run", recipe, "--out", tmp_path / "out", "--seed", "3"))
+    assert "stage base/eval ended with exit code 1" in said
+    assert f"sdzero test --config {recipe}/eval.yaml --model.init_args.model.path=runs/smoke/base/model" in said
+    assert "--seed_everything=3" in said and "seconds" not in read_json(tmp_path / "out/lineage.json")["base/eval"]
+
+
+# --- mistakes that show before the first stage ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "named"),
+    [
+        ("self_distill.yaml", "prompts_per_step", "prompts_per_stepp", "prompts_per_stepp"),
+        ("self_distill.yaml", "max_steps: 5", "max_steps: 5\n  max_stps: 3", "max_stps"),
+        ("srt.yaml", "warmup_ratio", "warmup_rate", "warmup_rate"),
+        ("collect.yaml", "call_size: 32", "call_size: many", "call_size"),
+        ("eval.yaml", "sdzero.methods.Method", "sdzero.methods.Methode", "sdzero.methods.Methode"),
+        ("eval.yaml", "seed_everything: 0", "seed_everything: [0", "eval.yaml"),
+    ],
+)
+def test_a_wrong_key_in_a_late_stage_shows_at_the_start(
+    recipe: Path, tmp_path: Path, refuse: Callable[..., str], file: str, before: str, after: str, named: str
+) -> None:
+    edit(recipe / file, before, after)
+    assert named in refuse(recipe, "--out", tmp_path / "out")
+    assert not (tmp_path / "out/lineage.json").exists()
+
+
+def test_a_missing_vllm_shows_at_the_start(
+    tmp_path: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pipeline.sys.modules, "vllm", None)
+    said = refuse(SMOKE, "--out", tmp_path / "out", "--engine", "vllm")
+    assert "engine.class_path: vLLM is not installed" in said and "--engine transformers" in said
+
+
+def test_a_folder_that_is_no_recipe_leaves_nothing_behind(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    assert "is not a recipe: it has no collect.yaml" in refuse(tmp_path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the stages of a recipe -----------------------------------------------------------------------
+
+
+def test_without_a_base_stage_the_base_is_the_model_that_collection_asks(recipe: Path, tmp_path: Path) -> None:
+    (recipe / "base.yaml").unlink()
+    edit(recipe / "collect.yaml", "path: runs/smoke/base/model", "path: some/hub-id")
+    plan = {stage.name: stage for stage in stages(recipe, tmp_path)}
+    assert list(plan) == [*STAGES[1:]]
+    for name in ("base/eval", "collect", "srt"):
+        assert Path("some/hub-id") in plan[name].inputs.values()
+    assert content_sha256(Path("some/hub-id")) == "some/hub-id"
+    edit(recipe / "collect.yaml", "model: {path: some/hub-id}\n", "")
+    with pytest.raises(ValueError, match=r"collect\.yaml: model\.path is missing"):
+        stages(recipe, tmp_path)
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+def test_lineage_has_config_versions_and_hashes(smoke_run: Path) -> None:
+    lineage = read_json(smoke_run / "lineage.json")
+    assert list(lineage) == list(STAGES)
+    for name, record in lineage.items():
+        file = SMOKE / ("eval.yaml" if name.endswith("eval") else f"{name}.yaml")
+        assert record["config"] == resolved(file)
+        assert record["versions"]["torch"] == version("torch") and record["versions"]["sdzero"]
+        assert {"lightning", "transformers", "python"} <= record["versions"].keys()
+        assert 0 < record["seconds"] < 3600
+
+    def sha256(path: str) -> str:
+        return hashlib.sha256((smoke_run / path).read_bytes()).hexdigest()
+
+    for name in MODELS:
+        weights = folder_sha256(smoke_run / name / "model")
+        assert lineage[name]["outputs"] == {"model": weights}
+        assert lineage[f"{name}/eval"]["inputs"] == {"model.init_args.model.path": weights}
+        assert lineage[f"{name}/eval"]["outputs"] == {"results.json": sha256(f"{name}/eval/results.json")}
+    traces, questions = sha256("collect/traces.jsonl"), sha256("collect/questions.json")
+    assert lineage["collect"]["inputs"] == {"model.path": lineage["base"]["outputs"]["model"]}
+    assert lineage["collect"]["outputs"].items() >= {"traces.jsonl": traces, "questions.json": questions}.items()
+    assert set(lineage["srt"]["inputs"].values()) == {traces, lineage["base"]["outputs"]["model"]}
+    assert set(lineage["self_distill"]["inputs"].values()) == {questions, lineage["srt"]["outputs"]["model"]}
+
+
+KEYS = {
+    "stage",
+    "accuracy",
+    "accuracy_se",
+    "pass_at_8",
+    "mean_response_tokens",
+    "keyword_rate",
+    "wrong_to_right",
+    "right_to_wrong",
+    "num_generations",
+    "num_tokens_sampled",
+    "num_tokens_trained",
+    "seconds",
+    "weights_sha256",
+}
+
+
+def test_summary_is_what_a_recount_of_the_evaluations_says(smoke_run: Path) -> None:
+    summary = read_json(smoke_run / "summary.json")
+    assert [row["stage"] for row in summary] == list(MODELS)
+    task = Chains(min_ops=1, max_ops=2)
+    questions = {q.id: q for q in task.questions("eval", 16)}
+
+    def right(response: dict[str, Any]) -> bool:
+        finished = response["finish_reason"] == "stop"
+        return finished and bool(task.verify(questions[response["question"]], response["text"]).reward)
+
+    for row in summary:
+        assert row.keys() >= KEYS
+        journal = smoke_run / row["stage"] / "eval/journal/rank0"
+        answers = responses(journal, "eval")
+        by_question: dict[str, list[bool]] = defaultdict(list)
+        for answer in answers:
+            by_question[answer["question"]].append(right(answer))
+        assert by_question.keys() == questions.keys() and {len(r) for r in by_question.values()} == {8}
+        means = [sum(rewards) / 8 for rewards in by_question.values()]
+        mean = sum(means) / 16
+        error = math.sqrt(sum((m - mean) ** 2 for m in means) / 15 / 16)
+        assert row["accuracy"] == pytest.approx(mean, abs=1e-12)
+        assert row["accuracy_se"] == pytest.approx(error, abs=1e-7)
+        assert row["pass_at_8"] == pytest.approx(sum(any(r) for r in by_question.values()) / 16)
+        assert row["mean_response_tokens"] == pytest.approx(sum(len(a["token_ids"]) for a in answers) / 128)
+        assert row["keyword_rate"] == pytest.approx(sum(count_keywords(a["text"]) for a in answers) / 128)
+        flips = [(by_question[r["question"]][0], right(r)) for r in responses(journal, "revise")]
+        assert len(flips) == 16
+        assert row["wrong_to_right"] == flips.count((False, True))
+        assert row["right_to_wrong"] == flips.count((True, False))
+        assert row["weights_sha256"] == folder_sha256(smoke_run / row["stage"] / "model")
+    assert any(row["accuracy"] for row in summary), "a run without a right answer proves little"
+
+
+def test_budgets_are_what_training_each_model_cost(smoke_run: Path) -> None:
+    base, srt, self_distill = read_json(smoke_run / "summary.json")
+    names = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
+    assert [base[name] for name in names] == [0, 0, 0]
+
+    sampled = responses(smoke_run / "collect/journal", "")
+    assert srt["num_generations"] == len(sampled) == 64 * (1 + 3)
+    assert srt["num_tokens_sampled"] == sum(len(response["token_ids"]) for response in sampled)
+    traces = rows(smoke_run / "collect/traces.jsonl")
+    assert 16 < len(traces) <= 32, "two steps an epoch, so that six steps are three epochs"
+    revised = sum(len(t["revised_ids"]) for t in traces)
+    generated = revised + sum(len(t["init_ids"]) + len(t["bridge_ids"]) for t in traces)
+    assert srt["num_tokens_trained"] == 3 * (generated + revised)
+
+    (lengths,) = scalars(smoke_run / "self_distill", "rollout/length")
+    assert self_distill["num_generations"] == 5 * 16
+    assert self_distill["num_tokens_sampled"] == pytest.approx(sum(16 * mean for _, mean in lengths))
+    assert self_distill["num_tokens_trained"] == 2 * self_distill["num_tokens_sampled"]
+
+    assert num_calls(smoke_run) == sum(CALLS.values())
+    lineage = read_json(smoke_run / "lineage.json")
+    seconds = sum(lineage[name]["seconds"] for name in ("collect", "srt", "srt/eval"))
+    assert srt["seconds"] == pytest.approx(seconds)
+
+
+def test_the_teacher_was_synchronised_after_the_first_epoch(smoke_run: Path) -> None:
+    (generation,) = scalars(smoke_run / "self_distill", "teacher/generation")
+    assert [value for _, value in generation] == [0, 0, 1, 1, 1]
