@@ -74,7 +74,7 @@ def stages(recipe: Path, out: Path) -> list[Stage]:
         base = Path(_required(recipe / "collect.yaml", "model.path"))
 
     def evaluation(name: str, model: Path) -> Stage:
-        return Stage(f"{name}/eval", "test", recipe / "eval.yaml", {FIT_MODEL: model}, ("results.json",))
+        return Stage(f"{name}/eval", "test", recipe / "eval.yaml", {FIT_MODEL: model}, ("results.json", "rewards.json"))
 
     srt, self_distill = out / "srt/model", out / "self_distill/model"
     srt_inputs = {FIT_MODEL: base, "data.init_args.source.init_args.path": out / "collect/traces.jsonl"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
     Budgets are what training the model cost (table 3): collect's belong to srt, the base's are 0;
     evaluation's generations are not in them.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    rewards: dict[str, list[int]] = {}
     for name, stages in {"base": [], "srt": ["collect", "srt"], "self_distill": ["self_distill"]}.items():
         results = _read(out / name / "eval/results.json")
         manifest = _read(out / name / "model/sdzero.json")
+        before, rewards = rewards, _read(out / name / "eval/rewards.json")
         costs = [_read(out / s / file) for s in stages for file in ("statistics.json", "model/sdzero.json")]
         rows.append(
             {
                 "stage": name,
                 "accuracy": results["eval/avg_at_k"],
                 "accuracy_se": results["eval/avg_at_k_se"],
+                **_gain(rewards, before),
                 **{key.removeprefix("eval/"): value for key, value in results.items() if "pass_at" in key},
                 "mean_response_tokens": results["eval/response_tokens"],
                 "keyword_rate": results["eval/keywords_per_response"],
@@ -44,12 +48,23 @@ def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _gain(rewards: dict[str, list[int]], before: dict[str, list[int]]) -> dict[str, float | None]:
+    """Accuracy over the model before, paired by question, with its standard error; None for the first."""
+    if not before:
+        return {"accuracy_gain": None, "accuracy_gain_se": None}
+    from sdzero.metrics import paired_difference  # brings torch
+
+    means = [{question: sum(r) / len(r) for question, r in model.items()} for model in (rewards, before)]
+    gain, error = paired_difference(*means)
+    return {"accuracy_gain": gain, "accuracy_gain_se": error if math.isfinite(error) else None}
+
+
 def print_table(summary: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="avg@k on held-out questions, with its standard error over questions")
-    for heading in ("model", "accuracy", "pass@k", "tokens", "keywords", "wrong→right", "right→wrong"):
+    for heading in ("model", "accuracy", "gain (paired)", "pass@k", "tokens", "keywords", "wrong→right", "right→wrong"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "model" else "right")
     for row in summary:
         pass_at_k = next(v for k, v in row.items() if k.startswith("pass_at") and not k.endswith("_se"))
@@ -57,6 +72,7 @@ def print_table(summary: list[dict[str, Any]]) -> None:
         table.add_row(
             row["stage"],
             f"{row['accuracy']:.3f} ± {_figure(row['accuracy_se'], '.3f')}",
+            f"{_figure(row['accuracy_gain'], '+.3f')} ± {_figure(row['accuracy_gain_se'], '.3f')}",
             f"{pass_at_k:.3f}",
             f"{row['mean_response_tokens']:.1f}",
             f"{row['keyword_rate']:.2f}",

@@ -142,6 +142,7 @@ class Method(L.LightningModule):
         self.num_nonfinite = 0
         self.num_skipped = 0
         self.eval_metrics = nn.ModuleDict()
+        self.eval_rewards: dict[str, list[int]] = {}
 
     # --- what a method adds -------------------------------------------------------------------
 
@@ -338,6 +339,8 @@ class Method(L.LightningModule):
             self.eval_metrics = _metrics(num_samples).to(self.device)
         rewards = [[s.verdict.reward for s in group] for group in batch.groups]
         rollouts = [s.rollout for group in batch.groups for s in group]
+        questions = [group[0].rollout.prompt.question.id for group in batch.groups]
+        self.eval_rewards |= dict(zip(questions, rewards, strict=True))
         lengths, texts = [len(r.token_ids) for r in rollouts], [r.text for r in rollouts]
         updates: dict[str, tuple[Any, ...]] = {
             "accuracy": (rewards,),
@@ -361,6 +364,9 @@ class Method(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        self.eval_rewards = {}
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
         self._evaluate(batch)
