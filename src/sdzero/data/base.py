@@ -158,6 +158,8 @@ class StepDataModule(L.LightningDataModule):
         while self.counter < end:
             batch = self.make_batch(self.counter, self.indices(self.counter))
             self.counter += 1  # before the step: a checkpoint taken after it must not repeat the batch
+            if self._sampler is not None:  # also after a validation: training needs the memory
+                self._sampler.engine.sleep()
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,9 +215,9 @@ class StepDataModule(L.LightningDataModule):
     def sync_policy(self) -> dict[str, float]:
         """Brings the engine to the policy's version where it holds another. Collective."""
         sampler, version = self.sampler, self.policy.policy_version
+        sampler.engine.wake()
         if sampler.engine.policy_version == version:
             return {}
-        sampler.engine.wake()
         report = sampler.engine.sync(self.policy.policy_weights(), version)
         sampler.weights = report.checksum
         self._checked_version = None
@@ -272,7 +274,6 @@ class StepDataModule(L.LightningDataModule):
                 scored, stats = self.sample(prompts, self.evaluation.sampling, group, per_call * k)
                 groups = [scored[i * k : (i + 1) * k] for i in range(len(chosen))]
                 yield EvalBatch(groups, self.policy.policy_version, call, stats)
-            self.sampler.engine.sleep()
 
         return num_calls, batches
 

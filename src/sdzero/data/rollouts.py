@@ -90,7 +90,6 @@ class RolloutDataModule(StepDataModule):
         questions = [self.questions[i] for i in indices for _ in range(self.rollouts_per_prompt)]
         prompts = [self.policy.builder.prompt(question) for question in questions]
         scored, stats = self.sample(prompts, self.sampling, f"train-{counter:06d}", self.call_size)
-        self.sampler.engine.sleep()
         return RolloutBatch(scored, self.policy.policy_version, counter, stats)
 
     def state_dict(self) -> dict[str, Any]:

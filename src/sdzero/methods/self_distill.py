@@ -45,6 +45,10 @@ class SelfDistill(Method):
         self.teacher_config = teacher or self.model_config
         self.mask_truncated = mask_truncated
         self.teacher_generation = 0
+        positions = (
+            getattr(c, "max_position_embeddings", None) for c in (self.hf_config, self.teacher_config.hf_config())
+        )
+        self.max_positions = min((p for p in positions if p), default=2**31)
         vocab_size = self.hf_config.vocab_size
         if divergence.top_k is not None and divergence.top_k > vocab_size:
             raise ValueError(f"divergence.top_k={divergence.top_k} is above the vocabulary of {vocab_size} tokens")
@@ -75,7 +79,8 @@ class SelfDistill(Method):
         siblings: dict[str, list[ScoredRollout]] = defaultdict(list)
         for scored in batch.scored:
             siblings[scored.rollout.prompt.question.id].append(scored)
-        examples = []
+        examples: list[Example] = []
+        num_too_long = 0
         for scored in batch.scored:
             rollout, question = scored.rollout, scored.rollout.prompt.question
             if not rollout.token_ids or (self.mask_truncated and rollout.finish_reason != "stop"):
@@ -88,7 +93,11 @@ class SelfDistill(Method):
                 teacher_context=teacher_context,
                 reward=scored.verdict.reward,
             )
-            examples.append(example)
+            if example.length > self.max_positions:  # contexts of other texts than y have no bound beforehand
+                num_too_long += 1
+            else:
+                examples.append(example)
+        self._log("teacher", {"too_long": num_too_long})
         return examples
 
     def counts(self, examples: Sequence[Example]) -> list[int]:

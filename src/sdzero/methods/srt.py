@@ -36,6 +36,8 @@ class SRT(Method):
     def examples(self, batch: TraceBatch) -> list[Example]:
         examples = []
         for trace in batch.traces:
+            if trace.reward is None and not self.generation_weight:
+                continue  # a demonstration has the generation term only: with that off, it teaches nothing
             initial = trace.init_ids + trace.bridge_ids
             target = initial + trace.revised_ids
             # without y_init there is nothing to revise: the trace has no revision tokens
