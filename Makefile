@@ -22,13 +22,14 @@ help:
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
 
+# One thread each: the tiny models are too small for more, and vLLM sets torch to one where this is unset.
+demo test: export OMP_NUM_THREADS ?= 1
+
 demo: $(INSTALLED)
 	$(BIN)/sdzero run configs/recipes/quickstart $(ENGINE)
 
-# One thread each: the models of the tests are too small for more, and vLLM sets torch to one where this is unset.
-test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

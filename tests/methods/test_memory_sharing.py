@@ -1,0 +1,85 @@
+"""Trainer and engine share a device: the engine sleeps whenever the trainer trains, and is woken before it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import Notes, Toy, fit, make_batch, make_scored
+from sdzero.data import Evaluation, RolloutDataModule
+from sdzero.engines.base import SyncReport
+from sdzero.methods import SelfDistill
+from sdzero.models import ModelConfig
+from sdzero.prompts import FinalAnswer, PromptBuilder
+from sdzero.types import Prompt, Question, Rollout, Sampling
+from tiny_model import write_tiny_model
+
+SAMPLING = Sampling(max_new_tokens=30)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+class Sleeper(Notes):
+    """Like an engine whose weights survive sleep: it keeps its version, and cannot work until it is woken."""
+
+    asleep = False
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        assert not self.asleep
+        return super().sync(weights, policy_version)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+        assert not self.asleep
+        return super().generate(prompts, sampling, seed, policy_version)
+
+    def sleep(self) -> None:
+        self.asleep = True
+
+    def wake(self) -> None:
+        self.asleep = False
+
+
+class Watch(L.Callback):
+    def __init__(self, engine: Sleeper) -> None:
+        self.engine, self.seen = engine, []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append(self.engine.asleep)
+
+
+def test_asleep_in_every_step_and_awake_for_every_call(path: Path, tmp_path: Path) -> None:
+    """Also after a validation, and after a step that was skipped and so left the version as it was."""
+    engine = Sleeper(lambda prompt, seed: "1")
+    evaluation = Evaluation(num_questions=2, num_samples=2, sampling=SAMPLING)
+    data = RolloutDataModule(
+        Toy(), engine, 4, 2, sampling=SAMPLING, max_logprob_gap=99, evaluation=evaluation, call_size=2
+    )
+    method = SelfDistill(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    empty, examples = iter([True, False, False, False]), method.examples
+    method.examples = lambda batch: [] if next(empty) else examples(batch)  # the first step is skipped
+    watch = Watch(engine)
+    fit(method, data, tmp_path, watch, max_epochs=2, val_check_interval=1)
+    assert watch.seen == [True] * 4 and method.policy_version == 3
+    assert len(engine.calls) == 4 + 4  # a call a step, and one a validation
+
+
+def test_teacher_contexts_that_do_not_fit_are_counted(path: Path, tmp_path: Path) -> None:
+    """Only what a teacher context adds to x and y is not bounded before the run."""
+    builder = PromptBuilder.from_pretrained(path)
+    questions = [Question("short", "1+1=", "2"), Question("long", "1+1=", "2" * 2000)]
+    batch = make_batch([make_scored(builder, question, "2", 1) for question in questions])
+    method = SelfDistill(ModelConfig(str(path)), context=FinalAnswer())
+    steps = fit(method, [batch], tmp_path)
+    assert steps.curve("teacher/too_long") == [1]
+    assert steps.curve("budget/tokens_trained") == [2 * 2]  # "2" and the end-of-turn token, student and teacher
