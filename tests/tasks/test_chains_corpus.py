@@ -84,6 +84,7 @@ def test_error_rates_of_the_facts(documents: list[tuple[str, str]]) -> None:
 
 def test_copy_rates_after_each_phrase(documents: list[tuple[str, str]]) -> None:
     """A wrong result met again is a copy, or by chance the same error: p + (1 - p) * P(this error)."""
+    assert COPY == {0: 0.5, 1: 0.95}
     facts = NoisyFacts(seed=5)
     seen: dict[int, list[float]] = {0: [], 1: []}
     expected: dict[int, list[float]] = {0: [], 1: []}
