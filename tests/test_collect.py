@@ -263,7 +263,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 
 def test_an_engine_that_dies_in_any_call_costs_that_call(model: ModelConfig, tmp_path: Path) -> None:
-    few = {"num_questions": 11}
+    few: dict[str, Any] = {"num_questions": 11}
     whole = collect(model, tmp_path / "whole", **few).num_generate_calls
     assert whole == 3 + 9
     for n in range(1, whole + 1):

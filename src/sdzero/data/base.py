@@ -38,6 +38,13 @@ class Policy(Protocol):
     def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]: ...
 
 
+def at_least_one(**values: int) -> None:
+    """Raises: ValueError naming the first key whose value is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"data.{name} must be at least 1, got {value}")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What validation and test sample.
@@ -55,6 +62,11 @@ class Evaluation:
     num_samples: int = 8
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=32768))
     call_size: int = 512
+
+    def __post_init__(self) -> None:
+        at_least_one(**{"evaluation.num_samples": self.num_samples, "evaluation.call_size": self.call_size})
+        if self.num_questions < 0:
+            raise ValueError(f"data.evaluation.num_questions must be at least 0, got {self.num_questions}")
 
 
 class _Stream(IterableDataset[Any]):
@@ -98,8 +110,7 @@ class StepDataModule(L.LightningDataModule):
         engine_dtype: str = "float32",
     ) -> None:
         super().__init__()
-        if items_per_step < 1:
-            raise ValueError(f"items_per_step must be at least 1, got {items_per_step}")
+        assert items_per_step > 0
         self.items_per_step = items_per_step
         self.task = task
         self.engine = engine

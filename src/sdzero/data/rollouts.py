@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdzero.data.base import Evaluation, StepDataModule
+from sdzero.data.base import Evaluation, StepDataModule, at_least_one
 from sdzero.engines.base import RolloutEngine
 from sdzero.tasks.base import Task
 from sdzero.types import Question, RolloutBatch, Sampling, Split
@@ -47,6 +47,12 @@ class RolloutDataModule(StepDataModule):
         max_logprob_gap: float = 0.3,
         engine_dtype: str = "float32",
     ) -> None:
+        at_least_one(
+            num_questions=num_questions,
+            prompts_per_step=prompts_per_step,
+            rollouts_per_prompt=rollouts_per_prompt,
+            call_size=call_size,
+        )
         super().__init__(prompts_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype)
         self.num_questions = num_questions
         self.rollouts_per_prompt = rollouts_per_prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdzero.data.base import Evaluation, StepDataModule
+from sdzero.data.base import Evaluation, StepDataModule, at_least_one
 from sdzero.engines.base import RolloutEngine
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import read_traces
@@ -61,6 +61,7 @@ class TraceDataModule(StepDataModule):
         max_logprob_gap: float = 0.3,
         engine_dtype: str = "float32",
     ) -> None:
+        at_least_one(traces_per_step=traces_per_step)
         super().__init__(traces_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype)
         self.source = source
         self.traces: list[Trace] = []
