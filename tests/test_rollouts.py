@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,38 @@ def test_a_call_of_another_identity_is_made_anew(builder: PromptBuilder, tmp_pat
     sampling = Sampling(0.5, 1.0, 8) if change == "sampling" else SAMPLING
     again.sample(asked, sampling, "h" if change == "group" else "g", 0)
     assert len(calls(again)) == 2
+
+
+def test_ranks_that_share_an_engine_make_every_call_together(builder: PromptBuilder, tmp_path: Path) -> None:
+    """Five prompts on one rank, two on the other; after a kill one has two calls more in its journal."""
+
+    def together(*num: int) -> list[list[list[str]]]:
+        """What each rank's engine was asked for; a rank that waits for the other in vain breaks the barrier."""
+        barrier, said = threading.Barrier(2, timeout=10), [0, 0]
+
+        def run(rank: int) -> list[list[str]]:
+            def largest(value: int) -> int:
+                said[rank] = value
+                barrier.wait()
+                result = max(said)
+                barrier.wait()
+                return result
+
+            own = PromptBuilder.from_pretrained(builder.tokenizer.name_or_path)  # tokenizers are no friends of threads
+            one = sampler(own, tmp_path / str(rank), rank=rank)
+            one.largest = largest
+            assert len(one.sample(prompts(own, num[rank]), SAMPLING, "g", 0)) == num[rank]
+            return [ids for _, ids in calls(one)]
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, (0, 1)))
+
+    ids = [f"phase1-{i}" for i in range(5)]
+    assert together(5, 2) == [[ids[:2], ids[2:4], ids[4:]], [ids[:2], [], []]]
+    assert together(5, 2) == [[], []]
+    journal = tmp_path / "1/g.jsonl"
+    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
+    assert together(5, 2) == [[ids[2:4], ids[4:]], [[], []]]
 
 
 def test_a_cut_response_is_truncated_whatever_it_holds(builder: PromptBuilder, tmp_path: Path) -> None:

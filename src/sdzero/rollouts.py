@@ -153,6 +153,8 @@ class Sampler:
         call_size: prompts per generate call; part of the run's identity.
         seed: names the run and the stage; each call's seed is derived from it and the call's own name.
         weights: checksum of the policy's weights, set after each sync.
+        largest: a number's largest value over the ranks. Ranks that share an engine make every call together, the
+            ones that have no prompt left or have finished the call before a restart too.
     """
 
     engine: RolloutEngine
@@ -162,6 +164,7 @@ class Sampler:
     seed: int
     rank: int = 0
     weights: str = ""
+    largest: Callable[[int], int] = lambda value: value
 
     def sample(
         self,
@@ -173,8 +176,9 @@ class Sampler:
     ) -> list[ScoredRollout]:
         """One scored response per prompt, in order. `group` names the draw, e.g. "train-000012"."""
         scored: list[ScoredRollout] = []
-        for call, start in enumerate(range(0, len(prompts), self.call_size)):
-            rollouts = self._call(prompts[start : start + self.call_size], sampling, group, call, policy_version)
+        for call in range(self.largest(-(-len(prompts) // self.call_size))):
+            mine = prompts[call * self.call_size : (call + 1) * self.call_size]
+            rollouts = self._call(mine, sampling, group, call, policy_version)
             scored += [score(rollout, self.task) for rollout in rollouts]
             progress(len(rollouts))
         return scored
@@ -186,7 +190,8 @@ class Sampler:
         identity = [type(self.engine).__name__, seed, repr(sampling), self.weights, [p.token_ids for p in prompts]]
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         stored = self.journal.get(group, key, fingerprint)
-        if stored is not None:
+        missing = self.largest(int(stored is None))
+        if stored is not None and not missing:
             return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, stored, strict=True)]
         self.journal.start(group, key)
         rollouts = self.engine.generate(prompts, sampling, seed, policy_version)

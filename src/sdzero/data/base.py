@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -221,7 +222,15 @@ class StepDataModule(L.LightningDataModule):
             self.engine.start(spec, self.policy.builder)
             journal = CallJournal(Path(self.trainer.default_root_dir) / "journal" / f"rank{self.rank}")
             self._sampler = Sampler(self.engine, self.task, journal, self.evaluation.call_size, run_seed(), self.rank)
+            if getattr(self.engine, "tensor_parallel_size", 1) > 1:
+                self._sampler.largest = self._largest
         return self._sampler
+
+    def _largest(self, value: int) -> int:
+        assert self.trainer is not None
+        strategy = self.trainer.strategy
+        tensor = torch.tensor(value, device=strategy.root_device)
+        return int(strategy.reduce(tensor, reduce_op="max"))  # pyright: ignore[reportArgumentType] - a name will do
 
     def sync_policy(self) -> dict[str, float]:
         """Brings the engine to the policy's version where it holds another. Collective."""

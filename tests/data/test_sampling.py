@@ -1,0 +1,269 @@
+"""What the data modules sample: evaluation, phase 2's rollouts, and the checks after a sync."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers import Notes, Toy, make_trace
+from sdzero.data import Evaluation, EvaluationDataModule, RolloutDataModule, TraceDataModule, TraceFile
+from sdzero.data.base import NUM_CHECKED, StepDataModule
+from sdzero.engines.base import EngineError
+from sdzero.prompts import PromptBuilder
+from sdzero.rollouts import write_traces
+from sdzero.types import EvalBatch, Prompt, Rollout, Sampling
+from tiny_model import write_tiny_model
+
+SAMPLING = Sampling(max_new_tokens=20)
+
+
+class Policy:
+    """A policy without weights; its log-probabilities are `logprob`, the scripted engine's are 0."""
+
+    model_config = SimpleNamespace(path="")
+    hf_config = SimpleNamespace(max_position_embeddings=512)
+
+    def __init__(self, builder: PromptBuilder, logprob: float = 0.0) -> None:
+        self.builder, self.logprob, self.policy_version = builder, logprob, 0
+        self.num_scored: list[int] = []
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return iter([("weight", torch.full((1,), float(self.policy_version)))])
+
+    def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        self.num_scored.append(len(rollouts))
+        return [torch.full((len(rollout.token_ids),), self.logprob) for rollout in rollouts]
+
+    def max_extra_tokens(self, max_new_tokens: int) -> int:
+        return max_new_tokens + 30
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
+    return PromptBuilder.from_pretrained(write_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def answer(prompt: Prompt, seed: int) -> str:
+    return f"={prompt.question.answer}" if seed % 2 else "=x"
+
+
+Data = Callable[..., Any]
+
+
+@pytest.fixture
+def attach(builder: PromptBuilder, tmp_path: Path) -> Data:
+    """A data module with a trainer that has what data modules ask for, set up for a stage."""
+
+    def make(data: StepDataModule, stage: str = "fit", rank: int = 0, world_size: int = 1, **policy: Any) -> Any:
+        trainer = SimpleNamespace(
+            global_rank=rank,
+            world_size=world_size,
+            lightning_module=Policy(builder, **policy),
+            default_root_dir=str(tmp_path),
+        )
+        data.trainer = trainer  # pyright: ignore[reportAttributeAccessIssue]
+        data.setup(stage)
+        return data
+
+    return make
+
+
+def evaluation(num_questions: int, num_samples: int = 2, call_size: int = 4) -> EvaluationDataModule:
+    settings = Evaluation("eval", num_questions, num_samples, SAMPLING, call_size)
+    return EvaluationDataModule(Toy(), Notes(answer), settings)
+
+
+def phase2(num_questions: int = 5, **options: Any) -> RolloutDataModule:
+    defaults: dict[str, Any] = {"prompts_per_step": 2, "sampling": SAMPLING, "call_size": 3}
+    return RolloutDataModule(Toy(), Notes(answer), num_questions, **{**defaults, **options})
+
+
+def engine_of(data: StepDataModule) -> Notes:
+    assert isinstance(data.engine, Notes)
+    return data.engine
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@given(num=st.integers(1, 14), k=st.integers(1, 4), call_size=st.integers(1, 12), world_size=st.integers(1, 4))
+def test_every_rank_makes_as_many_calls_and_each_question_is_asked_once(
+    builder: PromptBuilder, tmp_path_factory: pytest.TempPathFactory, num: int, k: int, call_size: int, world_size: int
+) -> None:
+    asked: list[str] = []
+    lengths = set()
+    for rank in range(world_size):
+        data = evaluation(num, k, call_size)
+        folder = str(tmp_path_factory.mktemp("rank"))
+        data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+            global_rank=rank, world_size=world_size, lightning_module=Policy(builder), default_root_dir=folder
+        )
+        data.setup("test")
+        loader = data.test_dataloader()
+        batches: list[EvalBatch] = list(loader)
+        assert len(batches) == len(loader)
+        # every batch syncs and compares log-probabilities, which all ranks must do together
+        lengths.add((len(batches), len(data.policy.num_scored)))  # pyright: ignore[reportAttributeAccessIssue]
+        groups = [group for batch in batches for group in batch.groups]
+        assert all(len(group) == k and len({s.rollout.prompt.question.id for s in group}) == 1 for group in groups)
+        assert all(len(prompts) <= max(call_size, k) for _, prompts in engine_of(data).calls)
+        asked += [group[0].rollout.prompt.question.id for group in groups]
+    assert sorted(asked) == sorted(f"eval-{i}" for i in range(num))
+    assert len(lengths) == 1
+
+
+def test_an_evaluation_that_starts_again_asks_nothing_twice(attach: Data) -> None:
+    before = list(attach(evaluation(7), "test").test_dataloader())
+    data = attach(evaluation(7), "test")
+    again = list(data.val_dataloader())
+    assert [batch.groups for batch in again] == [batch.groups for batch in before]
+    assert not engine_of(data).calls and len(before) == 4
+
+
+def test_training_without_evaluation_needs_no_task(attach: Data, builder: PromptBuilder, tmp_path: Path) -> None:
+    write_traces(tmp_path / "traces.jsonl", [make_trace(builder, "q", "1+1=3", "1+1=2", 0)])
+    data = attach(TraceDataModule(TraceFile(tmp_path / "traces.jsonl")))
+    assert data.val_dataloader() == [] and data.steps_per_epoch == 1
+    for stage in ("validate", "test", "predict"):
+        with pytest.raises(ValueError, match=r"evaluation needs data\.task, data\.engine"):
+            data.setup(stage)
+
+
+# --- phase 2 --------------------------------------------------------------------------------------
+
+
+def test_a_step_is_sampled_from_the_policy_of_that_step(attach: Data) -> None:
+    data = attach(phase2(rollouts_per_prompt=2))
+    versions, asked = [], []
+    for version, batch in enumerate(data.train_dataloader()):
+        assert batch.policy_version == version == batch.counter
+        versions += [call[0] for call in engine_of(data).calls[len(versions) :]]
+        asked.append([s.rollout.prompt.question.id for s in batch.scored])
+        assert float(engine_of(data).weights["weight"]) == version
+        data.policy.policy_version += 1
+    assert [len(step) for step in asked] == [4, 4, 2], "the last step of five questions by two is short"
+    assert versions == [0, 0, 1, 1, 2] and len({id for step in asked for id in step}) == 5
+    assert all(step[::2] == step[1::2] for step in asked)
+
+
+def test_a_step_of_a_rank_without_questions_is_empty(attach: Data) -> None:
+    """Three ranks share steps of two questions; the third still syncs and compares with the others."""
+    data = attach(phase2(num_questions=2), rank=2, world_size=3)
+    (batch,) = data.train_dataloader()
+    assert batch.scored == [] and data.policy.num_scored == [0] and engine_of(data).num_syncs == 1
+
+
+def test_a_restarted_step_asks_nothing_twice(attach: Data) -> None:
+    first = next(iter(attach(phase2()).train_dataloader()))
+    data = attach(phase2())
+    assert next(iter(data.train_dataloader())).scored == first.scored and not engine_of(data).calls
+
+
+def test_calls_are_kept_until_two_checkpoints_are_past_them(attach: Data, tmp_path: Path) -> None:
+    """Files saved at the same step count as one checkpoint."""
+    data = attach(phase2(num_questions=10, call_size=9))
+    journal = tmp_path / "journal/rank0"
+    for step, _ in enumerate(data.train_dataloader()):
+        kept = sorted(file.stem for file in journal.glob("*.jsonl"))
+        assert kept == [f"train-{n:06d}" for n in range(max(0, step - 1), step + 1)]
+        for _ in range(3):
+            assert data.state_dict() == {"counter": step + 1}
+        data.policy.policy_version += 1
+
+
+def test_phases_share_no_question(attach: Data, tmp_path: Path) -> None:
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps(["phase1-0", "phase2-3"]))
+    with pytest.raises(ValueError, match=r"1 questions of phase 2 are also in phase 1 .*\['phase2-3'\]"):
+        attach(phase2(disjoint_from=file))
+    attach(phase2(num_questions=3, disjoint_from=file))
+
+
+# --- lengths --------------------------------------------------------------------------------------
+
+
+def test_the_engines_limit_is_derived(attach: Data, builder: PromptBuilder) -> None:
+    prompt = len(builder.prompt(Toy().questions("eval", 1)[0]).token_ids)
+    bridge = max(len(builder.bridge(r)) for r in (0, 1))
+    assert attach(evaluation(3), "test").max_model_len() == prompt + 2 * 20 + bridge, "an answer may be revised"
+    assert attach(phase2()).max_model_len() == prompt + 20
+    wide = Evaluation("eval", 3, 2, Sampling(max_new_tokens=400))
+    assert attach(EvaluationDataModule(Toy(), Notes(answer), wide), "test").max_model_len() == 512, "the model's limit"
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_what_the_teacher_reads_must_fit(attach: Data, builder: PromptBuilder, over: int) -> None:
+    prompt = len(builder.prompt(Toy().questions("phase2", 1)[0]).token_ids)
+    most = (512 - prompt - 30) // 2 + over
+    data = phase2(sampling=Sampling(max_new_tokens=most))
+    if not over:
+        attach(data)
+        return
+    with pytest.raises(ValueError, match=rf"sampling\.max_new_tokens \({most}\).*the model has 512 positions"):
+        attach(data)
+
+
+# --- the engine after a sync ----------------------------------------------------------------------
+
+
+def test_log_probabilities_are_compared_once_for_every_sync(attach: Data) -> None:
+    data = attach(phase2(num_questions=9, prompts_per_step=9, call_size=2), logprob=0.25)
+    first, stats = data.sample([data.policy.builder.prompt(q) for q in data.questions], SAMPLING, "a", 2)
+    assert stats["logprob_gap"] == pytest.approx(0.25) and stats.keys() >= {"sync_seconds", "generate_seconds"}
+    assert data.policy.num_scored == [NUM_CHECKED]
+    _, stats = data.sample([first[0].rollout.prompt], SAMPLING, "b", 2)
+    assert "logprob_gap" not in stats and "sync_seconds" not in stats
+    data.policy.policy_version = 1
+    assert data.sample([first[0].rollout.prompt], SAMPLING, "c", 2)[1].keys() >= {"logprob_gap", "sync_seconds"}
+
+
+@pytest.mark.parametrize("logprob", [0.31, float("nan"), float("-inf")])
+def test_an_engine_with_other_weights_stops_the_run(attach: Data, logprob: float) -> None:
+    data = attach(phase2(), logprob=logprob)
+    with pytest.raises(EngineError, match=r"max_logprob_gap=0\.3\): stale or garbled weights"):
+        next(iter(data.train_dataloader()))
+
+
+def test_ranks_of_one_engine_agree_and_others_do_not_ask(attach: Data) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def reduce(tensor: Tensor, reduce_op: str) -> Tensor:
+        asked.append((int(tensor), reduce_op))
+        return tensor
+
+    for size, expected in ((1, []), (2, [(2, "max"), (1, "max"), (1, "max")])):
+        asked.clear()
+        data = attach(phase2(num_questions=6, prompts_per_step=6, call_size=3))
+        data.engine.tensor_parallel_size = size
+        data.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
+        data.trainer.default_root_dir += str(size)
+        next(iter(data.train_dataloader()))
+        assert asked == expected, "how many calls, and of each whether it is to be made"
+
+
+def test_an_engine_is_started_on_first_use_and_closed_at_the_end(attach: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    for name in ("start", "close"):
+        plain = getattr(Notes, name)
+
+        def noted(self: Notes, *arguments: Any, name: str = name, plain: Any = plain) -> None:
+            events.append(name)
+            plain(self, *arguments)
+
+        monkeypatch.setattr(Notes, name, noted)
+    data = attach(phase2())
+    data.teardown("fit")
+    assert events == []
+    next(iter(data.train_dataloader()))
+    data.teardown("fit")
+    data.teardown("fit")
+    assert events == ["start", "close"]
