@@ -22,9 +22,7 @@ def test_commands(smoke_run: Path, tmp_path: Path) -> None:
     """In an order a reader would take, in a folder where the smoke recipe has run."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(smoke_run, tmp_path / "runs/smoke")
-    commands = [
-        line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if line.strip()
-    ]
+    commands = [line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if line.strip()]
     ours = [command for command in commands if command[0] == "sdzero"]
     assert {command[1] for command in ours} == {"run", "collect", "fit", "test"}
     assert {command[0] for command in commands} == {"sdzero", "make"}

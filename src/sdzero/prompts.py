@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdzero.types import Prompt, Question, ScoredRollout, TeacherContext, TokenIds, Trace
+from sdzero.types import Example, Prompt, Question, ScoredRollout, TeacherContext, TokenIds, Trace
 
 
 @dataclass(frozen=True)
@@ -273,3 +273,14 @@ def collate(contexts: Sequence[TokenIds], targets: Sequence[TokenIds], pad_id: i
         predicts[row, len(context) - 1 : end - 1] = True
     flat = [token for target in targets for token in target]
     return SequenceBatch(input_ids, predicts, torch.tensor(flat, dtype=torch.long))
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Longest first, each as many rows as fit: rows x longest <= max_tokens, at least one row."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: (-e.length, e.id)):
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= max_tokens:
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches

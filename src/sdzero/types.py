@@ -115,6 +115,26 @@ class Trace:
     reward: int | None
 
 
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: context | target, and what the teacher reads instead of the context.
+
+    `num_init` is the index in `target` where y_revised starts; `weight` is 0 for a filler row.
+    """
+
+    id: str
+    context: TokenIds
+    target: TokenIds
+    teacher_context: TokenIds = ()
+    num_init: int = 0
+    reward: int | None = None
+    weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        return max(len(self.context), len(self.teacher_context)) + len(self.target)
+
+
 @dataclass
 class RolloutBatch:
     """All of one rank's rollouts of one optimizer step. `stats` are figures of sampling, to be logged."""

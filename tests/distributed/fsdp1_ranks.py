@@ -9,7 +9,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.multiprocessing.spawn import spawn
 
 from sdzero.losses import Divergence, HiddenTeacher, divergence_head
 from sdzero.models import ModelConfig, full_weights, lerp_weights, load, shard_fsdp1
@@ -23,6 +24,7 @@ def work(rank: int, num_ranks: int, folder: str, out: str) -> None:
     config, device = ModelConfig(folder), torch.device("cpu")
     student = shard_fsdp1(load(config, 0), config, device, None)
     teacher = shard_fsdp1(load(config, 0).requires_grad_(False), config, device, None).eval()
+    assert isinstance(student, FullyShardedDataParallel)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     losses, norms = [], []
     for step in range(3):
@@ -55,4 +57,4 @@ def work(rank: int, num_ranks: int, folder: str, out: str) -> None:
 
 if __name__ == "__main__":
     ranks = int(sys.argv[1])
-    mp.spawn(work, (ranks, sys.argv[2], sys.argv[3]), nprocs=ranks)
+    spawn(work, (ranks, sys.argv[2], sys.argv[3]), nprocs=ranks)

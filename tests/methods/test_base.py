@@ -29,10 +29,10 @@ from helpers import (
 )
 from sdzero.data import RolloutDataModule
 from sdzero.methods import SRT, Method, Schedule, SelfDistill
-from sdzero.methods.base import Example, NonFiniteError, micro_batches
+from sdzero.methods.base import NonFiniteError
 from sdzero.models import ModelConfig
-from sdzero.prompts import PromptBuilder
-from sdzero.types import LossOutput, Prompt, Question, Sampling, TraceBatch
+from sdzero.prompts import PromptBuilder, micro_batches
+from sdzero.types import Example, LossOutput, Prompt, Question, Sampling, TraceBatch
 from tiny_model import write_tiny_model
 
 

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -22,14 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
-from torchmetrics import Metric
 
 from sdzero.losses import cross_entropy_head
-from sdzero.metrics import AvgAtK, KeywordRate, PassAtK, ResponseLength
+from sdzero.methods.evaluation import Evaluated
 from sdzero.models import ModelConfig, full_weights, load, shard_fsdp1, shard_fsdp2
-from sdzero.prompts import collate
+from sdzero.prompts import collate, micro_batches
 from sdzero.seeds import run_seed
-from sdzero.types import EvalBatch, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
+from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TraceBatch
 
 BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 FAULTS = ("num_nonfinite", "num_skipped")
@@ -37,26 +35,6 @@ FAULTS = ("num_nonfinite", "num_skipped")
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was NaN or infinite more often than `max_nonfinite_steps` allows."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training sequence: context | target, and what the teacher reads instead of the context.
-
-    `num_init` is the index in `target` where y_revised starts; `weight` is 0 for a filler row.
-    """
-
-    id: str
-    context: TokenIds
-    target: TokenIds
-    teacher_context: TokenIds = ()
-    num_init: int = 0
-    reward: int | None = None
-    weight: float = 1.0
-
-    @property
-    def length(self) -> int:
-        return max(len(self.context), len(self.teacher_context)) + len(self.target)
 
 
 @dataclass(frozen=True)
@@ -85,18 +63,7 @@ class Schedule:
         return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Longest first, each as many rows as fit: rows x longest <= max_tokens, at least one row."""
-    batches: list[list[Example]] = []
-    for example in sorted(examples, key=lambda e: (-e.length, e.id)):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= max_tokens:
-            batches[-1].append(example)
-        else:
-            batches.append([example])
-    return batches
-
-
-class Method(L.LightningModule):
+class Method(Evaluated):
     """Base class of SRT and SelfDistill; by itself it only evaluates (`sdzero validate`, `sdzero test`).
 
     Args:
@@ -141,8 +108,6 @@ class Method(L.LightningModule):
         self.num_tokens_trained = 0
         self.num_nonfinite = 0
         self.num_skipped = 0
-        self.eval_metrics = nn.ModuleDict()
-        self.eval_rewards: dict[str, list[int]] = {}
 
     # --- what a method adds -------------------------------------------------------------------
 
@@ -330,70 +295,3 @@ class Method(L.LightningModule):
     def _log(self, prefix: str, values: dict[str, Any]) -> None:
         named = {name if "/" in name else f"{prefix}/{name}": float(value) for name, value in values.items()}
         self.log_dict(named, rank_zero_only=True)
-
-    # --- evaluation ---------------------------------------------------------------------------
-
-    def _evaluate(self, batch: EvalBatch) -> None:
-        if not self.eval_metrics:
-            num_samples = max((len(group) for group in batch.groups), default=1)
-            self.eval_metrics = _metrics(num_samples).to(self.device)
-        rewards = [[s.verdict.reward for s in group] for group in batch.groups]
-        rollouts = [s.rollout for group in batch.groups for s in group]
-        questions = [group[0].rollout.prompt.question.id for group in batch.groups]
-        self.eval_rewards |= dict(zip(questions, rewards, strict=True))
-        lengths, texts = [len(r.token_ids) for r in rollouts], [r.text for r in rollouts]
-        updates: dict[str, tuple[Any, ...]] = {
-            "accuracy": (rewards,),
-            "pass": (rewards,),
-            "length": (lengths, [r.finish_reason == "length" for r in rollouts]),
-            "keywords": (texts, lengths),
-        }
-        for name, arguments in updates.items():
-            metric = self.eval_metrics[name]
-            assert isinstance(metric, Metric)
-            metric.update(*arguments)
-
-    def _log_evaluation(self) -> None:
-        for metric in self.eval_metrics.values():
-            assert isinstance(metric, Metric)
-            self.log_dict({f"eval/{k}": v for k, v in metric.compute().items()}, rank_zero_only=True)
-            metric.reset()
-
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        self.eval_rewards = {}
-
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation()
-
-    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """The responses as plain rows: question, response, reward, reason."""
-        return [
-            {
-                "question": s.rollout.prompt.question.id,
-                "response": s.rollout.text,
-                "reward": s.verdict.reward,
-                "reason": s.verdict.reason,
-            }
-            for group in batch.groups
-            for s in group
-        ]
-
-
-def _metrics(num_samples: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "accuracy": AvgAtK(),
-            "pass": PassAtK(k=num_samples),
-            "length": ResponseLength(),
-            "keywords": KeywordRate(),
-        }
-    )

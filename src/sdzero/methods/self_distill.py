@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sdzero.losses import Divergence, HiddenTeacher, divergence_head
-from sdzero.methods.base import Example, Method
+from sdzero.methods.base import Method
 from sdzero.models import ModelConfig, lerp_weights, load
 from sdzero.prompts import Context, Revision, collate
 from sdzero.seeds import run_seed
-from sdzero.types import LossOutput, RolloutBatch, ScoredRollout
+from sdzero.types import Example, LossOutput, RolloutBatch, ScoredRollout
 
 
 class SelfDistill(Method):

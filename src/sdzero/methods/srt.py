@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sdzero.losses import cross_entropy_head
-from sdzero.methods.base import Example, Method
+from sdzero.methods.base import Method
 from sdzero.prompts import collate
-from sdzero.types import LossOutput, TraceBatch
+from sdzero.types import Example, LossOutput, TraceBatch
 
 
 class SRT(Method):
@@ -34,10 +34,10 @@ class SRT(Method):
         self.generation_weight = generation_weight
 
     def examples(self, batch: TraceBatch) -> list[Example]:
+        if not self.generation_weight and all(trace.reward is None for trace in batch.traces):
+            return []  # demonstrations have the generation term only: with that off they teach nothing
         examples = []
         for trace in batch.traces:
-            if trace.reward is None and not self.generation_weight:
-                continue  # a demonstration has the generation term only: with that off, it teaches nothing
             initial = trace.init_ids + trace.bridge_ids
             target = initial + trace.revised_ids
             # without y_init there is nothing to revise: the trace has no revision tokens
