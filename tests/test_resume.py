@@ -67,11 +67,23 @@ def kill_at(
         meanwhile()
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
+        elif victim == "stage":
+            os.kill(stage, signal.SIGKILL)
         else:
-            os.kill(stage if victim == "stage" else process.pid, signal.SIGKILL)
+            kill_above(stage, process, out)
         code = process.wait(SECONDS)
     wait_for_lock(out)
     return Killed(log.read_text(), code, sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()))
+
+
+def kill_above(stage: int, process: subprocess.Popen[str], out: Path) -> None:
+    """Kills the run's process. Its orphan keeps the folder from other runs as long as it lives."""
+    os.kill(stage, signal.SIGSTOP)  # so that it cannot end before we have looked
+    process.kill()
+    process.wait(SECONDS)
+    with (out / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
+        flock(lock, LOCK_EX | LOCK_NB)
+    os.kill(stage, signal.SIGCONT)
 
 
 def wait_for_lock(out: Path) -> None:
