@@ -234,7 +234,8 @@ def test_lineage_has_config_versions_and_hashes(smoke_run: Path) -> None:
         weights = folder_sha256(smoke_run / name / "model")
         assert lineage[name]["outputs"] == {"model": weights}
         assert lineage[f"{name}/eval"]["inputs"] == {"model.init_args.model.path": weights}
-        assert lineage[f"{name}/eval"]["outputs"] == {"results.json": sha256(f"{name}/eval/results.json")}
+        files = ("results.json", "rewards.json")
+        assert lineage[f"{name}/eval"]["outputs"] == {file: sha256(f"{name}/eval/{file}") for file in files}
     traces, questions = sha256("collect/traces.jsonl"), sha256("collect/questions.json")
     assert lineage["collect"]["inputs"] == {"model.path": lineage["base"]["outputs"]["model"]}
     assert lineage["collect"]["outputs"].items() >= {"traces.jsonl": traces, "questions.json": questions}.items()
