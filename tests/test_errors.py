@@ -70,6 +70,8 @@ def copy_model(source: Path, target: Path, **config: Any) -> Path:
         ("srt", {"data__trace_per_step": 4}, "'trace_per_step' is not accepted"),
         ("self_distill", {"model__divergence__kinds": "forward"}, "divergence.kinds"),
         ("self_distill", {"trainer__max_stps": 4}, "--trainer.max_stps"),
+        ("self_distill", {"trainer__max_step": 4}, "--trainer.max_step"),  # an abbreviation is no key
+        ("collect", {"call_siz": 4}, "--call_siz"),
         ("self_distill", {"data__engine__max_batchsize": 4}, "max_batchsize"),
         ("eval", {"data__evaluation__num_questions": "many"}, "evaluation.num_questions"),
         ("collect", {"branch": "both"}, "--branch"),

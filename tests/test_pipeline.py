@@ -67,7 +67,9 @@ def test_finished_stages_are_skipped(
     assert before == {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
 
 
-def test_a_stage_without_its_outputs_or_its_folder_is_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_without_its_outputs_or_its_folder_is_run(
+    copy: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> Any:
@@ -78,9 +80,10 @@ def test_a_stage_without_its_outputs_or_its_folder_is_run(copy: Path, monkeypatc
     (copy / "srt/eval/results.json").unlink()
     with pytest.raises(OSError, match="no child"):
         exit_code(monkeypatch, "run", SMOKE, "--out", copy)
-    shutil.rmtree(copy / "srt")  # its model and its evaluation go
+    shutil.rmtree(copy / "srt")  # the remedy that is offered where a key has changed
+    edit(recipe / "srt.yaml", "traces_per_step: 16", "traces_per_step: 8")
     with pytest.raises(OSError, match="no child"):
-        exit_code(monkeypatch, "run", SMOKE, "--out", copy)
+        exit_code(monkeypatch, "run", recipe, "--out", copy)
     assert [command[3] for command in started] == ["test", "fit"]
     assert f"--trainer.default_root_dir={copy}/srt" in started[1]
     assert not any("ckpt_path" in argument for argument in started[1])

@@ -224,6 +224,8 @@ def test_log_probabilities_are_compared_once_for_every_sync(attach: Data) -> Non
     assert "logprob_gap" not in stats and "sync_seconds" not in stats
     data.policy.policy_version = 1
     assert data.sample([first[0].rollout.prompt], SAMPLING, "c", 2)[1].keys() >= {"logprob_gap", "sync_seconds"}
+    engine_of(data).policy_version = None  # its weights are gone, e.g. after a sleep
+    assert data.sample([first[0].rollout.prompt], SAMPLING, "d", 2)[1].keys() >= {"logprob_gap", "sync_seconds"}
 
 
 @pytest.mark.parametrize("logprob", [0.31, float("nan"), float("-inf")])
