@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
@@ -62,17 +63,21 @@ def kill_at(
             **{"cwd": ROOT, "env": variables, "stdout": output, "stderr": output, "text": True},
             start_new_session=True,
         )
-        stage = wait_for(mark, process, log)
-        assert stage != process.pid
-        meanwhile()
-        if victim == "group":
-            os.killpg(process.pid, signal.SIGKILL)
-        elif victim == "stage":
-            os.kill(stage, signal.SIGKILL)
-        else:
-            kill_above(stage, process, out)
-        code = process.wait(SECONDS)
-    wait_for_lock(out)
+        try:
+            stage = wait_for(mark, process, log)
+            assert stage != process.pid
+            meanwhile()
+            if victim == "group":
+                os.killpg(process.pid, signal.SIGKILL)
+            elif victim == "stage":
+                os.kill(stage, signal.SIGKILL)
+            else:
+                kill_above(stage, process, out)
+            code = process.wait(SECONDS)
+            wait_for_lock(out)
+        finally:
+            with suppress(ProcessLookupError):  # a failed test leaves nobody standing
+                os.killpg(process.pid, signal.SIGKILL)
     return Killed(log.read_text(), code, sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()))
 
 
