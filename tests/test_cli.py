@@ -120,9 +120,17 @@ def test_evaluation_commands(smoke_run: Path, tmp_path: Path, monkeypatch: pytes
         results = read_json(tmp_path / "results.json")
         assert results["eval/avg_at_k"] == pytest.approx(sum(right) / 14)
         assert "eval/pass_at_2" in results and "eval/revise_acc2" in results
-        assert "NaN" not in (tmp_path / "results.json").read_text(), "JSON has no such number"
-        assert None in results.values(), "a rate with nothing to count from has no error"
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_figure_that_is_no_number_is_null(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question has no standard error, and JSON no word for it."""
+    arguments = ["--config", SMOKE / "eval.yaml", f"--model.model.path={smoke_run}/srt/model"]
+    arguments += [f"--trainer.default_root_dir={tmp_path}", "--data.evaluation.num_questions=1"]
+    assert exit_code(monkeypatch, "test", *arguments) == 0
+    results = read_json(tmp_path / "results.json")
+    assert results["eval/avg_at_k_se"] is None and 0 <= results["eval/avg_at_k"] <= 1
+    assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
 # --- the rest -------------------------------------------------------------------------------------

@@ -9,16 +9,19 @@ from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from runs import MODELS, SMOKE, STAGES, exit_code, num_calls, read_json, refusal, responses, rows, scalars
+from runs import MODELS, SMOKE, STAGES, exit_code, num_calls, read_json, refusal, responses, scalars
 from sdzero import pipeline
+from sdzero.data import TraceDataModule, TraceFile
 from sdzero.metrics import count_keywords
 from sdzero.models import folder_sha256
 from sdzero.pipeline import content_sha256, resolved, stages
+from sdzero.rollouts import read_traces
 from sdzero.tasks import Chains
 
 CALLS = {"collect": 8, "self_distill": 5, "base/eval": 4, "srt/eval": 4, "self_distill/eval": 4}
@@ -305,11 +308,13 @@ def test_budgets_are_what_training_each_model_cost(smoke_run: Path) -> None:
     sampled = responses(smoke_run / "collect/journal", "")
     assert srt["num_generations"] == len(sampled) == 64 * (1 + 3)
     assert srt["num_tokens_sampled"] == sum(len(response["token_ids"]) for response in sampled)
-    traces = rows(smoke_run / "collect/traces.jsonl")
-    assert 16 < len(traces) <= 32, "two steps an epoch, so that six steps are three epochs"
-    revised = sum(len(t["revised_ids"]) for t in traces)
-    generated = revised + sum(len(t["init_ids"]) + len(t["bridge_ids"]) for t in traces)
-    assert srt["num_tokens_trained"] == 3 * (generated + revised)
+    traces = TraceDataModule(TraceFile(smoke_run / "collect/traces.jsonl"), traces_per_step=16)
+    traces.traces = read_traces(smoke_run / "collect/traces.jsonl")
+    traces.trainer = SimpleNamespace(global_rank=0, world_size=1)  # pyright: ignore[reportAttributeAccessIssue]
+    trained = [traces.traces[i] for step in range(6) for i in traces.indices(step)]
+    revised = sum(len(t.revised_ids) for t in trained)
+    generated = revised + sum(len(t.init_ids) + len(t.bridge_ids) for t in trained)
+    assert srt["num_tokens_trained"] == generated + revised
 
     (lengths,) = scalars(smoke_run / "self_distill", "rollout/length")
     assert self_distill["num_generations"] == 5 * 16
