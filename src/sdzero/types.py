@@ -161,11 +161,12 @@ class TraceBatch:
 
 @dataclass
 class EvalBatch:
-    """One generate call of an evaluation: `groups[i]` are the k scored responses of one question."""
+    """One generate call of an evaluation: `groups[i]` are the k = `num_samples` scored responses of one question."""
 
     groups: list[list[ScoredRollout]]
     policy_version: int
     counter: int
+    num_samples: int
     stats: dict[str, float] = field(default_factory=dict)
 
     def to(self, *_: Any, **__: Any) -> EvalBatch:

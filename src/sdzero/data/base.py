@@ -293,7 +293,7 @@ class StepDataModule(L.LightningDataModule):
                 group = f"eval-{self.policy.policy_version:06d}-{call:05d}"
                 scored, stats = self.sample(prompts, self.evaluation.sampling, group, per_call * k)
                 groups = [scored[i * k : (i + 1) * k] for i in range(len(chosen))]
-                yield EvalBatch(groups, self.policy.policy_version, call, stats)
+                yield EvalBatch(groups, self.policy.policy_version, call, k, stats)
 
         return num_calls, batches
 

@@ -22,8 +22,8 @@ class Evaluated(L.LightningModule):
 
     def _evaluate(self, batch: EvalBatch) -> None:
         if not self.eval_metrics:
-            num_samples = max((len(group) for group in batch.groups), default=1)
-            self.eval_metrics = _metrics(num_samples).to(self.device)
+            # not the length of a group: a rank that ran out of questions has none, and must know k all the same
+            self.eval_metrics = _metrics(batch.num_samples).to(self.device)
         rewards = [[s.verdict.reward for s in group] for group in batch.groups]
         rollouts = [s.rollout for group in batch.groups for s in group]
         questions = [group[0].rollout.prompt.question.id for group in batch.groups]
