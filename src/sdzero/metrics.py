@@ -179,21 +179,67 @@ class ResponseLength(_Sums):
         return {"response_tokens": tokens / count, "truncated": truncated / count}
 
 
+class Ratio(_Sums):
+    """One sum over another; nan where nothing was counted."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def update(self, numerator: float, denominator: float) -> None:
+        self._add(numerator, denominator)
+
+    def compute(self) -> Tensor:
+        return self.sums[0] / self.sums[1]
+
+
+class LengthDistribution(Metric):
+    """Lengths in tokens, exact up to `MAX_LENGTH`: `length_r0` and `length_r1`, their means by reward, `length_p50` and
+    `length_p90`, the least lengths that half and nine tenths of the responses do not exceed, and `length_max`."""
+
+    full_state_update = False
+    counts: Tensor  # [2, MAX_LENGTH + 1], responses by reward and length
+    MAX_LENGTH = 2**16
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(2, self.MAX_LENGTH + 1, dtype=torch.long)
+        self.add_state("counts", zeros, dist_reduce_fx="sum")
+
+    def update(self, lengths: Sequence[int], rewards: Sequence[int]) -> None:
+        """Adds responses by number of tokens and reward."""
+        for length, reward in zip(lengths, rewards, strict=True):
+            self.counts[reward, min(length, self.MAX_LENGTH)] += 1
+
+    def compute(self) -> Scalars:
+        lengths = torch.arange(self.MAX_LENGTH + 1, device=self.counts.device)
+        means = (self.counts * lengths).sum(1) / self.counts.sum(1)
+        seen = self.counts.sum(0).cumsum(0)
+        least = [torch.searchsorted(seen, torch.ceil(share * seen[-1]).long()) for share in (0.5, 0.9, 1.0)]
+        quantiles = dict(zip(("length_p50", "length_p90", "length_max"), least, strict=True))
+        return {"length_r0": means[0], "length_r1": means[1], **{k: v.double() for k, v in quantiles.items()}}
+
+
 _PATTERNS = [
     re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, keyword.split())) + r"(?!\w)", re.IGNORECASE)
     for keyword in KEYWORDS
 ]
 
 
-def count_keywords(text: str) -> int:
-    """Keywords in a text: any case, straight and curly apostrophes, whole words, overlaps once at their longest."""
+def keyword_spans(text: str) -> list[tuple[int, int]]:
+    """Where a text has keywords, the longest first: any case, straight and curly apostrophes, whole words; of two that
+    overlap, the longer."""
     plain = text.replace("’", "'").replace("‘", "'")
     spans = [match.span() for pattern in _PATTERNS for match in pattern.finditer(plain)]
     kept: list[tuple[int, int]] = []
     for begin, end in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
         if all(end <= other_begin or begin >= other_end for other_begin, other_end in kept):
             kept.append((begin, end))
-    return len(kept)
+    return kept
+
+
+def count_keywords(text: str) -> int:
+    """Number of keywords in a text."""
+    return len(keyword_spans(text))
 
 
 class KeywordRate(_Sums):
