@@ -15,7 +15,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
-    """One object per evaluated model: base, srt, self_distill.
+    """One object per evaluated model: base, srt, self_distill. A model that is not evaluated (yet) has none.
 
     Budgets are what training the model cost (table 3): collect's belong to srt, the base's are 0;
     evaluation's generations are not in them.
@@ -24,6 +24,8 @@ def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
     rewards: dict[str, list[int]] = {}
     for name, stages in {"base": [], "srt": ["collect", "srt"], "self_distill": ["self_distill"]}.items():
         results = _read(out / name / "eval/results.json")
+        if not results:
+            continue
         manifest = _read(out / name / "model/sdzero.json")
         before, rewards = rewards, _read(out / name / "eval/rewards.json")
         costs = [_read(out / s / file) for s in stages for file in ("statistics.json", "model/sdzero.json")]
@@ -39,10 +41,10 @@ def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
                 "wrong_to_right": results.get("eval/revise_wrong_to_right"),
                 "right_to_wrong": results.get("eval/revise_right_to_wrong"),
                 **{key: sum(int(cost.get(key, 0)) for cost in costs) for key in BUDGET},
-                "seconds": sum(r["seconds"] for s, r in lineage.items() if s in (*stages, name, f"{name}/eval")),
+                "seconds": sum(r["spent"] for s, r in lineage.items() if s in (*stages, name, f"{name}/eval")),
                 # a base that the run did not train is known by what its evaluation read
                 "weights_sha256": manifest.get("weights_sha256")
-                or next(iter(lineage[f"{name}/eval"]["inputs"].values())),
+                or next(iter(lineage.get(f"{name}/eval", {}).get("inputs", {}).values()), None),
             }
         )
     return rows
