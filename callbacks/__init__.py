@@ -1,7 +1,21 @@
 """Callbacks hold what is not essential. None relies on another."""
 
+from sdzero.callbacks.copy_tracker import CopyTracker
 from sdzero.callbacks.export_model import ExportModel
 from sdzero.callbacks.generate_then_revise import GenerateThenRevise
+from sdzero.callbacks.keyword_tracker import KeywordTracker
+from sdzero.callbacks.length_tracker import LengthTracker
+from sdzero.callbacks.sample_writer import SampleWriter
 from sdzero.callbacks.teacher_sync import TeacherSync
+from sdzero.callbacks.token_kl_recorder import TokenKLRecorder
 
-__all__ = ["ExportModel", "GenerateThenRevise", "TeacherSync"]
+__all__ = [
+    "CopyTracker",
+    "ExportModel",
+    "GenerateThenRevise",
+    "KeywordTracker",
+    "LengthTracker",
+    "SampleWriter",
+    "TeacherSync",
+    "TokenKLRecorder",
+]

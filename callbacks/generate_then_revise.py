@@ -2,87 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
-import torch
+from torchmetrics import SumMetric
 
+from sdzero.callbacks.base import ResponseTracker
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
-from sdzero.metrics import CorrectionRate
-from sdzero.types import EvalBatch, ScoredRollout
+from sdzero.metrics import CorrectionRate, Ratio, Scalars
+from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 
 
-class GenerateThenRevise(L.Callback):
-    """Revises first attempts of every evaluation, and compares with plainly sampling another answer.
+class GenerateThenRevise(ResponseTracker):
+    """Compares revisions, as many as data.evaluation.num_revised asks for, with plainly sampling another answer.
 
-    Logs eval/revise_* (a revision from prompt + y + P_r) and eval/resample_* (an independent second answer,
-    paired from the k samples at hand, so at no cost).
-
-    Args:
-        num_attempts: first attempts per question that are revised; at most the evaluation's num_samples.
+    Logs eval/revise_* (a revision from prompt + y + P_r, and the mean tokens of both attempts) and eval/resample_* (an
+    independent second answer, paired from the k samples at hand, so at no cost).
     """
 
-    def __init__(self, num_attempts: int = 1) -> None:
-        self.num_attempts = num_attempts
-        self.revise = CorrectionRate()
-        self.resample = CorrectionRate()
-        self.num_dropped = 0
+    def __init__(self) -> None:
+        super().__init__(
+            revise=CorrectionRate(), resample=CorrectionRate(), tokens1=Ratio(), tokens2=Ratio(), dropped=SumMetric()
+        )
 
-    def _revise(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: EvalBatch) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(data, StepDataModule) and isinstance(pl_module, Method)
-        self.revise.to(pl_module.device)
-        self.resample.to(pl_module.device)
-        sampling, limit = data.evaluation.sampling, data.max_model_len()
-        firsts, prompts = [], []
-        for first in (scored for group in batch.groups for scored in group[: self.num_attempts]):
-            prompt = pl_module.builder.revision_prompt(first)
-            if len(prompt.token_ids) + sampling.max_new_tokens > limit:
-                self.num_dropped += 1
-                continue
-            firsts.append(first)
-            prompts.append(prompt)
-        group = f"revise-{batch.policy_version:06d}-{batch.counter:05d}"
-        revised, _ = data.sample(prompts, sampling, group, data.evaluation.call_size)
-        self._update(self.revise, list(zip(firsts, revised, strict=True)))
+        if isinstance(data, StepDataModule) and data.evaluation.num_questions and not data.evaluation.num_revised:
+            raise ValueError("GenerateThenRevise has nothing to read: set data.evaluation.num_revised to 1 or more")
+
+    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+        if isinstance(batch, RolloutBatch):
+            return
         neighbours = [pair for g in batch.groups if len(g) > 1 for pair in zip(g, [*g[1:], g[0]], strict=True)]
-        self._update(self.resample, neighbours)
+        self._update("revise", batch.revised)
+        self._update("resample", neighbours)
+        for i, name in enumerate(("tokens1", "tokens2")):
+            self.metrics[name].update(sum(len(pair[i].rollout.token_ids) for pair in batch.revised), len(batch.revised))
+        self.metrics["dropped"].update(batch.num_unrevised)
 
-    def _update(self, metric: CorrectionRate, pairs: list[tuple[ScoredRollout, ScoredRollout]]) -> None:
+    def _update(self, name: str, pairs: list[tuple[ScoredRollout, ScoredRollout]]) -> None:
         first, second = [a.verdict.reward for a, _ in pairs], [b.verdict.reward for _, b in pairs]
-        metric.update(first, second, [a.rollout.prompt.question.id for a, _ in pairs])
+        self.metrics[name].update(first, second, [a.rollout.prompt.question.id for a, _ in pairs])
 
-    def _log(self, pl_module: L.LightningModule) -> None:
-        for name, metric in (("revise", self.revise), ("resample", self.resample)):
-            values = {f"eval/{name}_{key}": value for key, value in metric.compute().items()}
-            pl_module.log_dict(values, rank_zero_only=True)
-            metric.reset()
-        pl_module.log("eval/revise_dropped", torch.tensor(float(self.num_dropped)), reduce_fx="sum", sync_dist=True)
-        self.num_dropped = 0
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        *_: Any,
-    ) -> None:
-        self._revise(trainer, pl_module, batch)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        *_: Any,
-    ) -> None:
-        self._revise(trainer, pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log(pl_module)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log(pl_module)
+    def figures(self, evaluates: bool) -> Scalars:
+        if not evaluates:
+            return {}
+        figures = {f"{kind}_{k}": v for kind in ("revise", "resample") for k, v in self.metrics[kind].compute().items()}
+        for name in ("tokens1", "tokens2"):
+            figures[f"revise_{name}"] = self.metrics[name].compute()
+        figures["revise_dropped"] = self.metrics["dropped"].compute()
+        return figures

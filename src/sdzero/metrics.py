@@ -80,6 +80,12 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
+def top_share(values: Sequence[float], share: float = 0.1) -> float:
+    """What the largest values hold of the sum of all: of 10 tokens' KL with share 0.1, the largest one's part."""
+    ordered = sorted(values, reverse=True)
+    return math.fsum(ordered[: max(1, round(share * len(ordered)))]) / (math.fsum(ordered) or math.nan)
+
+
 class _QuestionMean(Metric):
     """Mean and standard error of one value per question. States: sums in float64."""
 

@@ -161,13 +161,22 @@ class TraceBatch:
 
 @dataclass
 class EvalBatch:
-    """One generate call of an evaluation: `groups[i]` are the k = `num_samples` scored responses of one question."""
+    """One generate call of an evaluation: `groups[i]` are the k = `num_samples` scored responses of one question.
+
+    `revised` are pairs (a response of `groups`, one revision of it); `num_unrevised` counts the responses whose
+    revision would not have fitted the model.
+    """
 
     groups: list[list[ScoredRollout]]
     policy_version: int
     counter: int
     num_samples: int
-    stats: dict[str, float] = field(default_factory=dict)
+    revised: list[tuple[ScoredRollout, ScoredRollout]] = field(default_factory=list)
+    num_unrevised: int = 0
+
+    @property
+    def scored(self) -> list[ScoredRollout]:
+        return [scored for group in self.groups for scored in group]
 
     def to(self, *_: Any, **__: Any) -> EvalBatch:
         return self

@@ -89,7 +89,7 @@ def test_filler_rows_weigh_nothing(path: Path, builder: PromptBuilder, tmp_path:
             rows = pl_module.examples(batch)
             counts = pl_module.counts(rows)
             blank = [
-                pl_module._blank(),
+                pl_module.blank(),
                 replace(rows[0], weight=0.0, reward=None),
             ]  # pad's embedding is 0: add a real one
             found.extend(pl_module.loss(some, counts) for some in (rows, [*rows, *blank], blank))

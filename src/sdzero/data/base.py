@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -54,6 +55,7 @@ class Evaluation:
         split: split of the task.
         num_questions: held-out questions; 0 evaluates nothing.
         num_samples: k answers per question (avg@k, pass@k).
+        num_revised: of these answers, how many are revised once, told their reward (Generate-then-Revise).
         sampling: how they are drawn.
         call_size: answers per generate call; part of the run's identity.
     """
@@ -61,6 +63,7 @@ class Evaluation:
     split: Split = "eval"
     num_questions: int = 0
     num_samples: int = 8
+    num_revised: int = 0
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=32768))
     call_size: int = 512
 
@@ -68,6 +71,10 @@ class Evaluation:
         at_least_one(**{"evaluation.num_samples": self.num_samples, "evaluation.call_size": self.call_size})
         if self.num_questions < 0:
             raise ValueError(f"data.evaluation.num_questions must be at least 0, got {self.num_questions}")
+        if not 0 <= self.num_revised <= self.num_samples:
+            raise ValueError(
+                f"data.evaluation.num_revised must lie in 0..num_samples ({self.num_samples}), got {self.num_revised}"
+            )
 
 
 class _Stream(IterableDataset[Any]):
@@ -291,11 +298,25 @@ class StepDataModule(L.LightningDataModule):
                 chosen = questions[call * per_call : (call + 1) * per_call]
                 prompts = [self.policy.builder.prompt(q) for q in chosen for _ in range(k)]
                 group = f"eval-{self.policy.policy_version:06d}-{call:05d}"
-                scored, stats = self.sample(prompts, self.evaluation.sampling, group, per_call * k)
+                scored, _ = self.sample(prompts, self.evaluation.sampling, group, per_call * k)
                 groups = [scored[i * k : (i + 1) * k] for i in range(len(chosen))]
-                yield EvalBatch(groups, self.policy.policy_version, call, k, stats)
+                batch = EvalBatch(groups, self.policy.policy_version, call, k)
+                if self.evaluation.num_revised:
+                    self._revise(batch)
+                yield batch
 
         return num_calls, batches
+
+    def _revise(self, batch: EvalBatch) -> None:
+        """Samples one revision of the first answers to each question, from the prefix of collection. Collective."""
+        sampling, limit = self.evaluation.sampling, self.max_model_len()
+        firsts = [scored for group in batch.groups for scored in group[: self.evaluation.num_revised]]
+        prompts = [self.policy.builder.revision_prompt(first) for first in firsts]
+        fits = [len(prompt.token_ids) + sampling.max_new_tokens <= limit for prompt in prompts]
+        group = f"revise-{batch.policy_version:06d}-{batch.counter:05d}"
+        revised, _ = self.sample(list(compress(prompts, fits)), sampling, group, self.evaluation.call_size)
+        batch.revised = list(zip(compress(firsts, fits), revised, strict=True))
+        batch.num_unrevised = fits.count(False)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return stream_loader(*self._evaluation_stream()) if self.eval_questions else []

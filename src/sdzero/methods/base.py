@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.evaluation import Evaluated
 from sdzero.models import ModelConfig, full_weights, load, shard_fsdp1, shard_fsdp2
-from sdzero.prompts import collate, micro_batches
+from sdzero.prompts import Context, Revision, collate, micro_batches
 from sdzero.seeds import run_seed
 from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TraceBatch
 
@@ -102,6 +102,7 @@ class Method(Evaluated):
         self.reduction = reduction
         self.max_nonfinite_steps = max_nonfinite_steps
         self.max_skipped_steps = max_skipped_steps
+        self.max_positions: int = getattr(self.hf_config, "max_position_embeddings", None) or 2**31
         self.policy_version = 0
         self.num_generations = 0
         self.num_tokens_sampled = 0
@@ -178,7 +179,7 @@ class Method(Evaluated):
     @torch.no_grad()
     def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """The student's untempered log-probabilities of sampled responses, one tensor [N_i] each. Collective."""
-        blank = self._blank()
+        blank = self.blank()
         contexts = [r.prompt.token_ids for r in rollouts] or [blank.context]
         targets = [r.token_ids for r in rollouts] or [blank.target]
         batch = collate(contexts, targets, self.builder.pad_id).to(self.device)
@@ -191,6 +192,10 @@ class Method(Evaluated):
             logprobs = self.student(batch.input_ids, batch.predicts, head).metrics["logprobs"]
         return list(logprobs.split([len(t) for t in targets]))[: len(rollouts)]
 
+    def reviser(self) -> tuple[nn.Module, Context]:
+        """Who judges the tokens of an answer, and what it reads before it: a method without a teacher is its own."""
+        return self.student, Revision()
+
     # --- training -----------------------------------------------------------------------------
 
     def training_step(self, batch: RolloutBatch | TraceBatch, batch_idx: int) -> None:
@@ -200,7 +205,7 @@ class Method(Evaluated):
         if isinstance(batch, RolloutBatch):
             self._log("rollout", self._count_rollouts(batch))
         examples = self.examples(batch)
-        counts = self._reduce(torch.tensor([*self.counts(examples), self.num_trained(examples)]), "sum").tolist()
+        counts = self.reduce(torch.tensor([*self.counts(examples), self.num_trained(examples)]), "sum").tolist()
         if not counts[0]:
             return self._skip()
         metrics = self._backward(examples, counts[:-1])
@@ -213,8 +218,8 @@ class Method(Evaluated):
 
     def _backward(self, examples: list[Example], counts: list[int]) -> dict[str, Tensor]:
         batches = micro_batches(examples, self.max_tokens_per_micro_batch)
-        num_batches = int(self._reduce(torch.tensor(len(batches)), "max"))
-        batches += [[self._blank()]] * (num_batches - len(batches))
+        num_batches = int(self.reduce(torch.tensor(len(batches)), "max"))
+        batches += [[self.blank()]] * (num_batches - len(batches))
         totals: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(batches):
             with self._gradient_sync(last=i == num_batches - 1):
@@ -224,7 +229,7 @@ class Method(Evaluated):
             for name, value in {"loss": output.loss, **output.metrics}.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().float().cpu()
         names = sorted(totals)
-        reduced = self._reduce(torch.stack([totals[name] for name in names]), "sum")
+        reduced = self.reduce(torch.stack([totals[name] for name in names]), "sum")
         return dict(zip(names, reduced, strict=True))
 
     def _step(self, metrics: dict[str, Tensor], ids: list[str]) -> dict[str, Tensor]:
@@ -267,7 +272,7 @@ class Method(Evaluated):
         lengths, verdicts = [len(s.rollout.token_ids) for s in batch.scored], [s.verdict for s in batch.scored]
         sums = [len(lengths), sum(lengths), sum(v.reward for v in verdicts)]
         sums += [sum(v.reason == reason for v in verdicts) for reason in get_args(Reason)]
-        num, num_tokens, num_right, *reasons = self._reduce(torch.tensor(sums), "sum").tolist()
+        num, num_tokens, num_right, *reasons = self.reduce(torch.tensor(sums), "sum").tolist()
         self.num_generations += num
         self.num_tokens_sampled += num_tokens
         means = {"reward": num_right / max(num, 1), "length": num_tokens / max(num, 1)}
@@ -284,12 +289,12 @@ class Method(Evaluated):
             return self.trainer.strategy.block_backward_sync()
         return nullcontext()
 
-    def _blank(self) -> Example:
+    def blank(self) -> Example:
         """A row that costs next to nothing and weighs nothing, for ranks that have run out of rows."""
         pad = (self.builder.pad_id,)
         return Example("", pad, pad, teacher_context=pad, weight=0.0)
 
-    def _reduce(self, tensor: Tensor, op: str) -> Tensor:
+    def reduce(self, tensor: Tensor, op: str) -> Tensor:
         return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=op).cpu()  # pyright: ignore
 
     def _log(self, prefix: str, values: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ class Evaluated(L.LightningModule):
             # not the length of a group: a rank that ran out of questions has none, and must know k all the same
             self.eval_metrics = _metrics(batch.num_samples).to(self.device)
         rewards = [[s.verdict.reward for s in group] for group in batch.groups]
-        rollouts = [s.rollout for group in batch.groups for s in group]
+        rollouts = [s.rollout for s in batch.scored]
         questions = [group[0].rollout.prompt.question.id for group in batch.groups]
         self.eval_rewards |= dict(zip(questions, rewards, strict=True))
         lengths, texts = [len(r.token_ids) for r in rollouts], [r.text for r in rollouts]
@@ -70,8 +70,7 @@ class Evaluated(L.LightningModule):
                 "reward": s.verdict.reward,
                 "reason": s.verdict.reason,
             }
-            for group in batch.groups
-            for s in group
+            for s in batch.scored
         ]
 
 

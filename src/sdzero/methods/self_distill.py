@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdzero.losses import Divergence, HiddenTeacher, divergence_head
 from sdzero.methods.base import Method
@@ -45,16 +45,13 @@ class SelfDistill(Method):
         self.teacher_config = teacher or self.model_config
         self.mask_truncated = mask_truncated
         self.teacher_generation = 0
-        positions = (
-            getattr(c, "max_position_embeddings", None) for c in (self.hf_config, self.teacher_config.hf_config())
-        )
-        self.max_positions = min((p for p in positions if p), default=2**31)
+        theirs = self.teacher_config.hf_config()
+        self.max_positions = min(self.max_positions, getattr(theirs, "max_position_embeddings", None) or 2**31)
         vocab_size = self.hf_config.vocab_size
         if divergence.top_k is not None and divergence.top_k > vocab_size:
             raise ValueError(f"divergence.top_k={divergence.top_k} is above the vocabulary of {vocab_size} tokens")
-        theirs = self.teacher_config.hf_config().vocab_size
-        if theirs != vocab_size:
-            raise ValueError(f"teacher.path: its vocabulary has {theirs} tokens, the student's {vocab_size}")
+        if theirs.vocab_size != vocab_size:
+            raise ValueError(f"teacher.path: its vocabulary has {theirs.vocab_size} tokens, the student's {vocab_size}")
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -65,6 +62,9 @@ class SelfDistill(Method):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["sdzero"]["teacher_generation"] = self.teacher_generation
+
+    def reviser(self) -> tuple[nn.Module, Context]:
+        return self.teacher, self.context
 
     def update_teacher(self, weight: float = 1.0) -> None:
         """teacher += weight * (student - teacher); 1.0 synchronises and starts a new generation."""

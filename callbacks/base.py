@@ -1,0 +1,75 @@
+"""What the trackers share: they read the responses that pass by, whatever the method, and log figures of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+from torchmetrics import Metric
+
+from sdzero.methods import Method
+from sdzero.metrics import Scalars
+from sdzero.types import EvalBatch, RolloutBatch
+
+
+def defined(figures: Scalars) -> Scalars:
+    """Without the figures that have nothing to count from, such as a rate of wrong answers where all are right."""
+    return {name: value for name, value in figures.items() if not value.isnan()}
+
+
+class ResponseTracker(L.Callback, ABC):
+    """Logs figures of each step's rollouts under rollout/, and of each evaluation's responses under eval/.
+
+    Where training samples nothing (SRT), what it reads are the validations. It keeps nothing from one step to the next,
+    so a resumed run goes on with the same curves.
+
+    Args:
+        metrics: the sums behind the figures, over all ranks.
+    """
+
+    def __init__(self, **metrics: Metric) -> None:
+        self.metrics = metrics
+
+    @abstractmethod
+    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+        """Adds a batch's responses to the metrics."""
+
+    @abstractmethod
+    def figures(self, evaluates: bool) -> Scalars:
+        """The figures of all that was seen; `evaluates` tells an evaluation from a training step."""
+
+    def _see(self, pl_module: L.LightningModule, batch: Any) -> None:
+        assert isinstance(pl_module, Method)
+        for metric in self.metrics.values():
+            metric.to(pl_module.device)
+        self.see(pl_module, batch)
+
+    def _log(self, pl_module: L.LightningModule, prefix: str) -> None:
+        figures = self.figures(prefix == "eval")
+        pl_module.log_dict({f"{prefix}/{name}": value for name, value in figures.items()}, rank_zero_only=True)
+        for metric in self.metrics.values():
+            metric.reset()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(batch, RolloutBatch):
+            self._see(pl_module, batch)
+            self._log(pl_module, "rollout")
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._see(pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._see(pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log(pl_module, "eval")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log(pl_module, "eval")

@@ -1,0 +1,65 @@
+"""How much of an attempt its revision copies, and how often P_r leaks into first attempts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.methods import Method
+from sdzero.metrics import Ratio, Scalars
+from sdzero.prompts import PromptBuilder
+from sdzero.types import EvalBatch, RolloutBatch
+
+RUN = 4
+
+
+def num_copied(revision: Sequence[int], attempt: Sequence[int], run: int = RUN) -> int:
+    """Tokens of `revision` that lie in a run of at least `run` tokens which `attempt` holds too.
+
+    A revision shorter than that counts as one run.
+    """
+    run = max(1, min(run, len(revision)))
+    known = {tuple(attempt[i : i + run]) for i in range(len(attempt) - run + 1)}
+    copied: set[int] = set()
+    for i in range(len(revision) - run + 1):
+        if tuple(revision[i : i + run]) in known:
+            copied.update(range(i, i + run))
+    return len(copied)
+
+
+def copied_within(builder: PromptBuilder, text: str) -> tuple[int, int]:
+    """(copied, all) tokens of the attempts that follow a control phrase in one response, each held against the attempt
+    before its phrase."""
+    attempts = re.split("|".join(re.escape(builder.control_phrases[r]) for r in (0, 1)), text)
+    ids = [builder.tokenizer.encode(attempt.strip(), add_special_tokens=False) for attempt in attempts]
+    return sum(num_copied(after, before) for before, after in pairwise(ids)), sum(map(len, ids[1:]))
+
+
+class CopyTracker(ResponseTracker):
+    """Logs how often a first attempt says a control phrase unasked: `phrase_leak_p0`, `phrase_leak_p1`, and
+    `phrase_leak` for either. And how much of an attempt stands again after it, as the share of the later one's tokens
+    in common runs of at least 4: `copy_rate` where the model said the phrase itself, and in evaluations with
+    data.evaluation.num_revised `revise_copy_rate` where it was told to, by the first reward with `_r0` and `_r1`."""
+
+    def __init__(self) -> None:
+        names = ("phrase_leak", "phrase_leak_p0", "phrase_leak_p1", "copy_rate")
+        super().__init__(**{name: Ratio() for name in (*names, *(f"revise_copy_rate{r}" for r in ("", "_r0", "_r1")))})
+
+    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+        builder = pl_module.builder
+        phrases = [builder.control_phrases[r] for r in (0, 1)]
+        said = [[phrase in s.rollout.text for phrase in phrases] for s in batch.scored]
+        for name, leaks in (("", map(any, said)), ("_p0", (f[0] for f in said)), ("_p1", (f[1] for f in said))):
+            self.metrics[f"phrase_leak{name}"].update(sum(leaks), len(said))
+        for scored, flags in zip(batch.scored, said, strict=True):
+            if any(flags):
+                self.metrics["copy_rate"].update(*copied_within(builder, scored.rollout.text))
+        for first, second in batch.revised if isinstance(batch, EvalBatch) else ():
+            revision, attempt = builder.body(second.rollout.token_ids), builder.body(first.rollout.token_ids)
+            for which in ("", f"_r{first.verdict.reward}"):
+                self.metrics[f"revise_copy_rate{which}"].update(num_copied(revision, attempt), len(revision))
+
+    def figures(self, evaluates: bool) -> Scalars:
+        return defined({name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name})

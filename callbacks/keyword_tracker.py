@@ -1,0 +1,29 @@
+"""How often responses speak of revising (figure 6)."""
+
+from __future__ import annotations
+
+from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.methods import Method
+from sdzero.metrics import KeywordRate, Ratio, Scalars, count_keywords
+from sdzero.types import EvalBatch, RolloutBatch
+
+
+class KeywordTracker(ResponseTracker):
+    """Logs the paper's self-revision keywords (appendix E.1) per response and per 1,000 tokens, the share of responses
+    with any (`keywords_share`), and the keywords per response by reward (`keywords_r0`, `keywords_r1`)."""
+
+    def __init__(self) -> None:
+        super().__init__(rate=KeywordRate(), share=Ratio(), r0=Ratio(), r1=Ratio())
+
+    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+        texts = [s.rollout.text for s in batch.scored]
+        self.metrics["rate"].update(texts, [len(s.rollout.token_ids) for s in batch.scored])
+        counts = [(s.verdict.reward, count_keywords(text)) for s, text in zip(batch.scored, texts, strict=True)]
+        self.metrics["share"].update(sum(n > 0 for _, n in counts), len(counts))
+        for reward in (0, 1):
+            of_reward = [n for r, n in counts if r == reward]
+            self.metrics[f"r{reward}"].update(sum(of_reward), len(of_reward))
+
+    def figures(self, evaluates: bool) -> Scalars:
+        rates = {} if evaluates else self.metrics["rate"].compute()  # every evaluation has these two by itself
+        return defined({**rates, **{f"keywords_{n}": self.metrics[n].compute() for n in ("share", "r0", "r1")}})

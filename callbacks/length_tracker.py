@@ -1,0 +1,29 @@
+"""How long responses are, and how much of them is thought (figure 6, appendix F)."""
+
+from __future__ import annotations
+
+from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.methods import Method
+from sdzero.metrics import LengthDistribution, Ratio, Scalars
+from sdzero.types import EvalBatch, RolloutBatch
+
+END_OF_THOUGHT = "</think>"
+
+
+class LengthTracker(ResponseTracker):
+    """Logs the response length by reward (`length_r0`, `length_r1`), its median, ninth decile and maximum
+    (`length_p50`, `length_p90`, `length_max`) and, where the tokenizer knows `</think>`, the mean tokens up to it
+    (`length_think`)."""
+
+    def __init__(self) -> None:
+        super().__init__(length=LengthDistribution(), think=Ratio())
+
+    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+        responses = [s.rollout.token_ids for s in batch.scored]
+        self.metrics["length"].update([len(ids) for ids in responses], [s.verdict.reward for s in batch.scored])
+        end = pl_module.builder.tokenizer.get_vocab().get(END_OF_THOUGHT)
+        thoughts = [ids.index(end) + 1 if end in ids else 0 for ids in responses] if end is not None else []
+        self.metrics["think"].update(sum(thoughts), len(thoughts))
+
+    def figures(self, evaluates: bool) -> Scalars:
+        return defined({**self.metrics["length"].compute(), "length_think": self.metrics["think"].compute()})

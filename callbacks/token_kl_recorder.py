@@ -1,0 +1,208 @@
+"""Where the reviser disagrees: KL and token KL reward at every token of sampled responses (section 4.1, figure 4)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from sdzero.fused import Projection
+from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head
+from sdzero.methods import Method
+from sdzero.metrics import Ratio, top_share
+from sdzero.prompts import collate, micro_batches
+from sdzero.types import EvalBatch, Example, RolloutBatch, ScoredRollout
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class TokenKLRecorder(L.Callback):
+    """Writes `token_kl/train-STEP-rankR.parquet` and `token_kl/eval-STEP-rankR.parquet` into the stage's folder, a
+    response a row. A step that is taken again after a restart replaces its file.
+
+    Per token: `kl`, KL(student || teacher) over the whole vocabulary; `token_kl_reward`, log student - log teacher of
+    the sampled token, positive where the reviser would take it back; and the likeliest tokens of both. The teacher is
+    the method's own; a method without one (SRT) is its own reviser, which reads x, y and P_r. Scored before the step is
+    taken, by forward passes of its own. Logs `kl_top10_share_r0` and `_r1` under teacher/ or eval/: the share of a
+    response's KL that a tenth of its tokens holds.
+
+    Args:
+        every_n_steps: training steps between two files. Evaluations are always recorded.
+        num_responses: responses in a file, per rank; of an evaluation, first answers to its first questions.
+        top_k: likeliest tokens that are kept of either distribution.
+    """
+
+    def __init__(self, every_n_steps: int = 10, num_responses: int = 32, top_k: int = 5) -> None:
+        if min(every_n_steps, num_responses, top_k) < 1:
+            raise ValueError("TokenKLRecorder: every_n_steps, num_responses and top_k must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.num_responses = num_responses
+        self.top_k = top_k
+        self.rows: list[Row] = []
+        self.shares = (Ratio(), Ratio())
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(batch, RolloutBatch) and batch.policy_version % self.every_n_steps == 0:
+            assert isinstance(pl_module, Method)
+            self._record(pl_module, batch.scored[: self.num_responses], batch.scored)
+            self._write(trainer, pl_module, "train")
+
+    def _see(self, pl_module: L.LightningModule, batch: EvalBatch) -> None:
+        assert isinstance(pl_module, Method)
+        chosen = [group[0] for group in batch.groups[: self.num_responses - len(self.rows)]]
+        self._record(pl_module, chosen, batch.scored)
+
+    def _record(self, method: Method, chosen: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout]) -> None:
+        rows = score_tokens(method, chosen, siblings, self.top_k)
+        for row in rows:
+            self.shares[row["reward"]].update(top_share(row["kl"]), 1)
+        self.rows += rows
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str) -> None:
+        assert isinstance(pl_module, Method)
+        name = f"{kind}-{pl_module.policy_version:06d}-rank{trainer.global_rank}.parquet"
+        if self.rows:
+            _write_parquet(Path(trainer.default_root_dir) / "token_kl" / name, self.rows)
+        self.rows = []
+        for reward, share in enumerate(self.shares):
+            value = share.to(pl_module.device).compute()
+            share.reset()
+            if not value.isnan():
+                prefix = "teacher" if kind == "train" else "eval"
+                pl_module.log(f"{prefix}/kl_top10_share_r{reward}", value, rank_zero_only=True)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._see(pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._see(pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module, "eval")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module, "eval")
+
+
+@torch.no_grad()
+def score_tokens(
+    method: Method, scored: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout], top_k: int
+) -> list[Row]:
+    """A row for each response that has a token and fits the model with its teacher's context. Collective.
+
+    Args:
+        method: student and reviser.
+        scored: the responses, in order.
+        siblings: the responses among which a context may look for others to the same question.
+        top_k: tokens kept of either distribution.
+    """
+    context = method.reviser()[1]
+    examples = []
+    for place, one in enumerate(scored):
+        question = one.rollout.prompt.question
+        group = [s for s in siblings if s.rollout.prompt.question.id == question.id]
+        read = context(method.builder, one, group).token_ids
+        examples.append(Example(str(place), one.rollout.prompt.token_ids, one.rollout.token_ids, teacher_context=read))
+    fitting = [e for e in examples if e.target and e.length <= method.max_positions]
+    if len(fitting) < len(examples):
+        log.warning("token KL: left out %d responses, empty or too long with context", len(examples) - len(fitting))
+    batches = micro_batches(fitting, method.max_tokens_per_micro_batch)
+    num_batches = int(method.reduce(torch.tensor(len(batches)), "max"))
+    batches += [[method.blank()]] * (num_batches - len(batches))
+    rows = {}
+    for batch in batches:
+        values = _forward(method, batch, min(top_k, method.hf_config.vocab_size))
+        for example, row in zip(batch, values, strict=True):
+            if example.id:
+                rows[int(example.id)] = {**_about(method, scored[int(example.id)]), **row}
+    return [rows[place] for place in sorted(rows)]
+
+
+def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Row]:
+    """The per-token values of each example."""
+    targets, pad = [e.target for e in examples], method.builder.pad_id
+    student_batch = collate([e.context for e in examples], targets, pad).to(method.device)
+    teacher_batch = collate([e.teacher_context for e in examples], targets, pad).to(method.device)
+
+    def head(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        ones = torch.ones(len(hidden), device=hidden.device)
+        targets = student_batch.targets
+        values = divergence_head(hidden, weight, teacher, ones, 1.0, Divergence(), targets=targets).metrics
+        for who, states in (("student", HiddenTeacher(hidden, weight)), ("teacher", teacher)):
+            values[f"{who}_top_ids"], values[f"{who}_top_probs"] = _top(states.hidden, states.weight, top_k)
+        return values
+
+    with method.trainer.precision_plugin.forward_context():
+        teacher = method.reviser()[0](teacher_batch.input_ids, teacher_batch.predicts, HiddenTeacher)
+        values = method.student(student_batch.input_ids, student_batch.predicts, head)
+    lengths = [len(target) for target in targets]
+    columns = {name: [part.tolist() for part in value.cpu().split(lengths)] for name, value in values.items()}
+    return [_row(method, {name: column[i] for name, column in columns.items()}) for i in range(len(examples))]
+
+
+def _top(hidden: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Ids and probabilities [N, K] of the likeliest tokens, likeliest first."""
+    ids = torch.empty(len(hidden), top_k, dtype=torch.long, device=hidden.device)
+    probs = torch.empty(len(hidden), top_k, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        projection = Projection(hidden, weight, CHUNK_SIZE, torch.float32)
+        for start in range(0, len(hidden), CHUNK_SIZE):
+            rows = slice(start, start + CHUNK_SIZE)
+            probs[rows], ids[rows] = projection.log_probs(rows).topk(top_k)
+    return ids, probs.exp_()
+
+
+def _row(method: Method, values: dict[str, list[Any]]) -> Row:
+    """The columns of one response that have an entry a token."""
+    decode = method.builder.tokenizer.decode
+    pairs = zip(values["student_logprobs"], values["teacher_logprobs"], strict=True)
+    row: Row = {
+        "kl": values["divergence"],
+        "token_kl_reward": [student - teacher for student, teacher in pairs],
+        "student_logprob": values["student_logprobs"],
+        "teacher_logprob": values["teacher_logprobs"],
+    }
+    for who in ("student", "teacher"):
+        row[f"{who}_top"] = [[decode([i]) for i in ids] for ids in values[f"{who}_top_ids"]]
+        row[f"{who}_top_prob"] = values[f"{who}_top_probs"]
+    return row
+
+
+def _about(method: Method, scored: ScoredRollout) -> Row:
+    rollout, question = scored.rollout, scored.rollout.prompt.question
+    return {
+        "step": method.policy_version,
+        "question": question.id,
+        "text": question.text,
+        "answer": question.answer,
+        "response": rollout.text,
+        "reward": scored.verdict.reward,
+        "reason": scored.verdict.reason,
+        "token_ids": list(rollout.token_ids),
+        "tokens": [method.builder.tokenizer.decode([i]) for i in rollout.token_ids],
+    }
+
+
+def _write_parquet(path: Path, rows: list[Row]) -> None:
+    """Whole or not at all."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    parquet.write_table(pa.Table.from_pylist(rows), partial)
+    os.replace(partial, path)
