@@ -20,6 +20,7 @@ USAGE = """usage: sdzero COMMAND ...
   fit --config FILE          train (SRT or SelfDistill); any LightningCLI override follows
   validate|test|predict --config FILE
                              sample and score held-out questions
+  report RUN_DIR             one HTML page about a run, finished or not
 
 Each command says more with --help."""
 
@@ -53,6 +54,12 @@ def run(arguments: list[str]) -> None:
     main(arguments, _check)
 
 
+def report(arguments: list[str]) -> None:
+    from sdzero.report import main
+
+    main(arguments)
+
+
 def _check(command: str, arguments: Sequence[str]) -> None:
     """Parses a stage's arguments and does nothing else. Raises: ArgumentError naming the key that is wrong."""
     if command == "collect":
@@ -63,7 +70,7 @@ def _check(command: str, arguments: Sequence[str]) -> None:
         SDZeroCLI.check([command, *arguments])
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"run": run, "collect": collect}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"run": run, "collect": collect, "report": report}
 
 
 def main() -> None:

@@ -1,0 +1,73 @@
+"""The curves: matplotlib's figures of a run, those that it has left anything for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from markupsafe import Markup
+
+from sdzero.analysis import plots
+from sdzero.analysis.run import MODELS, RunFolder
+from sdzero.report.svg import inline_svg
+
+PALETTE = {plots.INK: "currentColor", **{color: f"var(--{name})" for name, color in plots.COLORS.items()}}
+"""A figure's colours -> the variables of page.css, which differ between light and dark."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure on the page."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup
+
+
+def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[Curve]:
+    """The figures in the page's order.
+
+    Args:
+        run: the run's folder.
+        token_kl: what TokenKLRecorder left in the stage that the page shows.
+    """
+    trained = any(run.tags(stage) for stage in ("srt", "self_distill"))
+    wanted = [
+        (
+            trained,
+            "dynamics",
+            "Length and revision phrases",
+            "SRT teaches the model to revise aloud: its answers grow. SelfDistill puts what the reviser knows into the "
+            "first attempt: they shrink again (the paper's figure 6).",
+            plots.dynamics,
+        ),
+        (
+            bool(run.tags("self_distill")),
+            "evolution",
+            "Accuracy during SelfDistill",
+            "Validation while the model learns from its own reviser (figure 5).",
+            plots.evolution,
+        ),
+        (
+            not token_kl.empty,
+            "buckets",
+            "How few tokens carry the signal",
+            "Each response's tokens sorted by KL, the largest first, in 20 buckets: mean and standard error over "
+            "responses (figure 4).",
+            lambda _: plots.bucket_curve(token_kl),
+        ),
+        (
+            any(run.results(model) for model in MODELS),
+            "revisions",
+            "First attempts and their revisions",
+            "Each model answers, is told whether it is right, and revises once (figure 3).",
+            plots.revision_bars,
+        ),
+        (trained, "training", "Training", "What tells a healthy run from a sick one.", plots.training_curves),
+    ]
+    return [
+        Curve(name, title, caption, inline_svg(draw(run), name, title, PALETTE))
+        for there, name, title, caption, draw in wanted
+        if there
+    ]

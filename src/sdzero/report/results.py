@@ -1,0 +1,110 @@
+"""What the evaluations say: a sentence per step of the method, and the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdzero.analysis.run import MODELS, RunFolder
+
+Row = dict[str, Any]
+"""A model's row of summary.json."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table: what it is, what that means, and one cell a model."""
+
+    label: str
+    hint: str
+    cells: list[str]
+
+
+def evaluation_size(run: RunFolder, rows: Sequence[Row]) -> tuple[int, int]:
+    """Held-out questions, and answers to each; zeros where nothing is evaluated."""
+    if not rows:
+        return 0, 0
+    rewards = json.loads((run.path / rows[0]["stage"] / "eval/rewards.json").read_text())
+    return len(rewards), max(map(len, rewards.values()))
+
+
+def headline(rows: Sequence[Row], num_answers: int) -> list[str]:
+    """What happened, in plain words: a gain below two standard errors is not called one."""
+    if not rows:
+        return ["No model has been evaluated yet."]
+    first = rows[0]
+    sentences = [f"{MODELS[first['stage']]} scores {plus_minus(first['accuracy'], first['accuracy_se'])}."]
+    for before, row in zip(rows, rows[1:], strict=False):
+        name, gain, error = MODELS[row["stage"]], row["accuracy_gain"], row["accuracy_gain_se"]
+        change = f"{plus_minus(gain, error, '+.3f')}, question by question"
+        moved = f"avg@{num_answers} from {before['accuracy']:.3f} to {row['accuracy']:.3f} ({change})"
+        if error is None:
+            told = f"{name} moved {moved}; one question gives no error"
+        elif abs(gain) < 2 * error:
+            told = f"{name} changed accuracy by no more than its error: {moved}"
+        else:
+            told = f"{name} {'raised' if gain > 0 else 'lowered'} {moved}"
+        sentences.append(f"{told}. {_length(before, row)}")
+    return sentences
+
+
+def _length(before: Row, row: Row) -> str:
+    short, long = row["mean_response_tokens"], before["mean_response_tokens"]
+    share = f"{short / long:.0%}" if short < long else f"{short / long:.1f} times"
+    return f"Its answers take {share} of the tokens that {MODELS[before['stage']]}'s take ({short:.0f} against {long:.0f})."
+
+
+def table(run: RunFolder, rows: Sequence[Row], num_questions: int, num_answers: int) -> list[Figure]:
+    """The figures of summary.json and the rates behind its counts, one column a model."""
+    results = [run.results(row["stage"]) for row in rows]
+    k = num_answers
+
+    def flips(kind: str) -> list[str]:
+        return [
+            _count(row[kind]) + _share(r.get(f"eval/revise_{kind}_rate"), r.get(f"eval/revise_{kind}_rate_se"))
+            for row, r in zip(rows, results, strict=True)
+        ]
+
+    def pairs(key: str, form: str = ".3f") -> list[str]:
+        return [plus_minus(row.get(key), row.get(f"{key}_se"), form) for row in rows]
+
+    again = "eval/resample_wrong_to_right_rate"
+    return [
+        Figure(f"avg@{k}", f"share of right answers: {num_questions} questions, {k} answers each", pairs("accuracy")),
+        Figure("gain", "over the model to the left, paired question by question", pairs("accuracy_gain", "+.3f")),
+        Figure(f"pass@{k}", f"share of questions with a right one among {k} answers", pairs(f"pass_at_{k}")),
+        Figure("tokens", "mean length of an answer", [f"{row['mean_response_tokens']:.1f}" for row in rows]),
+        Figure("revision phrases", "“wait”, “let me start over”, … per answer", [f"{r['keyword_rate']:.2f}" for r in rows]),
+        Figure("wrong → right", "first attempts that one revision mends; share of the wrong ones", flips("wrong_to_right")),
+        Figure("right → wrong", "first attempts that it breaks; share of the right ones", flips("right_to_wrong")),
+        Figure(
+            "resampled → right",
+            "share of wrong attempts whose question a plain second answer gets right: what a revision has to beat",
+            [plus_minus(r.get(again), r.get(f"{again}_se")) for r in results],
+        ),
+        Figure("generations", "sampled to train the model (evaluation apart)", _counts(rows, "num_generations")),
+        Figure("tokens sampled", "in those generations", _counts(rows, "num_tokens_sampled")),
+        Figure("tokens trained on", "student's and teacher's, times the epochs", _counts(rows, "num_tokens_trained")),
+        Figure("seconds", "all stages of the model, evaluation too", [f"{row['seconds']:,.0f}" for row in rows]),
+    ]
+
+
+def plus_minus(value: float | None, error: float | None, form: str = ".3f") -> str:
+    """`0.758 ± 0.011`; a dash for no value, the value alone where it has no error."""
+    if value is None:
+        return "–"
+    return format(value, form) + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
+
+
+def _share(value: float | None, error: float | None) -> str:
+    return "" if value is None else f" ({plus_minus(value, error, '.2f')})"
+
+
+def _counts(rows: Sequence[Row], key: str) -> list[str]:
+    return [f"{row[key]:,}" if row[key] else "–" for row in rows]

@@ -1,0 +1,53 @@
+"""A matplotlib figure as SVG that lives inside the page: its text is text, its colours are the page's."""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+LINK = "{http://www.w3.org/1999/xlink}href"
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str]) -> Markup:
+    """An `<svg>` element as wide as its container.
+
+    Args:
+        figure: the same figure gives the same bytes.
+        name: goes before every id, so that figures on one page do not meet.
+        title: what a screen reader says.
+        colors: hex colour as matplotlib writes it -> what CSS puts in its place.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata=NO_METADATA, transparent=True)
+    root = ET.fromstring(file.getvalue())
+    for parent in root.iter():
+        for child in [c for c in parent if c.tag.endswith(("}metadata", "}style"))]:  # its style is for all of a page
+            parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {("href" if key == LINK else key): value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        element.attrib.update({key: _local(key, value, name, colors) for key, value in attributes.items()})
+    for size in ("width", "height", "version"):
+        del root.attrib[size]
+    root.attrib |= {"class": "figure", "role": "img", "aria-label": title}
+    return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - built from parsed XML, not from text
+
+
+def _local(key: str, value: str, name: str, colors: Mapping[str, str]) -> str:
+    """An attribute with the figure's own ids and the page's colours and font."""
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "href":
+        return value.replace("#", f"#{name}-")
+    value = value.replace("url(#", f"url(#{name}-")
+    value = re.sub(r"(font:[^;]*?\d+(?:\.\d+)?px)[^;]*", r"\1 var(--font)", value)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda color: colors.get(color[0], color[0]), value)
