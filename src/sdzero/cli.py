@@ -21,6 +21,7 @@ USAGE = """usage: sdzero COMMAND ...
   validate|test|predict --config FILE
                              sample and score held-out questions
   report RUN_DIR             one HTML page about a run, finished or not
+  doctor                     what is installed here, what is missing, and what to do about it
 
 Each command says more with --help."""
 
@@ -60,6 +61,12 @@ def report(arguments: list[str]) -> None:
     main(arguments)
 
 
+def doctor(arguments: list[str]) -> None:
+    from sdzero.doctor import main
+
+    main(arguments)
+
+
 def _check(command: str, arguments: Sequence[str]) -> None:
     """Parses a stage's arguments and does nothing else. Raises: ArgumentError naming the key that is wrong."""
     if command == "collect":
@@ -70,7 +77,7 @@ def _check(command: str, arguments: Sequence[str]) -> None:
         SDZeroCLI.check([command, *arguments])
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"run": run, "collect": collect, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"run": run, "collect": collect, "report": report, "doctor": doctor}
 
 
 def main() -> None:
