@@ -30,30 +30,31 @@ def evaluation_size(run: RunFolder, rows: Sequence[Row]) -> tuple[int, int]:
     return len(rewards), max(map(len, rewards.values()))
 
 
-def headline(rows: Sequence[Row], num_answers: int) -> list[str]:
+def headline(rows: Sequence[Row], num_questions: int, num_answers: int) -> list[str]:
     """What happened, in plain words: a gain below two standard errors is not called one."""
     if not rows:
         return ["No model has been evaluated yet."]
-    first = rows[0]
-    sentences = [f"{MODELS[first['stage']]} scores {plus_minus(first['accuracy'], first['accuracy_se'])}."]
-    for before, row in zip(rows, rows[1:], strict=False):
-        name, gain, error = MODELS[row["stage"]], row["accuracy_gain"], row["accuracy_gain_se"]
-        change = f"{plus_minus(gain, error, '+.3f')}, question by question"
-        moved = f"avg@{num_answers} from {before['accuracy']:.3f} to {row['accuracy']:.3f} ({change})"
-        if error is None:
-            told = f"{name} moved {moved}; one question gives no error"
-        elif abs(gain) < 2 * error:
-            told = f"{name} changed accuracy by no more than its error: {moved}"
-        else:
-            told = f"{name} {'raised' if gain > 0 else 'lowered'} {moved}"
-        sentences.append(f"{told}. {_length(before, row)}")
-    return sentences
+    name, score = f"avg@{num_answers}", plus_minus(rows[0]["accuracy"], rows[0]["accuracy_se"])
+    first = f"{MODELS[rows[0]['stage']]} has an {name} of {score} on {num_questions} held-out questions."
+    return [first, *(_step(name, *pair) for pair in zip(rows, rows[1:], strict=False))]
 
 
-def _length(before: Row, row: Row) -> str:
-    short, long = row["mean_response_tokens"], before["mean_response_tokens"]
-    share = f"{short / long:.0%}" if short < long else f"{short / long:.1f} times"
-    return f"Its answers take {share} of the tokens that {MODELS[before['stage']]}'s take ({short:.0f} against {long:.0f})."
+def _step(name: str, before: Row, row: Row) -> str:
+    """What a model did to the figure `name` and to the length of answers."""
+    gain, error = row["accuracy_gain"], row["accuracy_gain_se"]
+    places = f"from {before['accuracy']:.3f} to {row['accuracy']:.3f}"
+    change = plus_minus(gain, error, "+.3f")
+    if error is None:
+        told = f"moved {name} {places} ({change}, without an error: a single question has none)"
+    elif abs(gain) < 2 * error:
+        told = f"left {name} where it was, within its error: {places} ({change})"
+    else:
+        told = f"{'raised' if gain > 0 else 'lowered'} {name} {places} ({change})"
+    tokens, tokens_before = row["mean_response_tokens"], before["mean_response_tokens"]
+    ratio = tokens / tokens_before
+    share = f"{ratio:.0%} of" if ratio < 1 else f"{ratio:.1f} times"
+    lengths = f"with {share} the tokens ({tokens_before:.0f} → {tokens:.0f})"
+    return f"{MODELS[row['stage']]} {told}, {lengths}."
 
 
 def table(run: RunFolder, rows: Sequence[Row], num_questions: int, num_answers: int) -> list[Figure]:
@@ -95,7 +96,8 @@ def plus_minus(value: float | None, error: float | None, form: str = ".3f") -> s
     """`0.758 ± 0.011`; a dash for no value, the value alone where it has no error."""
     if value is None:
         return "–"
-    return format(value, form) + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+    shown = format(value, form).replace("-", "−")
+    return shown if error is None else f"{shown} ±\N{NO-BREAK SPACE}{error:{form.lstrip('+')}}"
 
 
 def _count(value: float | None) -> str:

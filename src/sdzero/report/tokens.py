@@ -119,4 +119,4 @@ def _short(value: float) -> float:
 def _scale(values: Any) -> float:
     """Nats of the full colour: the 99th percentile, so that one extreme token does not pale all others."""
     every = np.abs(np.concatenate([np.asarray(v, dtype=float) for v in values]))
-    return _short(max(float(np.quantile(every, 0.99)) if every.size else 0.0, LEAST_SCALE))
+    return round(max(float(np.quantile(every, 0.99)) if every.size else 0.0, LEAST_SCALE), 1)
