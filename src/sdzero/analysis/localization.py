@@ -1,6 +1,6 @@
 """How the reviser's signal is spread over the tokens of a response (section 4.1, figure 4).
 
-All functions take the frame of `RunFolder.token_kl`: a response a row, `kl` and `token_kl_reward` in nats, one value per
+All functions take the frame of `RunFolder.token_kl`: a response a row, `kl` and `token_kl_reward` in nats, a value per
 token. Standard errors are over responses; r=0 and r=1 stand apart.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sdzero.metrics import mean_and_error
+from sdzero.metrics import mean_and_error, top_share
 
 NUM_BUCKETS = 20  # section 4.1
 
 
-def bucket_means(values: Sequence[float], num_buckets: int = NUM_BUCKETS) -> np.ndarray:
+def bucket_means(values: Sequence[float] | np.ndarray, num_buckets: int = NUM_BUCKETS) -> np.ndarray:
     """[num_buckets], the means of equal buckets of a sequence of N values, in its order.
 
     Where N is no multiple of the number of buckets, a value across a border counts in both buckets by the part that
@@ -55,3 +55,31 @@ def _curve(frame: pd.DataFrame, value: str, num_buckets: int, arrange: Callable[
 def by_reward(frame: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
     """(reward, its responses), those rewards that have any."""
     return [(int(str(reward)), group) for reward, group in frame.groupby("reward")] if len(frame) else []
+
+
+def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
+    """How few tokens hold the KL.
+
+    Returns:
+        A row a reward: `kl`, mean KL of a response's tokens in nats; `top_share`, the part of a response's KL that the
+        `share` of its tokens with the largest holds; `half`, the part of its tokens that hold half of its KL; each with
+        its `_se`; and responses. A response without any KL has neither share.
+    """
+    rows: list[dict[str, float]] = []
+    for reward, group in by_reward(frame):
+        row: dict[str, float] = {"reward": reward}
+        with_kl = [values for values in group["kl"] if sum(values) > 0]
+        for name, values in {
+            "kl": [float(np.mean(values)) for values in group["kl"]],
+            "top_share": [top_share(values, share) for values in with_kl],
+            "half": [_share_of_half(values) for values in with_kl],
+        }.items():
+            row[name], row[f"{name}_se"] = mean_and_error(values)
+        rows.append({**row, "responses": len(group)})
+    return pd.DataFrame(rows)
+
+
+def _share_of_half(values: Sequence[float]) -> float:
+    """The least share of a sequence's places whose values add up to half of its sum."""
+    sums = np.cumsum(np.sort(values)[::-1])
+    return (int(np.searchsorted(sums, sums[-1] / 2)) + 1) / len(sums)

@@ -1,13 +1,17 @@
-"""The figures, each from a frame or a run's folder. What a run did not log is said in the figure's place."""
+"""The figures, each from a frame or a run's folder. What a run did not log is said in the panel's place."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from sdzero.analysis import first_wrong, phases, revision
 from sdzero.analysis import localization as stats
-from sdzero.analysis.run import RunFolder
+from sdzero.analysis.run import MODELS, RunFolder
 from sdzero.analysis.style import COLORS, INK, label, legend, new_figure, say_empty
 
 __all__ = [
@@ -22,71 +26,193 @@ __all__ = [
     "training_curves",
 ]
 
-REWARDS = {0: ("r0", "r = 0, wrong"), 1: ("r1", "r = 1, right")}
-
-
-def _draw_curves(axes: Axes, curve: pd.DataFrame) -> None:
-    """A line with its band of one standard error for each reward."""
-    if not len(curve):
-        return say_empty(axes, "no token KL was recorded")
-    num_buckets = curve["bucket"].max()
-    for reward, group in curve.groupby("reward"):
-        color, name = REWARDS[int(str(reward))]
-        x, mean, se = 100 * (group["bucket"] - 0.5) / num_buckets, group["mean"], group["se"].fillna(0)
-        axes.plot(
-            x, mean, color=COLORS[color], marker="o", markersize=3, label=f"{name} ({group['responses'].iloc[0]})"
-        )
-        axes.fill_between(x, mean - se, mean + se, color=COLORS[color], alpha=0.2, linewidth=0)
-    axes.set_xlim(0, 100)
-    legend(axes)
+REWARDS = {0: "r=0 (wrong)", 1: "r=1 (right)"}
+PALE = 0.4  # of what a figure compares with: first attempts, a second answer instead of a revision
+ERROR_BARS = {"ecolor": INK, "elinewidth": 0.9, "capsize": 2.5}
+NO_KL = "no token KL was recorded"
 
 
 def bucket_curve(frame: pd.DataFrame) -> Figure:
-    """Figure 4, left: mean KL in 20 equal buckets of a response's tokens, the largest first."""
+    """Figure 4, left: mean KL in 20 equal buckets of each response's tokens, the largest first."""
     figure, (axes,) = new_figure(width=6)
-    _draw_curves(axes, stats.bucket_curve(frame))
     label(axes, "KL of a response's tokens, sorted", "tokens, largest KL first (%)", "KL (nats)")
+    _draw_by_reward(axes, stats.bucket_curve(frame))
     return figure
 
 
 def kl_by_position(frame: pd.DataFrame) -> Figure:
-    """Mean KL over the course of a response."""
+    """Mean KL from the beginning of a response to its end."""
     figure, (axes,) = new_figure(width=6)
-    _draw_curves(axes, stats.position_curve(frame))
     label(axes, "KL along a response", "position in the response (%)", "KL (nats)")
+    _draw_by_reward(axes, stats.position_curve(frame))
     return figure
+
+
+def _draw_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
+    """A line for each reward, with a band of one standard error."""
+    if not len(curve):
+        return say_empty(axes, NO_KL)
+    for reward, group in curve.groupby("reward"):
+        x, mean, error = 100 * (group["bucket"] - 0.5) / stats.NUM_BUCKETS, group["mean"], group["se"].fillna(0)
+        color, count = COLORS[f"r{reward}"], group["responses"].iloc[0]
+        axes.plot(
+            x, mean, color=color, marker="o", markersize=3, label=f"{REWARDS[int(str(reward))]}, {count} responses"
+        )
+        axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=0)
+    legend(axes)
 
 
 def localization(frame: pd.DataFrame) -> Figure:
-    """Where the largest KL falls against the first wrong step, for a task that knows it."""
-    figure, (axes,) = new_figure()
-    say_empty(axes, "soon")
+    """Where the largest KL falls against the first wrong step, for a task that knows its steps."""
+    figure, (left, right) = new_figure(1, 2, width=9, height=2.6)
+    hits, kinds = first_wrong.hits(frame), first_wrong.kl_by_kind(frame)
+    label(left, "Largest at the first wrong token", "responses (%)")
+    label(right, "Mean KL by kind of token", "KL (nats)")
+    if not len(hits):
+        for axes in (left, right):
+            say_empty(axes, "no wrong response with a known first wrong step")
+        return figure
+    _draw_bars(left, hits["signal"], 100 * hits["hit"], 100 * hits["hit_se"])
+    for name, style in {"chance": ":", "chance_result": "--"}.items():
+        words = {"chance": "a random token", "chance_result": "a random result"}[name]
+        left.axvline(100 * hits[name].iloc[0], color=INK, linestyle=style, linewidth=1, label=words)
+    legend(left, "lower right")
+    _draw_bars(right, kinds["kind"], kinds["mean"], kinds["se"])
     return figure
+
+
+def _draw_bars(axes: Axes, names: Any, values: Any, errors: Any) -> None:
+    """Lying bars of figures of wrong responses, the first on top."""
+    axes.barh(names, values, xerr=errors, color=COLORS["r0"], height=0.6, error_kw=ERROR_BARS)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
 
 
 def dynamics(run: RunFolder) -> Figure:
     """Figure 6, right: response length and revision phrases over both phases."""
-    figure, (axes,) = new_figure()
-    say_empty(axes, "soon")
+    figure, (left, right) = new_figure(1, 2, width=9)
+    for axes, tag, rollout, title, unit in (
+        (left, "response_tokens", "length", "Response length", "tokens"),
+        (right, "keywords_per_response", "keywords_per_response", "Revision phrases", "per response"),
+    ):
+        label(axes, title, "steps of SRT, then of SelfDistill", unit)
+        _draw_phases(axes, phases.over_phases(run, tag, rollout))
+        axes.axvline(phases.num_steps(run, "srt"), color=INK, linestyle=":", linewidth=1)
+    legend(left)
     return figure
 
 
 def evolution(run: RunFolder) -> Figure:
     """Figure 5: accuracy over the steps of self-distillation, with the teacher's synchronisations."""
-    figure, (axes,) = new_figure()
-    say_empty(axes, "soon")
+    figure, (axes,) = new_figure(width=6)
+    label(axes, "Accuracy in SelfDistill", "steps of SelfDistill", "accuracy")
+    curve = phases.over_phases(run, "avg_at_k", "reward")
+    start = phases.num_steps(run, "srt")
+    curve = curve.query("phase == 'self_distill' or (phase == 'srt' and kind == 'evaluation')")
+    _draw_phases(axes, curve.assign(step=curve["step"] - start))
+    for i, step in enumerate(phases.teacher_syncs(run)):
+        axes.axvline(step, color=INK, linestyle="--", linewidth=1, label="" if i else "teacher synchronised")
+    legend(axes)
     return figure
+
+
+def _draw_phases(axes: Axes, curve: pd.DataFrame) -> None:
+    """Each phase's line, from the evaluation before it over its validations to its own; its rollouts thin."""
+    if not len(curve):
+        return say_empty(axes, "not logged in this run")
+    axes.plot([], [], color=INK, marker="D", markersize=6, linestyle="", label="evaluation")
+    for phase, before in {"base": "", "srt": "base", "self_distill": "srt"}.items():
+        of_phase, color = curve.query(f"phase == '{phase}'"), COLORS[phase]
+        evaluation, rollouts = of_phase.query("kind == 'evaluation'"), of_phase.query("kind == 'rollout'")
+        start = curve.query(f"phase == '{before}' and kind == 'evaluation'")
+        line = pd.concat([start, of_phase.query("kind == 'validation'"), evaluation])
+        if len(of_phase):
+            axes.plot(line["step"], line["value"], color=color, marker="o", markersize=3, label=MODELS[phase])
+        if len(rollouts):
+            axes.plot(rollouts["step"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label="its rollouts")
+        marks = {"color": color, "marker": "D", "markersize": 6, "capsize": 2.5, "linestyle": ""}
+        axes.errorbar(evaluation["step"], evaluation["value"], evaluation["se"], **marks)
 
 
 def revision_bars(run: RunFolder) -> Figure:
-    """Figure 3: first attempts and their revisions, accuracy and tokens, of each model."""
-    figure, (axes,) = new_figure()
-    say_empty(axes, "soon")
+    """Figure 3: first attempts and their revisions by model, beside plainly sampling another answer."""
+    figure, panels = new_figure(2, 2, height=5)
+    figures = revision.revision_figures(run)
+    for axes, title, unit, (pale, full), (pale_name, full_name) in (
+        (panels[0], "Accuracy", "%", ("revise_acc1", "revise_acc2"), ("first attempt", "revised")),
+        (panels[1], "Tokens", "", ("revise_tokens1", "revise_tokens2"), ("first attempt", "revised")),
+        (panels[2], "Wrong first attempts mended", "%", _both("wrong_to_right_rate"), ("another answer", "revised")),
+        (panels[3], "Right first attempts broken", "%", _both("right_to_wrong_rate"), ("another answer", "revised")),
+    ):
+        label(axes, title, y=unit)
+        if figures.reindex(columns=[pale, full]).isna().all(axis=None):
+            say_empty(axes, "not logged in this run")
+            continue
+        scale = 100 if unit else 1
+        for shift, name, alpha in ((-0.2, pale, PALE), (0.2, full, 1.0)):
+            places = [place + shift for place in range(len(figures))]
+            errors = scale * figures[f"{name}_se"] if f"{name}_se" in figures else None
+            colors = [COLORS[str(model)] for model in figures.index]
+            axes.bar(places, scale * figures[name], 0.38, color=colors, alpha=alpha, yerr=errors, error_kw=ERROR_BARS)
+        axes.set_xticks(range(len(figures)), [MODELS[str(model)] for model in figures.index])
+        axes.margins(y=0.3)  # room for the legend
+        names = ((pale_name, PALE), (full_name, 1.0))
+        legend(axes, "upper left", [Patch(color=INK, alpha=alpha, label=name) for name, alpha in names])
     return figure
+
+
+def _both(rate: str) -> tuple[str, str]:
+    return f"resample_{rate}", f"revise_{rate}"
 
 
 def training_curves(run: RunFolder) -> Figure:
-    """Loss terms, gradient norm, learning rate, reward and log-probability gap of both phases."""
-    figure, (axes,) = new_figure()
-    say_empty(axes, "soon")
+    """Loss terms, KL by reward, reward, gradient norm, learning rate and log-probability gap, phase by phase."""
+    figure, panels = new_figure(2, 3, width=10, height=5)
+    srt, distilled = COLORS["srt"], COLORS["self_distill"]
+    curves: list[tuple[str, list[tuple[str, str, str, dict[str, Any]]]]] = [
+        (
+            "SRT: loss",
+            [
+                ("srt", "train/loss", "both terms", {"color": srt}),
+                ("srt", "train/loss_generation", "generation", {"color": srt, "linestyle": "--"}),
+                ("srt", "train/loss_revision", "revision", {"color": srt, "linestyle": ":"}),
+            ],
+        ),
+        (
+            "SelfDistill: KL to the reviser",
+            [
+                ("self_distill", "train/loss", "loss", {"color": distilled}),
+                ("self_distill", "teacher/kl_r0", REWARDS[0], {"color": COLORS["r0"], "linewidth": 1}),
+                ("self_distill", "teacher/kl_r1", REWARDS[1], {"color": COLORS["r1"], "linewidth": 1}),
+            ],
+        ),
+        ("SelfDistill: reward of rollouts", [("self_distill", "rollout/reward", "", {"color": distilled})]),
+        ("Gradient norm", _of_both("train/grad_norm")),
+        ("Learning rate", _of_both("train/lr")),
+        ("Log-prob. gap of engine and trainer", [("self_distill", "rollout/logprob_gap", "", {"color": distilled})]),
+    ]
+    for axes, (title, lines) in zip(panels, curves, strict=True):
+        label(axes, title, "step")
+        _draw_lines(axes, run, lines)
     return figure
+
+
+def _of_both(tag: str) -> list[tuple[str, str, str, dict[str, Any]]]:
+    return [
+        (stage, tag, name, {"color": COLORS[stage]})
+        for stage, name in (("srt", "SRT"), ("self_distill", "SelfDistill"))
+    ]
+
+
+def _draw_lines(axes: Axes, run: RunFolder, lines: list[tuple[str, str, str, dict[str, Any]]]) -> None:
+    """Scalars over the steps of their stage: (stage, tag, name in the legend, style)."""
+    logged = [(points, name, style) for stage, tag, name, style in lines if (points := run.scalars(stage, tag))]
+    if not logged:
+        return say_empty(axes, "not logged in this run")
+    for points, name, style in logged:
+        axes.plot(*zip(*points, strict=True), label=name, **style)
+    if len(lines) > 1:
+        legend(axes)

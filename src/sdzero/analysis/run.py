@@ -76,9 +76,9 @@ class RunFolder:
         files = sorted((self.path / stage / "samples").glob(f"{kind}-*.jsonl"))
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
-    def token_kl(self, stage: str = "self_distill") -> pd.DataFrame:
-        """What TokenKLRecorder left in a stage, one row a response, in the order of the steps."""
-        files = sorted((self.path / stage / "token_kl").glob("*.parquet"))
+    def token_kl(self, stage: str = "self_distill", kind: Literal["train", "eval", "*"] = "*") -> pd.DataFrame:
+        """What TokenKLRecorder left in a stage, one row a response: of evaluations, of training, in order of steps."""
+        files = sorted((self.path / stage / "token_kl").glob(f"{kind}-*.parquet"))
         return pd.concat(map(pd.read_parquet, files), ignore_index=True) if files else pd.DataFrame()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,9 +38,11 @@ def label(axes: Axes, title: str, x: str = "", y: str = "") -> None:
     axes.set_ylabel(y, color=INK, fontsize=9)
 
 
-def legend(axes: Axes, **options: float | str) -> None:
-    """The legend, in ink and without a frame."""
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, **options)
+def legend(axes: Axes, place: Any = "best", handles: list[Artist] | None = None) -> None:
+    """The legend, in ink and without a frame; of what is drawn, or of `handles`."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    if handles:
+        axes.legend(handles=handles, loc=place, frameon=False, fontsize=8, labelcolor=INK)
 
 
 def say_empty(axes: Axes, why: str) -> None:

@@ -1,0 +1,131 @@
+"""Where the largest KL falls against the first wrong step, for `sdzero.tasks.Chains`: its question tells all steps.
+
+What counts is the first attempt of a response, up to its first blank line; what follows a control phrase is another
+attempt. Its right working is the one text that `chains.working` writes, so its first wrong token is where it leaves
+that text: as a rule the result of a step, rarely a miscopied operand or a stop too early or too late.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sdzero.metrics import mean_and_error
+from sdzero.tasks.chains import apply, solve, working
+
+QUESTION = re.compile(r"(\d)((?:[-+*]\d)+)=")
+WRITTEN_STEP = re.compile(r"(?=(\d)([-+*])(\d)=(\d))")  # looks ahead: a step's result begins the next step
+Row = dict[Hashable, Any]
+KINDS = ("wrong result", "right result", "other token", "later attempts")
+
+
+@dataclass(frozen=True)
+class FirstAttempt:
+    """Tokens of a response's first attempt, by index.
+
+    `first_wrong` is where it leaves the right working, None where it is right (or cut before it went wrong); `results`
+    are the results of its steps, and `wrong_results` those that do not follow from the step as it is written.
+    """
+
+    num_tokens: int
+    first_wrong: int | None
+    results: tuple[int, ...]
+    wrong_results: tuple[int, ...]
+
+    def kind(self, token: int) -> str:
+        """Which of `KINDS` a token of the response is."""
+        if token >= self.num_tokens:
+            return "later attempts"
+        if token in self.wrong_results:
+            return "wrong result"
+        return "right result" if token in self.results else "other token"
+
+
+def first_attempt(question: str, text: str, response: str, tokens: Sequence[str]) -> FirstAttempt | None:
+    """The first attempt at a question of `Chains`; None for any other task.
+
+    Args:
+        question: its id.
+        text: its text, `6+3*9-4=`.
+        response: the response's text.
+        tokens: its tokens' own texts, special ones too.
+    """
+    asked = QUESTION.fullmatch(text)
+    attempt, written = response.partition("\n\n")[0], "".join(tokens)
+    if not question.startswith("chains/") or asked is None or not written.startswith(attempt):
+        return None
+    first, steps = int(asked[1]), [(step[0], int(step[1])) for step in re.findall(r"[-+*]\d", asked[2])]
+    token_of = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))  # index of the token that holds a character
+    gold = working(first, steps, solve(first, steps))
+    leaves = next(
+        (i for i, (a, b) in enumerate(zip(attempt, gold, strict=False)) if a != b), min(len(attempt), len(gold))
+    )
+    is_wrong = attempt != gold and leaves < len(written)
+    found = list(WRITTEN_STEP.finditer(attempt))
+    wrong = [step for step in found if apply(int(step[1]), step[2], int(step[3])) != int(step[4])]
+    return FirstAttempt(
+        num_tokens=int(token_of[len(attempt) - 1]) + 1 if attempt else 0,
+        first_wrong=int(token_of[leaves]) if is_wrong else None,
+        results=tuple(int(token_of[step.start(4)]) for step in found),
+        wrong_results=tuple(int(token_of[step.start(4)]) for step in wrong),
+    )
+
+
+def wrong_responses(frame: pd.DataFrame) -> list[tuple[Row, FirstAttempt]]:
+    """The responses with r=0 whose first attempt is wrong, each with that attempt. Empty for a task without steps."""
+    rows = [row for row in frame.to_dict(orient="records") if row["reward"] == 0]
+    known = [(row, first_attempt(row["question"], row["text"], row["response"], row["tokens"])) for row in rows]
+    return [(row, attempt) for row, attempt in known if attempt is not None and attempt.first_wrong is not None]
+
+
+SIGNALS = {
+    "KL": lambda row: np.asarray(row["kl"]),
+    "token KL reward": lambda row: np.asarray(row["token_kl_reward"]),
+    "student's surprise": lambda row: -np.asarray(row["student_logprob"]),
+}
+"""What may point at a token. The student's surprise, -log of the sampled token's probability, needs no reviser."""
+
+
+def hits(frame: pd.DataFrame) -> pd.DataFrame:
+    """How often a signal is largest, over the whole response, at the first wrong token, over `wrong_responses`.
+
+    Returns:
+        A row a signal. `hit`: share of responses, with its standard error; `any_wrong`: largest at any wrong result;
+        `chance`: what a random token hits; `chance_result`: what a random step's result in the first attempt hits,
+        which is how well one would do by knowing where results stand; `responses`. No rows where there is nothing.
+    """
+    wrong, rows = wrong_responses(frame), []
+    for name, signal in SIGNALS.items() if wrong else ():
+        largest = [int(np.argmax(signal(row))) for row, _ in wrong]
+        hit, error = mean_and_error(
+            [float(i == attempt.first_wrong) for i, (_, attempt) in zip(largest, wrong, strict=True)]
+        )
+        any_wrong = np.mean([i in attempt.wrong_results for i, (_, attempt) in zip(largest, wrong, strict=True)])
+        chance = np.mean([1 / len(row["tokens"]) for row, _ in wrong])
+        chance_result = np.mean([(a.first_wrong in a.results) / max(1, len(a.results)) for _, a in wrong])
+        rows.append((name, hit, error, float(any_wrong), float(chance), float(chance_result), len(wrong)))
+    columns = ["signal", "hit", "hit_se", "any_wrong", "chance", "chance_result", "responses"]
+    return pd.DataFrame(rows, columns=pd.Index(columns))
+
+
+def kl_by_kind(frame: pd.DataFrame, value: str = "kl") -> pd.DataFrame:
+    """Mean of `value` on each of `KINDS` of tokens, over the `wrong_responses` that have any of the kind.
+
+    Returns:
+        Columns kind, mean, se, responses, tokens. No rows where there is nothing to count from.
+    """
+    means: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    counts = dict.fromkeys(KINDS, 0)
+    for row, attempt in wrong_responses(frame):
+        kinds = np.array([attempt.kind(token) for token in range(len(row["tokens"]))])
+        for kind in set(kinds.tolist()):
+            values = np.asarray(row[value])[kinds == kind]
+            means[kind].append(float(values.mean()))
+            counts[kind] += len(values)
+    rows = [(kind, *mean_and_error(means[kind]), len(means[kind]), counts[kind]) for kind in KINDS if means[kind]]
+    return pd.DataFrame(rows, columns=pd.Index(["kind", "mean", "se", "responses", "tokens"]))
