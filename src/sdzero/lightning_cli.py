@@ -31,6 +31,30 @@ _NOISE = (
     r"\s*Unable to serialize instance <function Method",  # the default optimizer, in the saved config
 )
 
+# TensorBoard's "Custom scalars" page: the paper's figures, and whether the run is well. Tags are regular expressions.
+LAYOUT = {
+    "Figure 6: self-revision over both phases": {
+        "response length, evaluation": ["Multiline", ["eval/response_tokens$"]],
+        "revision keywords per response, evaluation": ["Multiline", ["eval/keywords_per_response$"]],
+        "response length, rollouts": ["Multiline", ["rollout/length$"]],
+        "revision keywords per response, rollouts": ["Multiline", ["rollout/keywords_per_response$"]],
+    },
+    "Figure 5: accuracy and teacher synchronisation": {
+        "avg@k, evaluation": ["Multiline", ["eval/avg_at_k$"]],
+        "reward, rollouts": ["Multiline", ["rollout/reward$"]],
+        "teacher generation": ["Multiline", ["teacher/generation$"]],
+    },
+    "Figure 4: what the reviser says": {
+        "mean KL by reward": ["Multiline", ["teacher/kl_r0$", "teacher/kl_r1$"]],
+        "share of the KL on a tenth of the tokens": ["Multiline", ["kl_top10_share_r0$", "kl_top10_share_r1$"]],
+    },
+    "Is the run well?": {
+        "log-probability gap, engine against trainer": ["Multiline", ["rollout/logprob_gap$"]],
+        "truncated and unparseable": ["Multiline", ["rollout/truncated$", "rollout/unparseable$", "eval/truncated$"]],
+        "gradient norm": ["Multiline", ["train/grad_norm$"]],
+    },
+}
+
 
 class SDZeroCLI(LightningCLI):
     """`sdzero fit|validate|test|predict --config FILE [--model.x ... --data.x ... --trainer.x ...]`."""
@@ -68,6 +92,13 @@ class SDZeroCLI(LightningCLI):
             # flushed often: a kill loses what was not
             kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="", flush_secs=5)
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(LAYOUT)
+
+    before_validate = before_test = before_fit
 
     def after_test(self) -> None:
         rewards = self._gather(self.model.eval_rewards)
