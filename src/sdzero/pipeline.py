@@ -160,6 +160,7 @@ class Run:
         write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(summary)
         print(f"\ncurves: tensorboard --logdir {self.out}\nfigures: {self.out / 'summary.json'}")
+        print(f"report: sdzero report {self.out}")
 
     def _config(self, stage: Stage) -> dict[str, Any]:
         """The stage's resolved config with this run's seed and engine in it."""
