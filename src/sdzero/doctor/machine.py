@@ -22,7 +22,9 @@ HUB_SECONDS = 2.5
 
 
 def machine_rows() -> Iterator[Row]:
-    yield platform_row()
+    yield (system := platform_row())
+    if system.is_fatal:
+        return
     yield cpu_row()
     yield memory_row()
     yield disk_row("disk", Path.cwd(), 5, "a checkpoint takes 12 bytes per parameter, and three are there at once")
@@ -56,8 +58,7 @@ def cpu_row() -> Row:
     return Row("CPU", "ok", found)
 
 
-def memory_row() -> Row:
-    meminfo = Path("/proc/meminfo")
+def memory_row(meminfo: Path = Path("/proc/meminfo")) -> Row:
     if not meminfo.is_file():
         return Row("memory", "ok", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.1f} GiB")
     kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in meminfo.open())}

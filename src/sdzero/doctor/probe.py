@@ -137,7 +137,8 @@ class Probe:
         """By name. One at which the child hung or died has a fault, and those after it are not there."""
         self._reader.join(self._deadline - time.monotonic())
         hangs = self._reader.is_alive()
-        self._child.kill()
+        if hangs:
+            self._child.kill()
         with suppress(subprocess.TimeoutExpired):  # one that waits for a driver does not even die
             self._child.wait(1)
         found: dict[str, Finding] = {}
