@@ -76,10 +76,20 @@ def first_attempt(question: str, text: str, response: str, tokens: Sequence[str]
     )
 
 
+def _of(row: Row) -> FirstAttempt | None:
+    return first_attempt(row["question"], row["text"], row["response"], row["tokens"])
+
+
+def with_first_wrong(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with a column `first_wrong`: the index of each first attempt's first wrong token, None where unknown."""
+    attempts = map(_of, frame.to_dict(orient="records"))
+    found = [attempt.first_wrong if attempt else None for attempt in attempts]
+    return frame.assign(first_wrong=pd.Series(found, dtype=object, index=frame.index))
+
+
 def wrong_responses(frame: pd.DataFrame) -> list[tuple[Row, FirstAttempt]]:
     """The responses with r=0 whose first attempt is wrong, each with that attempt. Empty for a task without steps."""
-    rows = [row for row in frame.to_dict(orient="records") if row["reward"] == 0]
-    known = [(row, first_attempt(row["question"], row["text"], row["response"], row["tokens"])) for row in rows]
+    known = [(row, _of(row)) for row in frame.to_dict(orient="records") if row["reward"] == 0]
     return [(row, attempt) for row, attempt in known if attempt is not None and attempt.first_wrong is not None]
 
 

@@ -74,11 +74,11 @@ def localization(frame: pd.DataFrame) -> Figure:
         for axes in (left, right):
             say_empty(axes, "no wrong response with a known first wrong step")
         return figure
-    _draw_bars(left, hits["signal"], 100 * hits["hit"], 100 * hits["hit_se"])
-    for name, style in {"chance": ":", "chance_result": "--"}.items():
-        words = {"chance": "a random token", "chance_result": "a random result"}[name]
-        left.axvline(100 * hits[name].iloc[0], color=INK, linestyle=style, linewidth=1, label=words)
-    legend(left, "lower right")
+    signals = [*hits["signal"], "a random result", "a random token"]
+    shares = [*hits["hit"], hits["chance_result"].iloc[0], hits["chance"].iloc[0]]
+    _draw_bars(left, signals, [100 * share for share in shares], [100 * error for error in [*hits["hit_se"], 0, 0]])
+    for patch in left.patches[len(hits) :]:
+        patch.set_alpha(PALE)
     _draw_bars(right, kinds["kind"], kinds["mean"], kinds["se"])
     return figure
 
