@@ -38,8 +38,8 @@ def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[Curve]:
             trained,
             "dynamics",
             "Length and revision phrases",
-            "SRT teaches the model to revise aloud: its answers grow. SelfDistill puts what the reviser knows into the "
-            "first attempt: they shrink again (the paper's figure 6).",
+            "In the paper's figure 6 answers grow in SRT, which has the model revise aloud, and shrink again in "
+            "SelfDistill, which moves what the reviser knows into the first attempt.",
             plots.dynamics,
         ),
         (
@@ -64,7 +64,13 @@ def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[Curve]:
             "Each model answers, is told whether it is right, and revises once (figure 3).",
             plots.revision_bars,
         ),
-        (trained, "training", "Training", "What tells a healthy run from a sick one.", plots.training_curves),
+        (
+            trained,
+            "training",
+            "Training",
+            "The gap between the engine's and the trainer's log-probabilities must stay near zero.",
+            plots.training_curves,
+        ),
     ]
     return [
         Curve(name, title, caption, inline_svg(draw(run), name, title, PALETTE))

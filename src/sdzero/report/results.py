@@ -35,7 +35,8 @@ def headline(rows: Sequence[Row], num_questions: int, num_answers: int) -> list[
     if not rows:
         return ["No model has been evaluated yet."]
     name, score = f"avg@{num_answers}", plus_minus(rows[0]["accuracy"], rows[0]["accuracy_se"])
-    first = f"{MODELS[rows[0]['stage']]} has an {name} of {score} on {num_questions} held-out questions."
+    model = "The base model" if rows[0]["stage"] == "base" else MODELS[rows[0]["stage"]]
+    first = f"{model} has an {name} of {score} on {num_questions} held-out questions."
     return [first, *(_step(name, *pair) for pair in zip(rows, rows[1:], strict=False))]
 
 
@@ -47,7 +48,7 @@ def _step(name: str, before: Row, row: Row) -> str:
     if error is None:
         told = f"moved {name} {places} ({change}, without an error: a single question has none)"
     elif abs(gain) < 2 * error:
-        told = f"left {name} where it was, within its error: {places} ({change})"
+        told = f"did not clearly change {name}: {places} ({change}, within its error)"
     else:
         told = f"{'raised' if gain > 0 else 'lowered'} {name} {places} ({change})"
     tokens, tokens_before = row["mean_response_tokens"], before["mean_response_tokens"]

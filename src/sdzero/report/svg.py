@@ -16,7 +16,7 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str]) -> Markup:
-    """An `<svg>` element as wide as its container.
+    """An `<svg>` element that CSS can scale: its own width in points is the variable `--width`.
 
     Args:
         figure: the same figure gives the same bytes.
@@ -36,9 +36,10 @@ def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str])
         attributes = {("href" if key == LINK else key): value for key, value in element.attrib.items()}
         element.attrib.clear()
         element.attrib.update({key: _local(key, value, name, colors) for key, value in attributes.items()})
-    for size in ("width", "height", "version"):
+    width = root.attrib.pop("width").removesuffix("pt")
+    for size in ("height", "version"):
         del root.attrib[size]
-    root.attrib |= {"class": "figure", "role": "img", "aria-label": title}
+    root.attrib |= {"class": "figure", "role": "img", "aria-label": title, "style": f"--width: {width}px"}
     return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 - built from parsed XML, not from text
 
 
