@@ -65,7 +65,7 @@ def _table(rows: Iterable[Row]) -> list[Row]:
     for heading in ("", "status", "found"):
         table.add_column(heading)
     console = Console(width=None if Console().is_terminal else 120)
-    with Live(table, console=console, vertical_overflow="visible"):
+    with Live(table, console=console):
         for row in rows:
             table.add_row(Text(row.name), Text(row.status, STYLES[row.status]), Text(row.found))
             shown.append(row)
