@@ -53,13 +53,21 @@ class CopyTracker(ResponseTracker):
         said = [[phrase in s.rollout.text for phrase in phrases] for s in batch.scored]
         for name, leaks in (("", map(any, said)), ("_p0", (f[0] for f in said)), ("_p1", (f[1] for f in said))):
             self.metrics[f"phrase_leak{name}"].update(sum(leaks), len(said))
-        for scored, flags in zip(batch.scored, said, strict=True):
-            if any(flags):
-                self.metrics["copy_rate"].update(*copied_within(builder, scored.rollout.text))
-        for first, second in batch.revised if isinstance(batch, EvalBatch) else ():
-            revision, attempt = builder.body(second.rollout.token_ids), builder.body(first.rollout.token_ids)
-            for which in ("", f"_r{first.verdict.reward}"):
-                self.metrics[f"revise_copy_rate{which}"].update(num_copied(revision, attempt), len(revision))
+        own = [
+            copied_within(builder, s.rollout.text) for s, flags in zip(batch.scored, said, strict=True) if any(flags)
+        ]
+        self._add("copy_rate", own)
+        told = [
+            (first.verdict.reward, (num_copied(revision, builder.body(first.rollout.token_ids)), len(revision)))
+            for first, second in (batch.revised if isinstance(batch, EvalBatch) else ())
+            if (revision := builder.body(second.rollout.token_ids))
+        ]
+        self._add("revise_copy_rate", [counts for _, counts in told])
+        for r in (0, 1):
+            self._add(f"revise_copy_rate_r{r}", [counts for reward, counts in told if reward == r])
+
+    def _add(self, name: str, counts: list[tuple[int, int]]) -> None:
+        self.metrics[name].update(sum(copied for copied, _ in counts), sum(num for _, num in counts))
 
     def figures(self, evaluates: bool) -> Scalars:
         return defined({name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name})

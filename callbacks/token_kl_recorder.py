@@ -64,8 +64,9 @@ class TokenKLRecorder(L.Callback):
 
     def _record(self, method: Method, chosen: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout]) -> None:
         rows = score_tokens(method, chosen, siblings, self.top_k)
-        for row in rows:
-            self.shares[row["reward"]].update(top_share(row["kl"]), 1)
+        for reward, share in enumerate(self.shares):
+            shares = [top_share(row["kl"]) for row in rows if row["reward"] == reward]
+            share.update(sum(shares), len(shares))
         self.rows += rows
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str) -> None:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent
+ITEMS = (7, 6, 1)  # of train_stored.py
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,16 @@ def test_two_ranks_equal_one(kind: str, model_folder: Path, tmp_path: Path) -> N
         for ours, theirs in zip(one["losses"], two["losses"], strict=True):  # metrics reduce over the ranks
             assert ours.keys() == theirs.keys()
             assert all(torch.allclose(ours[k], theirs[k], rtol=1e-4, atol=1e-6) for k in ours), (ours, theirs)
+            if kind == "self_distill":
+                assert theirs.keys() >= {"rollout/keywords_per_response", "rollout/length_p50", "rollout/copy_rate"}
+        if kind == "self_distill":
+            alone, shared = (
+                pd.concat(map(pd.read_parquet, (tmp_path / n).rglob("*.parquet"))) for n in ("one", strategy)
+            )
+            alone, shared = (t.sort_values(["step", "question"]).reset_index() for t in (alone, shared))
+            assert list(alone.question) == list(shared.question) and len(alone) == sum(ITEMS)
+            for ours, theirs in zip(alone.kl, shared.kl, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trains on stored rollouts or traces, on one rank or on several, and saves gradients and weights.
+"""Trains on stored rollouts or traces, on one rank or on several, and saves gradients, metrics and weights.
 
 python train_stored.py srt|self_distill NUM_RANKS MODEL_FOLDER OUT_FILE [ddp]
 """
@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
+from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, TokenKLRecorder
 from sdzero.data.base import stream_loader
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models import ModelConfig, full_weights
@@ -34,7 +35,8 @@ def items(builder, kind: str, count: int, rng: random.Random) -> list:
             made.append(Trace(question, ids(2, 5), ids(1, 20), builder.bridge(reward), ids(1, 30), reward))
         else:
             response = (*ids(1, 40), builder.end_id)
-            rollout = Rollout(Prompt(question, ids(2, 5)), response, (0.0,) * len(response), "", "stop", 0)
+            text = rng.choice(["6+3", f"Oops, wait. 6+3=9\n\n{builder.control_phrases[reward]}\n\n6+3=9, so 9"])
+            rollout = Rollout(Prompt(question, ids(2, 5)), response, (0.0,) * len(response), text, "stop", 0)
             made.append(ScoredRollout(rollout, Verdict(1, "correct") if reward else Verdict(0, "wrong")))
     return made
 
@@ -96,7 +98,8 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[Record(out)],
+        default_root_dir=out.with_suffix(""),
+        callbacks=[KeywordTracker(), LengthTracker(), CopyTracker(), TokenKLRecorder(every_n_steps=1), Record(out)],
         use_distributed_sampler=False,
     )
     trainer.fit(method, datamodule=Stored(kind))
