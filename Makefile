@@ -1,6 +1,6 @@
 # On a fresh machine `make demo` and `make test` each work alone: they set up .venv first.
 # A second call installs nothing, until pyproject.toml changes. PYTHON=python3.12 picks another interpreter.
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -20,6 +20,7 @@ help:
 	@echo "make demo     set up if need be, then the whole method on the embedded default"
 	@echo "make test     set up if need be, then every check that CI runs"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
+	@echo "make docs     docs/config.md from the docstrings"
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
 
 # One thread each: the tiny models are too small for more, and vLLM sets torch to one where this is unset.
@@ -40,6 +41,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sdzero.reference > docs/config.md
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -49,7 +49,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `max_new_tokens` counts the end-of-turn token."""
+    """How responses are drawn.
+
+    Args:
+        temperature: the logits are divided by it; 0 always takes the likeliest token.
+        top_p: draws only among the likeliest tokens that together have this probability; 1 draws among all.
+        max_new_tokens: most tokens of a response, its end-of-turn token included; a longer one is cut, and wrong.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
