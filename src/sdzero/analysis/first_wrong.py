@@ -81,7 +81,7 @@ def _of(row: Row) -> FirstAttempt | None:
 
 
 def with_first_wrong(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with a column `first_wrong`: the index of each first attempt's first wrong token, None where unknown."""
+    """The frame with a column `first_wrong`, the index of the first attempt's first wrong token; None where unknown."""
     attempts = map(_of, frame.to_dict(orient="records"))
     found = [attempt.first_wrong if attempt else None for attempt in attempts]
     return frame.assign(first_wrong=pd.Series(found, dtype=object, index=frame.index))

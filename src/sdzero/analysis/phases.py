@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pandas as pd
 
-from sdzero.analysis.run import RunFolder
+from sdzero.analysis.run import MODELS, RunFolder
 
 _PLACES = (  # (folder, phase, kind)
     ("base/eval", "base", "evaluation"),
@@ -48,6 +49,13 @@ def over_phases(run: RunFolder, figure: str, rollout: str | None = None) -> pd.D
         rows.append((begins["self_distill"] + step, value, None, "self_distill", "rollout"))
     frame = pd.DataFrame(rows, columns=pd.Index(["step", "value", "se", "phase", "kind"]))
     return frame.astype({"value": float, "se": float})
+
+
+def evaluations(run: RunFolder, figures: Sequence[str]) -> pd.DataFrame:
+    """A row for each evaluated model (index: its folder), a column for each tag under eval/; NaN where not logged."""
+    results = {model: run.results(model) for model in MODELS}
+    rows = {model: [of_model.get(f"eval/{f}") for f in figures] for model, of_model in results.items() if of_model}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=pd.Index(figures), dtype=float)
 
 
 def teacher_syncs(run: RunFolder) -> list[int]:

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from sdzero.analysis.phases import evaluations
 from sdzero.analysis.run import MODELS, RunFolder
 
 KINDS = ("revise", "resample")
@@ -17,22 +18,20 @@ FIGURES = ["revise_tokens1", "revise_tokens2", *(name for figure in _WITH_ERROR 
 COPYING = ["phrase_leak", "copy_rate", "revise_copy_rate", "revise_copy_rate_r0", "revise_copy_rate_r1"]
 
 
-def revision_figures(run: RunFolder, figures: list[str] = FIGURES) -> pd.DataFrame:
-    """A row for each evaluated model, a column for each tag under eval/; NaN where the run did not log it.
+def revision_figures(run: RunFolder) -> pd.DataFrame:
+    """What `phases.evaluations` returns for the figures of Generate-then-Revise.
 
     `acc1` and `acc2`: accuracy of first attempts and of what follows them; `tokens1` and `tokens2`: their mean lengths;
     `correction_rate` = (acc2 - acc1) / (1 - acc1); `wrong_to_right_rate` of the wrong and `right_to_wrong_rate` of the
     right first attempts; `_se`: standard errors. Resampling's acc1 and acc2 are of all samples and equal by
     construction, so its correction rate is 0: what tells revising from resampling are the last two rates.
     """
-    rows = {model: run.results(model) for model in MODELS}
-    values = {model: [results.get(f"eval/{f}") for f in figures] for model, results in rows.items() if results}
-    return pd.DataFrame.from_dict(values, orient="index", columns=pd.Index(figures), dtype=float)
+    return evaluations(run, FIGURES)
 
 
 def copying(run: RunFolder) -> pd.DataFrame:
     """Share of answers that say a control phrase unasked, and share of the next attempt's tokens that are copies."""
-    return revision_figures(run, COPYING)
+    return evaluations(run, COPYING).rename(index=MODELS)
 
 
 def table_9(run: RunFolder) -> pd.DataFrame:

@@ -37,8 +37,8 @@ class TokenView:
 
     def __init__(self, frame: pd.DataFrame, full_color: float = FULL_COLOR) -> None:
         self.rows: list[Row] = list(frame.to_dict(orient="records"))
-        self.framed: list[int | None] = [None if pd.isna(i) else int(i) for i in frame.get("first_wrong", [])]
-        self.framed = self.framed or [None] * len(self.rows)
+        framed = [row.get("first_wrong") for row in self.rows]
+        self.framed = [None if i is None or math.isnan(i) else int(i) for i in framed]
         self.full_color = full_color
 
     def _repr_html_(self) -> str:
@@ -109,7 +109,7 @@ def token_figure(rows: Sequence[Row], framed: Sequence[int | None], full_color: 
     num_lines = sum(laid_out[-1][1] + 2.6 for laid_out in places)  # below a head, and above a gap
     figure = Figure((WIDTH * FONT_SIZE * 0.602 / 72, num_lines * FONT_SIZE * 1.7 / 72), facecolor="none")
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(num_lines, 0))
+    axes.set(xlim=(-0.5, WIDTH), ylim=(num_lines, 0))
     axes.set_axis_off()
     top = 0.6
     for row, laid_out, frame in zip(rows, places, framed, strict=True):
