@@ -1,25 +1,51 @@
-"""Tests marked `gpu` are deselected on a machine without a CUDA device; the smoke recipe runs once for all tests."""
+"""Tests marked `gpu` or `browser` are deselected where there is none; the smoke recipe runs once for all tests."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from runs import SMOKE, sdzero
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def find_browser() -> str | None:
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+def lacks_browser() -> bool:
+    """Whether tests in a browser are to be left out. A machine that must have one fails them instead."""
+    return find_browser() is None and "browser" not in os.environ.get("SDZERO_TEST_REQUIRE", "").split(",")
+
+
+def pytest_report_header() -> str:
+    found = find_browser() or f"none of {', '.join(BROWSERS)}"
+    return f"browser: {found}{': its tests are deselected' if lacks_browser() else ''}"
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not on_gpu:
-        return
-    import torch  # slow, so only where a test asks for it
+    lacking = [item for item in items if item.get_closest_marker("browser")] if lacks_browser() else []
+    if on_gpu:
+        import torch  # slow, so only where a test asks for it
 
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if item not in on_gpu]
+        if not torch.cuda.is_available():
+            lacking += on_gpu
+    if lacking:
+        config.hook.pytest_deselected(items=lacking)
+        items[:] = [item for item in items if item not in lacking]
+
+
+@pytest.fixture(scope="session")
+def browser_path() -> str:
+    found = find_browser()
+    assert found, f"SDZERO_TEST_REQUIRE asks for a browser, and there is none of {', '.join(BROWSERS)}"
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,11 @@ def collection(statistics: Mapping[str, Any]) -> Collection | None:
         for name, kind in kinds.items()
     ]
     traces = [
-        ("candidates: verified revisions that ended", statistics["candidate_traces"], statistics["candidate_correct_share"]),
+        (
+            "candidates: verified revisions that ended",
+            statistics["candidate_traces"],
+            statistics["candidate_correct_share"],
+        ),
         ("kept as D_revision", statistics["traces"], statistics["correct_share"]),
     ]
     return Collection(reasons, attempts, traces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sdzero.analysis.run import MODELS, RunFolder
@@ -37,7 +38,7 @@ def headline(rows: Sequence[Row], num_questions: int, num_answers: int) -> list[
     name, score = f"avg@{num_answers}", plus_minus(rows[0]["accuracy"], rows[0]["accuracy_se"])
     model = "The base model" if rows[0]["stage"] == "base" else MODELS[rows[0]["stage"]]
     first = f"{model} has an {name} of {score} on {num_questions} held-out questions."
-    return [first, *(_step(name, *pair) for pair in zip(rows, rows[1:], strict=False))]
+    return [first, *(_step(name, *pair) for pair in pairwise(rows))]
 
 
 def _step(name: str, before: Row, row: Row) -> str:
@@ -78,8 +79,12 @@ def table(run: RunFolder, rows: Sequence[Row], num_questions: int, num_answers: 
         Figure("gain", "over the model to the left, paired question by question", pairs("accuracy_gain", "+.3f")),
         Figure(f"pass@{k}", f"share of questions with a right one among {k} answers", pairs(f"pass_at_{k}")),
         Figure("tokens", "mean length of an answer", [f"{row['mean_response_tokens']:.1f}" for row in rows]),
-        Figure("revision phrases", "“wait”, “let me start over”, … per answer", [f"{r['keyword_rate']:.2f}" for r in rows]),
-        Figure("wrong → right", "first attempts that one revision mends; share of the wrong ones", flips("wrong_to_right")),
+        Figure(
+            "revision phrases", "“wait”, “let me start over”, … per answer", [f"{r['keyword_rate']:.2f}" for r in rows]
+        ),
+        Figure(
+            "wrong → right", "first attempts that one revision mends; share of the wrong ones", flips("wrong_to_right")
+        ),
         Figure("right → wrong", "first attempts that it breaks; share of the right ones", flips("right_to_wrong")),
         Figure(
             "resampled → right",

@@ -6,20 +6,25 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-NUM_WRONG, NUM_RIGHT = 30, 10
+SHARES = {0: 30, 1: 10}
+"""Responses shown by reward."""
 MAX_TOKENS = 800
 """Of one response: a window of this many around its largest KL."""
 MAX_CHARACTERS = 1_200_000
 """Of all responses' data, so that the page stays below 2 MB."""
 TOP = 5
-QUESTION_CHARACTERS = 2_000
+LABEL_CHARACTERS, QUESTION_CHARACTERS = 120, 2_000
 LEAST_SCALE = 0.5
 """Nats that get the full colour at least: a run of near-zero KL must not look like a storm."""
+
+Row = dict[str, Any]
+"""A response as TokenKLRecorder wrote it."""
 
 
 @dataclass(frozen=True)
@@ -46,41 +51,38 @@ def viewer(frame: pd.DataFrame) -> Viewer | None:
     """Args: frame: what TokenKLRecorder left, one row a response. Returns: None where it left nothing."""
     if frame.empty:
         return None
-    frame = frame.assign(peak=[max(kl, default=0.0) for kl in frame["kl"]])
-    shown = [row for row, _ in _within_budget(_by_interest(frame))]
-    shown.sort(key=lambda row: (row["reward"], -row["peak"]))  # wrong ones first
+    columns = [*map(str, frame.columns)]
+    rows = [dict(zip(columns, values, strict=True)) for values in frame.itertuples(index=False)]
+    shown = _within_budget(_by_interest(rows))
+    shown.sort(key=lambda row: (row["reward"], -_peak(row)))  # wrong ones first
     choices = [
-        Choice(row["text"][:200], int(row["reward"]), row["reason"], int(row["step"]), float(row["peak"])) for row in shown
+        Choice(row["text"][:LABEL_CHARACTERS], int(row["reward"]), row["reason"], int(row["step"]), _peak(row))
+        for row in shown
     ]
-    scale = {"reward": _scale(row["token_kl_reward"] for row in shown), "kl": _scale(row["kl"] for row in shown)}
-    return Viewer(choices, {"scale": scale, "responses": [_data(row) for row in shown]}, len(frame))
+    scale = {"reward": _scale([row["token_kl_reward"] for row in shown]), "kl": _scale([row["kl"] for row in shown])}
+    return Viewer(choices, {"scale": scale, "responses": [_data(row) for row in shown]}, len(rows))
 
 
-def _by_interest(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def _peak(row: Row) -> float:
+    return float(max(row["kl"], default=0.0))
+
+
+def _by_interest(rows: Sequence[Row]) -> list[Row]:
     """The largest peaks of wrong and of right responses, three to one, in an order that any cut keeps so."""
-    ranked: list[tuple[float, dict[str, Any]]] = []
-    counts = {0: NUM_WRONG, 1: NUM_RIGHT}
-    for reward, share in counts.items():
-        rows = frame[frame["reward"] == reward].sort_values("peak", ascending=False, kind="stable")
-        others = int((frame["reward"] != reward).sum())
-        num = share + max(0, counts[1 - reward] - others)  # where the other kind is scarce, more of this
-        ranked += [(rank / share, row) for rank, row in enumerate(rows.head(num).to_dict("records"))]
+    ranked: list[tuple[float, Row]] = []
+    for reward, share in SHARES.items():
+        group = sorted((row for row in rows if row["reward"] == reward), key=_peak, reverse=True)
+        spare = max(0, SHARES[1 - reward] - (len(rows) - len(group)))  # where the other kind is scarce
+        ranked += [(rank / share, row) for rank, row in enumerate(group[: share + spare])]
     return [row for _, row in sorted(ranked, key=lambda item: item[0])]
 
 
-def _within_budget(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:
-    kept: list[tuple[dict[str, Any], int]] = []
-    left = MAX_CHARACTERS
-    for row in rows:
-        size = len(json.dumps(_data(row)))
-        left -= size
-        if left < 0 and kept:
-            break
-        kept.append((row, size))
-    return kept
+def _within_budget(rows: Sequence[Row]) -> list[Row]:
+    sizes = accumulate(len(json.dumps(_data(row))) for row in rows)
+    return [row for i, (row, size) in enumerate(zip(rows, sizes, strict=True)) if size <= MAX_CHARACTERS or i == 0]
 
 
-def _data(row: dict[str, Any]) -> dict[str, Any]:
+def _data(row: Row) -> dict[str, Any]:
     total = len(row["tokens"])
     peak = int(np.argmax(row["kl"])) if total else 0
     start = max(0, min(peak - MAX_TOKENS // 2, total - MAX_TOKENS))
@@ -116,7 +118,7 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _scale(values: Any) -> float:
+def _scale(values: Sequence[Sequence[float]]) -> float:
     """Nats of the full colour: the 99th percentile, so that one extreme token does not pale all others."""
     every = np.abs(np.concatenate([np.asarray(v, dtype=float) for v in values]))
     return round(max(float(np.quantile(every, 0.99)) if every.size else 0.0, LEAST_SCALE), 1)
