@@ -8,6 +8,7 @@ that text: as a rule the result of a step, rarely a miscopied operand or a stop 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from sdzero.tasks.chains import apply, solve, working
 QUESTION = re.compile(r"(\d)((?:[-+*]\d)+)=")
 WRITTEN_STEP = re.compile(r"(?=(\d)([-+*])(\d)=(\d))")  # looks ahead: a step's result begins the next step
 Row = dict[Hashable, Any]
-KINDS = ("wrong result", "right result", "other token", "later attempts")
+KINDS = ("wrong result", "right result", "rest of the attempt", "its end", "later attempts")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class FirstAttempt:
     wrong_results: tuple[int, ...]
 
     def kind(self, token: int) -> str:
-        """Which of `KINDS` a token of the response is."""
+        """Which of `KINDS` a token of the response is. The attempt's end is where the model stops or goes on."""
         if token >= self.num_tokens:
-            return "later attempts"
+            return "its end" if token == self.num_tokens else "later attempts"
         if token in self.wrong_results:
             return "wrong result"
-        return "right result" if token in self.results else "other token"
+        return "right result" if token in self.results else "rest of the attempt"
 
 
 def first_attempt(question: str, text: str, response: str, tokens: Sequence[str]) -> FirstAttempt | None:
@@ -102,40 +103,46 @@ SIGNALS = {
 
 
 def hits(frame: pd.DataFrame) -> pd.DataFrame:
-    """How often a signal is largest, over the whole response, at the first wrong token, over `wrong_responses`.
+    """How often a signal is largest, among the tokens of the first attempt, at its first wrong token.
+
+    Counts the `wrong_responses`, but for those whose first attempt is wrong only in that it ends too early.
 
     Returns:
-        A row a signal. `hit`: share of responses, with its standard error; `any_wrong`: largest at any wrong result;
-        `chance`: what a random token hits; `chance_result`: what a random step's result in the first attempt hits,
-        which is how well one would do by knowing where results stand; `responses`. No rows where there is nothing.
+        A row a signal. `hit`: share of responses, with its standard error; `hit_anywhere`: largest of all the
+        response's tokens; `chance`: what a random token of the first attempt hits; `chance_result`: what a random
+        step's result hits, as if one only knew where results stand; `responses`. No rows where there is nothing.
     """
-    wrong, rows = wrong_responses(frame), []
+    wrong = [
+        (row, a) for row, a in wrong_responses(frame) if a.first_wrong is not None and a.first_wrong < a.num_tokens
+    ]
+    chance = mean_and_error([1 / a.num_tokens for _, a in wrong])[0]
+    chance_result = mean_and_error([(a.first_wrong in a.results) / max(1, len(a.results)) for _, a in wrong])[0]
+    rows = []
     for name, signal in SIGNALS.items() if wrong else ():
-        largest = [int(np.argmax(signal(row))) for row, _ in wrong]
-        hit, error = mean_and_error(
-            [float(i == attempt.first_wrong) for i, (_, attempt) in zip(largest, wrong, strict=True)]
-        )
-        any_wrong = np.mean([i in attempt.wrong_results for i, (_, attempt) in zip(largest, wrong, strict=True)])
-        chance = np.mean([1 / len(row["tokens"]) for row, _ in wrong])
-        chance_result = np.mean([(a.first_wrong in a.results) / max(1, len(a.results)) for _, a in wrong])
-        rows.append((name, hit, error, float(any_wrong), float(chance), float(chance_result), len(wrong)))
-    columns = ["signal", "hit", "hit_se", "any_wrong", "chance", "chance_result", "responses"]
+        values = [(signal(row), attempt) for row, attempt in wrong]
+        hit, error = mean_and_error([float(np.argmax(v[: a.num_tokens]) == a.first_wrong) for v, a in values])
+        anywhere = mean_and_error([float(np.argmax(v) == a.first_wrong) for v, a in values])[0]
+        rows.append((name, hit, error, anywhere, chance, chance_result, len(wrong)))
+    columns = ["signal", "hit", "hit_se", "hit_anywhere", "chance", "chance_result", "responses"]
     return pd.DataFrame(rows, columns=pd.Index(columns))
 
 
-def kl_by_kind(frame: pd.DataFrame, value: str = "kl") -> pd.DataFrame:
-    """Mean of `value` on each of `KINDS` of tokens, over the `wrong_responses` that have any of the kind.
+def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
+    """KL by kind of token, over the `wrong_responses`.
 
     Returns:
-        Columns kind, mean, se, responses, tokens. No rows where there is nothing to count from.
+        A row for each of `KINDS`: `kl`, its tokens' mean in nats, over the responses that have any, with its standard
+        error; `holds_largest`: share of responses whose largest KL is of this kind; `tokens`: their number. No rows
+        where there is nothing to count from.
     """
+    wrong = wrong_responses(frame)
     means: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    counts = dict.fromkeys(KINDS, 0)
-    for row, attempt in wrong_responses(frame):
+    tokens, largest = Counter(), Counter()
+    for row, attempt in wrong:
         kinds = np.array([attempt.kind(token) for token in range(len(row["tokens"]))])
+        tokens.update(kinds.tolist())
+        largest[kinds[np.argmax(row["kl"])]] += 1
         for kind in set(kinds.tolist()):
-            values = np.asarray(row[value])[kinds == kind]
-            means[kind].append(float(values.mean()))
-            counts[kind] += len(values)
-    rows = [(kind, *mean_and_error(means[kind]), len(means[kind]), counts[kind]) for kind in KINDS if means[kind]]
-    return pd.DataFrame(rows, columns=pd.Index(["kind", "mean", "se", "responses", "tokens"]))
+            means[kind].append(float(np.asarray(row["kl"])[kinds == kind].mean()))
+    rows = [(kind, *mean_and_error(means[kind]), largest[kind] / len(wrong), tokens[kind]) for kind in KINDS if wrong]
+    return pd.DataFrame(rows, columns=pd.Index(["kind", "kl", "kl_se", "holds_largest", "tokens"]))

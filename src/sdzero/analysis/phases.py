@@ -1,4 +1,4 @@
-"""Curves over both phases on one axis: the steps of SRT, then those of SelfDistill (figures 5 and 6)."""
+"""Curves over both phases, from the base model over SRT to SD-Zero (figures 5 and 6)."""
 
 from __future__ import annotations
 
@@ -32,22 +32,18 @@ def over_phases(run: RunFolder, figure: str, rollout: str | None = None) -> pd.D
         rollout: a tag under rollout/: the same of the rollouts that SelfDistill trains on.
 
     Returns:
-        Columns step (0 is the base model, SRT's last step is SelfDistill's 0), value, se (NaN where none is logged),
-        phase (base, srt, self_distill) and kind: `evaluation` of a stage of its own, `validation` within training,
-        `rollout`.
+        Columns phase (base, srt, self_distill); step, the number of the phase's updates behind the model; value; se
+        (NaN where none is logged); kind: `evaluation` of a stage of its own, `validation` within training, `rollout`.
     """
-    ends = {"base": 0, "srt": num_steps(run, "srt")}
-    ends["self_distill"] = ends["srt"] + num_steps(run, "self_distill")
-    begins = {"srt": 0, "self_distill": ends["srt"]}
     rows = []
     for folder, phase, kind in _PLACES:
         errors = dict(run.scalars(folder, f"eval/{figure}_se"))
         for step, value in run.scalars(folder, f"eval/{figure}"):
-            at = ends[phase] if kind == "evaluation" else begins[phase] + step + 1  # logged with the step before it
-            rows.append((at, value, errors.get(step), phase, kind))
+            updates = num_steps(run, phase) if kind == "evaluation" else step + 1  # logged with the step before it
+            rows.append((phase, 0 if phase == "base" else updates, value, errors.get(step), kind))
     for step, value in run.scalars("self_distill", f"rollout/{rollout}") if rollout else ():
-        rows.append((begins["self_distill"] + step, value, None, "self_distill", "rollout"))
-    frame = pd.DataFrame(rows, columns=pd.Index(["step", "value", "se", "phase", "kind"]))
+        rows.append(("self_distill", step, value, None, "rollout"))
+    frame = pd.DataFrame(rows, columns=pd.Index(["phase", "step", "value", "se", "kind"]))
     return frame.astype({"value": float, "se": float})
 
 
@@ -59,6 +55,6 @@ def evaluations(run: RunFolder, figures: Sequence[str]) -> pd.DataFrame:
 
 
 def teacher_syncs(run: RunFolder) -> list[int]:
-    """Steps of SelfDistill from which a new teacher counts, the student of that step."""
+    """Numbers of SelfDistill's updates after which the student became the teacher."""
     generations = run.scalars("self_distill", "teacher/generation")
-    return [step for (_, before), (step, after) in pairwise(generations) if after > before]
+    return [step + 1 for (_, before), (step, after) in pairwise(generations) if after > before]

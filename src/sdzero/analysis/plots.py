@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from sdzero.analysis import first_wrong, phases, revision
 from sdzero.analysis import localization as stats
 from sdzero.analysis.run import MODELS, RunFolder
-from sdzero.analysis.style import COLORS, INK, label, legend, new_figure, say_empty
+from sdzero.analysis.style import COLORS, INK, label, legend, legend_below, new_figure, say_empty
 
 __all__ = [
     "COLORS",
@@ -67,8 +67,8 @@ def _draw_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
 def localization(frame: pd.DataFrame) -> Figure:
     """Where the largest KL falls against the first wrong step, for a task that knows its steps."""
     figure, (left, right) = new_figure(1, 2, width=9, height=2.6)
-    hits, kinds = first_wrong.hits(frame), first_wrong.kl_by_kind(frame)
-    label(left, "Largest at the first wrong token", "responses (%)")
+    hits, kinds = first_wrong.hits(frame), first_wrong.by_kind(frame)
+    label(left, "Largest of an attempt at its first wrong token", "wrong responses (%)")
     label(right, "Mean KL by kind of token", "KL (nats)")
     if not len(hits):
         for axes in (left, right):
@@ -79,7 +79,7 @@ def localization(frame: pd.DataFrame) -> Figure:
     _draw_bars(left, signals, [100 * share for share in shares], [100 * error for error in [*hits["hit_se"], 0, 0]])
     for patch in left.patches[len(hits) :]:
         patch.set_alpha(PALE)
-    _draw_bars(right, kinds["kind"], kinds["mean"], kinds["se"])
+    _draw_bars(right, kinds["kind"], kinds["kl"], kinds["kl_se"])
     return figure
 
 
@@ -92,49 +92,59 @@ def _draw_bars(axes: Axes, names: Any, values: Any, errors: Any) -> None:
 
 
 def dynamics(run: RunFolder) -> Figure:
-    """Figure 6, right: response length and revision phrases over both phases."""
+    """Figure 6, right: response length and revision phrases. Both phases are as wide, however many steps they have."""
     figure, (left, right) = new_figure(1, 2, width=9)
+    num_srt, num_distill = (phases.num_steps(run, stage) for stage in ("srt", "self_distill"))
     for axes, tag, rollout, title, unit in (
         (left, "response_tokens", "length", "Response length", "tokens"),
         (right, "keywords_per_response", "keywords_per_response", "Revision phrases", "per response"),
     ):
-        label(axes, title, "steps of SRT, then of SelfDistill", unit)
-        _draw_phases(axes, phases.over_phases(run, tag, rollout))
-        axes.axvline(phases.num_steps(run, "srt"), color=INK, linestyle=":", linewidth=1)
-    legend(left)
+        label(axes, title, "steps of SRT | steps of SelfDistill", unit)
+        curve = phases.over_phases(run, tag, rollout)
+        begins = curve["phase"].eq("self_distill")
+        lengths = begins.map(lambda is_second: max(1, num_distill if is_second else num_srt))
+        _draw_phases(axes, curve.assign(x=begins + curve["step"] / lengths))
+        axes.axvline(1, color=INK, linestyle=":", linewidth=1)
+        ticks = [f"{num_srt // 2}", f"{num_srt} | 0", f"{num_distill // 2}", f"{num_distill}"]
+        axes.set_xticks([0, 0.5, 1, 1.5, 2], ["0", *ticks])
+    legend_below(figure, left)
     return figure
 
 
 def evolution(run: RunFolder) -> Figure:
     """Figure 5: accuracy over the steps of self-distillation, with the teacher's synchronisations."""
-    figure, (axes,) = new_figure(width=6)
+    figure, (axes,) = new_figure(width=6.5)
     label(axes, "Accuracy in SelfDistill", "steps of SelfDistill", "accuracy")
     curve = phases.over_phases(run, "avg_at_k", "reward")
-    start = phases.num_steps(run, "srt")
-    curve = curve.query("phase == 'self_distill' or (phase == 'srt' and kind == 'evaluation')")
-    _draw_phases(axes, curve.assign(step=curve["step"] - start))
+    start = curve.query("phase == 'srt' and kind == 'evaluation'").assign(x=0)
+    then = curve.query("phase == 'self_distill'").assign(x=lambda rows: rows["step"])
+    _draw_phases(axes, pd.concat([start, then]))
     for i, step in enumerate(phases.teacher_syncs(run)):
-        axes.axvline(step, color=INK, linestyle="--", linewidth=1, label="" if i else "teacher synchronised")
-    legend(axes)
+        axes.axvline(step, color=INK, linestyle="--", linewidth=1, label="" if i else "new teacher")
+    legend_below(figure, axes)
     return figure
 
 
 def _draw_phases(axes: Axes, curve: pd.DataFrame) -> None:
-    """Each phase's line, from the evaluation before it over its validations to its own; its rollouts thin."""
+    """Over `x`: evaluations as diamonds, validations as a line with a band of one standard error, rollouts thin."""
     if not len(curve):
         return say_empty(axes, "not logged in this run")
-    axes.plot([], [], color=INK, marker="D", markersize=6, linestyle="", label="evaluation")
-    for phase, before in {"base": "", "srt": "base", "self_distill": "srt"}.items():
-        of_phase, color = curve.query(f"phase == '{phase}'"), COLORS[phase]
-        evaluation, rollouts = of_phase.query("kind == 'evaluation'"), of_phase.query("kind == 'rollout'")
-        start = curve.query(f"phase == '{before}' and kind == 'evaluation'")
-        line = pd.concat([start, of_phase.query("kind == 'validation'"), evaluation])
-        if len(of_phase):
-            axes.plot(line["step"], line["value"], color=color, marker="o", markersize=3, label=MODELS[phase])
+    evaluations = curve.query("kind == 'evaluation'")
+    axes.plot(evaluations["x"], evaluations["value"], color=INK, alpha=PALE, linewidth=0.8)
+    for phase, name in MODELS.items():
+        color = COLORS[phase]
+        evaluation, validations, rollouts = (
+            curve.query(f"phase == '{phase}' and kind == '{kind}'") for kind in ("evaluation", "validation", "rollout")
+        )
         if len(rollouts):
-            axes.plot(rollouts["step"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label="its rollouts")
-        marks = {"color": color, "marker": "D", "markersize": 6, "capsize": 2.5, "linestyle": ""}
-        axes.errorbar(evaluation["step"], evaluation["value"], evaluation["se"], **marks)
+            axes.plot(rollouts["x"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label="rollouts")
+        if len(validations):
+            x, value, error = validations["x"], validations["value"], validations["se"].fillna(0)
+            axes.plot(x, value, color=color, marker="o", markersize=3, label=f"{name}, validation")
+            axes.fill_between(x, value - error, value + error, color=color, alpha=0.2, linewidth=0)
+        if len(evaluation):
+            marks = {"color": color, "marker": "D", "markersize": 6, "capsize": 2.5, "linestyle": ""}
+            axes.errorbar(evaluation["x"], evaluation["value"], evaluation["se"], **marks, label=name)
 
 
 def revision_bars(run: RunFolder) -> Figure:
@@ -185,8 +195,8 @@ def training_curves(run: RunFolder) -> Figure:
             "SelfDistill: KL to the reviser",
             [
                 ("self_distill", "train/loss", "loss", {"color": distilled}),
-                ("self_distill", "teacher/kl_r0", REWARDS[0], {"color": COLORS["r0"], "linewidth": 1}),
-                ("self_distill", "teacher/kl_r1", REWARDS[1], {"color": COLORS["r1"], "linewidth": 1}),
+                ("self_distill", "teacher/kl_r0", REWARDS[0], {"color": COLORS["r0"]}),
+                ("self_distill", "teacher/kl_r1", REWARDS[1], {"color": COLORS["r1"]}),
             ],
         ),
         ("SelfDistill: reward of rollouts", [("self_distill", "rollout/reward", "", {"color": distilled})]),
@@ -208,11 +218,15 @@ def _of_both(tag: str) -> list[tuple[str, str, str, dict[str, Any]]]:
 
 
 def _draw_lines(axes: Axes, run: RunFolder, lines: list[tuple[str, str, str, dict[str, Any]]]) -> None:
-    """Scalars over the steps of their stage: (stage, tag, name in the legend, style)."""
-    logged = [(points, name, style) for stage, tag, name, style in lines if (points := run.scalars(stage, tag))]
+    """Scalars over the steps of their stage: (stage, tag, name in the legend, style). Noisy ones faint, below their
+    running mean."""
+    logged = [(tag, points, name, style) for stage, tag, name, style in lines if (points := run.scalars(stage, tag))]
     if not logged:
         return say_empty(axes, "not logged in this run")
-    for points, name, style in logged:
-        axes.plot(*zip(*points, strict=True), label=name, **style)
+    for tag, points, name, style in logged:
+        window = 1 if tag == "train/lr" else 1 + len(points) // 25
+        curve = pd.Series(dict(points))
+        axes.plot(curve, alpha=0.25, linewidth=0.8, color=style["color"])
+        axes.plot(curve.rolling(window, center=True, min_periods=1).mean(), label=name, **style)
     if len(lines) > 1:
         legend(axes)

@@ -45,6 +45,14 @@ def legend(axes: Axes, place: Any = "best", handles: list[Artist] | None = None)
         axes.legend(handles=handles, loc=place, frameon=False, fontsize=8, labelcolor=INK)
 
 
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend of one of a figure's panels, in a row below all of them."""
+    handles = axes.get_legend_handles_labels()[0]
+    if handles:
+        place = "outside lower center"
+        figure.legend(handles=handles, loc=place, ncols=len(handles), frameon=False, fontsize=8, labelcolor=INK)
+
+
 def say_empty(axes: Axes, why: str) -> None:
     """What a panel without anything to draw says instead."""
     axes.set_axis_off()
