@@ -113,8 +113,8 @@ def _own(error: BaseException) -> BaseException | None:
     package, found = Path(__file__).parent.resolve(), None
     link: BaseException | None = error
     while link is not None:
-        innermost = traceback.extract_tb(link.__traceback__)[-1].filename
-        if package in Path(innermost).resolve().parents:
+        frames = traceback.extract_tb(link.__traceback__)  # a cause that was never raised has none
+        if frames and package in Path(frames[-1].filename).resolve().parents:
             found = link
         link = link.__cause__
     return found

@@ -69,13 +69,17 @@ class ModelConfig:
             )
 
     def builder(self) -> PromptBuilder:
+        """Raises: FileNotFoundError where the hub does not have the model, or is out of reach."""
         self.check_path()
-        return PromptBuilder.from_pretrained(
-            self.path,
-            system=self.system,
-            control_phrases=self.control_phrases,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        try:
+            return PromptBuilder.from_pretrained(
+                self.path,
+                system=self.system,
+                control_phrases=self.control_phrases,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
+        except OSError as error:
+            raise FileNotFoundError(f"model.path: {self.path!r} cannot be read: {error}".partition("\n")[0]) from error
 
     def hf_config(self) -> Any:
         from transformers import AutoConfig
