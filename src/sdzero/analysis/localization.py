@@ -44,7 +44,7 @@ def position_curve(frame: pd.DataFrame, value: str = "kl", num_buckets: int = NU
 
 def _curve(frame: pd.DataFrame, value: str, num_buckets: int, arrange: Callable[[Any], np.ndarray]) -> pd.DataFrame:
     rows = []
-    for reward, group in by_reward(frame):
+    for reward, group in _by_reward(frame):
         means = np.stack([bucket_means(arrange(values), num_buckets) for values in group[value]])
         for bucket, column in enumerate(means.T, start=1):
             mean, error = mean_and_error(column.tolist())
@@ -52,9 +52,10 @@ def _curve(frame: pd.DataFrame, value: str, num_buckets: int, arrange: Callable[
     return pd.DataFrame(rows, columns=pd.Index(["reward", "bucket", "mean", "se", "responses"]))
 
 
-def by_reward(frame: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
+def _by_reward(frame: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
     """(reward, its responses), those rewards that have any."""
-    return [(int(str(reward)), group) for reward, group in frame.groupby("reward")] if len(frame) else []
+    groups = [(reward, frame.query(f"reward == {reward}")) for reward in (0, 1)] if len(frame) else []
+    return [(reward, group) for reward, group in groups if len(group)]
 
 
 def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
@@ -66,7 +67,7 @@ def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
         its `_se`; and responses. A response without any KL has neither share.
     """
     rows: list[dict[str, float]] = []
-    for reward, group in by_reward(frame):
+    for reward, group in _by_reward(frame):
         row: dict[str, float] = {"reward": reward}
         with_kl = [values for values in group["kl"] if sum(values) > 0]
         for name, values in {

@@ -28,7 +28,7 @@ __all__ = [
 
 REWARDS = {0: "r=0 (wrong)", 1: "r=1 (right)"}
 PALE = 0.4  # of what a figure compares with: first attempts, a second answer instead of a revision
-ERROR_BARS = {"ecolor": INK, "elinewidth": 0.9, "capsize": 2.5}
+ERROR_BARS = {"ecolor": INK, "elinewidth": 1.0}
 NO_KL = "no token KL was recorded"
 
 
@@ -52,12 +52,11 @@ def _draw_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
     """A line for each reward, with a band of one standard error."""
     if not len(curve):
         return say_empty(axes, NO_KL)
-    for reward, group in curve.groupby("reward"):
+    for reward in curve["reward"].unique():
+        group = curve.query(f"reward == {reward}")
         x, mean, error = 100 * (group["bucket"] - 0.5) / stats.NUM_BUCKETS, group["mean"], group["se"].fillna(0)
         color, count = COLORS[f"r{reward}"], group["responses"].iloc[0]
-        axes.plot(
-            x, mean, color=color, marker="o", markersize=3, label=f"{REWARDS[int(str(reward))]}, {count} responses"
-        )
+        axes.plot(x, mean, color=color, marker="o", markersize=3, label=f"{REWARDS[reward]}, {count} responses")
         axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
     axes.set_xlim(0, 100)
     axes.set_ylim(bottom=0)
@@ -143,7 +142,7 @@ def _draw_phases(axes: Axes, curve: pd.DataFrame) -> None:
             axes.plot(x, value, color=color, marker="o", markersize=3, label=f"{name}, validation")
             axes.fill_between(x, value - error, value + error, color=color, alpha=0.2, linewidth=0)
         if len(evaluation):
-            marks = {"color": color, "marker": "D", "markersize": 6, "capsize": 2.5, "linestyle": ""}
+            marks = {"color": color, "marker": "D", "markersize": 6, "linestyle": ""}
             axes.errorbar(evaluation["x"], evaluation["value"], evaluation["se"], **marks, label=name)
 
 
