@@ -135,11 +135,13 @@ def test_hovering_and_keys_show_the_figures_of_that_token(browser: Any, smoke_ru
             _assert_shown(tab, row, 0)
             page.keyboard.press("ArrowRight")
             _assert_shown(tab, row, 1)
+            page.keyboard.press("Tab")
+            assert page.evaluate("!document.activeElement.closest('#token-row')"), "one stop of the Tab key"
+            page.keyboard.press("Shift+Tab")
+            assert page.evaluate("document.activeElement.dataset.place") == "1", "which remembers the place"
             page.keyboard.press("End")
             page.keyboard.press("ArrowRight")
             _assert_shown(tab, row, len(row["kl"]) - 1)
-            page.keyboard.press("Tab")
-            assert page.evaluate("!document.activeElement.closest('#token-row')"), "one stop of the Tab key"
         assert tab.complaints == []
 
 
