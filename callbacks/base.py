@@ -37,7 +37,11 @@ class ResponseTracker(L.Callback, ABC):
 
     @abstractmethod
     def figures(self, evaluates: bool) -> Scalars:
-        """The figures of all that was seen; `evaluates` tells an evaluation from a training step."""
+        """The figures of all that was seen; `evaluates` tells an evaluation from a training step.
+
+        In a training step what has nothing to count from stays nan: without it Lightning would log the value of the
+        step before once more.
+        """
 
     def _see(self, pl_module: L.LightningModule, batch: Any) -> None:
         assert isinstance(pl_module, Method)

@@ -70,4 +70,5 @@ class CopyTracker(ResponseTracker):
         self.metrics[name].update(sum(copied for copied, _ in counts), sum(num for _, num in counts))
 
     def figures(self, evaluates: bool) -> Scalars:
-        return defined({name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name})
+        figures = {name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name}
+        return defined(figures) if evaluates else figures

@@ -25,5 +25,6 @@ class KeywordTracker(ResponseTracker):
             self.metrics[f"r{reward}"].update(sum(of_reward), len(of_reward))
 
     def figures(self, evaluates: bool) -> Scalars:
-        rates = {} if evaluates else self.metrics["rate"].compute()  # every evaluation has these two by itself
-        return defined({**rates, **{f"keywords_{n}": self.metrics[n].compute() for n in ("share", "r0", "r1")}})
+        rates = self.metrics["rate"].compute()  # which every evaluation has by itself
+        figures = {f"keywords_{name}": self.metrics[name].compute() for name in ("share", "r0", "r1")}
+        return defined(figures) if evaluates else {**rates, **figures}

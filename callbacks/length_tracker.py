@@ -17,13 +17,18 @@ class LengthTracker(ResponseTracker):
 
     def __init__(self) -> None:
         super().__init__(length=LengthDistribution(), think=Ratio())
+        self.thinks = False
 
     def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         responses = [s.rollout.token_ids for s in batch.scored]
         self.metrics["length"].update([len(ids) for ids in responses], [s.verdict.reward for s in batch.scored])
         end = pl_module.builder.tokenizer.get_vocab().get(END_OF_THOUGHT)
-        thoughts = [ids.index(end) + 1 if end in ids else 0 for ids in responses] if end is not None else []
-        self.metrics["think"].update(sum(thoughts), len(thoughts))
+        self.thinks = end is not None
+        thoughts = [ids.index(end) + 1 for ids in responses if end in ids]
+        self.metrics["think"].update(sum(thoughts), len(responses))
 
     def figures(self, evaluates: bool) -> Scalars:
-        return defined({**self.metrics["length"].compute(), "length_think": self.metrics["think"].compute()})
+        figures = self.metrics["length"].compute()
+        if self.thinks:
+            figures["length_think"] = self.metrics["think"].compute()
+        return defined(figures) if evaluates else figures

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from sdzero.callbacks.base import defined
 from sdzero.fused import Projection
 from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head
 from sdzero.methods import Method
@@ -75,12 +76,15 @@ class TokenKLRecorder(L.Callback):
         if self.rows:
             _write_parquet(Path(trainer.default_root_dir) / "token_kl" / name, self.rows)
         self.rows = []
-        for reward, share in enumerate(self.shares):
-            value = share.to(pl_module.device).compute()
+        values = [share.to(pl_module.device).compute() for share in self.shares]
+        shares = defined({f"kl_top10_share_r{reward}": value for reward, value in enumerate(values)})
+        for share in self.shares:
             share.reset()
-            if not value.isnan():
-                prefix = "teacher" if kind == "train" else "eval"
-                pl_module.log(f"{prefix}/kl_top10_share_r{reward}", value, rank_zero_only=True)
+        if kind == "eval":
+            pl_module.log_dict({f"eval/{name}": value for name, value in shares.items()}, rank_zero_only=True)
+        else:  # past Lightning's own log, which would repeat the values at the steps in between
+            for logger in trainer.loggers:
+                logger.log_metrics({f"teacher/{name}": float(v) for name, v in shares.items()}, trainer.global_step)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any

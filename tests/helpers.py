@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -82,13 +83,23 @@ class Steps(L.Callback):
         return [metrics[name] for metrics in self.metrics]
 
 
+class Curves(DummyLogger):
+    """What was logged, by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.points.setdefault(step, {}).update(metrics)
+
+
 def make_trainer(root: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False, "log_every_n_steps": 1}
+    defaults: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False, "log_every_n_steps": 1, "logger": False}
     return L.Trainer(
         default_root_dir=root,
         accelerator="cpu",
         devices=1,
-        logger=False,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -16,11 +16,14 @@ from sdzero.metrics import (
     AvgAtK,
     CorrectionRate,
     KeywordRate,
+    LengthDistribution,
     PassAtK,
+    Ratio,
     ResponseLength,
     count_keywords,
     paired_difference,
     pass_at_k,
+    top_share,
 )
 
 rewards = st.integers(0, 1)
@@ -234,3 +237,42 @@ def test_paired_difference() -> None:
     with pytest.raises(ValueError, match="2 question ids"):
         paired_difference(a, {"q1": 1.0, "q2": 1.0, "q4": 1.0})
     assert math.isnan(paired_difference({"q": 1.0}, {"q": 0.0})[1])
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), rewards), min_size=1, max_size=30), st.integers(0, 30))
+def test_lengths_against_the_sorted_list(responses: list[tuple[int, int]], cut: int) -> None:
+    """In two updates, one of them perhaps empty."""
+    metric = LengthDistribution()
+    for part in (responses[:cut], responses[cut:]):
+        metric.update([n for n, _ in part], [r for _, r in part])
+    ordered = sorted(n for n, _ in responses)
+    figures = floats(metric)
+    for name, share in (("length_p50", 0.5), ("length_p90", 0.9), ("length_max", 1.0)):
+        assert figures[name] == min(n for n in ordered if sum(m <= n for m in ordered) >= share * len(ordered))
+    for reward in (0, 1):
+        of_reward = [n for n, r in responses if r == reward]
+        expected = statistics.fmean(of_reward) if of_reward else math.nan
+        assert figures[f"length_r{reward}"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_longest_lengths_share_a_place() -> None:
+    metric = LengthDistribution()
+    metric.update([metric.MAX_LENGTH + 5, 3], [1, 1])
+    assert floats(metric)["length_max"] == metric.MAX_LENGTH
+
+
+def test_ratio() -> None:
+    ratio = Ratio()
+    ratio.update(1, 2)
+    ratio.update(2, 2)
+    assert ratio.compute() == 3 / 4
+    empty = Ratio()
+    empty.update(0, 0)
+    assert empty.compute().isnan()
+
+
+def test_top_share() -> None:
+    assert top_share([4.0, 1, 1, 1, 1, 1, 1, 0, 0, 0]) == pytest.approx(0.4)
+    assert top_share([1.0] * 20) == pytest.approx(0.1)
+    assert top_share([1.0, 3.0]) == pytest.approx(0.75)  # at least one token
+    assert math.isnan(top_share([0.0, 0.0]))

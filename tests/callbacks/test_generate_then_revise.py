@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -79,7 +80,13 @@ def figures(trainer: L.Trainer, kind: str) -> dict[str, float]:
 
 def evaluation(call_size: int) -> Evaluation:
     sampling = Sampling(temperature=0.7, max_new_tokens=6)
-    return Evaluation(num_questions=NUM_QUESTIONS, num_samples=NUM_SAMPLES, sampling=sampling, call_size=call_size)
+    return Evaluation(
+        num_questions=NUM_QUESTIONS,
+        num_samples=NUM_SAMPLES,
+        num_revised=NUM_ATTEMPTS,
+        sampling=sampling,
+        call_size=call_size,
+    )
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
@@ -90,7 +97,7 @@ def test_the_figures_are_those_counted_by_hand(
     """Whatever the size of a call; twice in a row, so nothing is left from the evaluation before."""
     engine = Script(builder)
     data = EvaluationDataModule(Toy(), engine, evaluation(call_size), max_logprob_gap=99)
-    trainer = make_trainer(tmp_path, GenerateThenRevise(NUM_ATTEMPTS))
+    trainer = make_trainer(tmp_path, GenerateThenRevise())
     method = Method(ModelConfig(str(path)))
     for _ in range(2):
         getattr(trainer, stage)(method, datamodule=data, verbose=False)
@@ -98,13 +105,16 @@ def test_the_figures_are_those_counted_by_hand(
         assert figures(trainer, "resample") == pytest.approx(RESAMPLE)
         assert trainer.callback_metrics["eval/revise_dropped"] == 0
         assert trainer.callback_metrics["eval/avg_at_k"] == pytest.approx(6 / 9)
+        for name, parts in (("tokens1", [texts[:NUM_ATTEMPTS] for texts in FIRST]), ("tokens2", REVISED)):
+            lengths = [len(encode(builder, text)) + 1 for texts in parts for text in texts]
+            assert trainer.callback_metrics[f"eval/revise_{name}"] == pytest.approx(sum(lengths) / len(lengths))
 
 
 def test_revisions_are_asked_for_as_in_collection(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     """prompt + body(y) + bridge(r), written out."""
     engine = Script(builder)
     data = EvaluationDataModule(Toy(), engine, evaluation(512), max_logprob_gap=99)
-    make_trainer(tmp_path, GenerateThenRevise(NUM_ATTEMPTS)).test(Method(ModelConfig(str(path))), data, verbose=False)
+    make_trainer(tmp_path, GenerateThenRevise()).test(Method(ModelConfig(str(path))), data, verbose=False)
     (_, first), (_, revisions) = engine.calls
     assert len(first) == NUM_QUESTIONS * NUM_SAMPLES
     expected = []
@@ -136,7 +146,7 @@ def test_it_revises_the_validations_of_a_training_run(path: Path, builder: Promp
         evaluation=evaluation(512),
         max_logprob_gap=99,
     )
-    trainer = make_trainer(tmp_path, GenerateThenRevise(NUM_ATTEMPTS), Watch(), val_check_interval=1)
+    trainer = make_trainer(tmp_path, GenerateThenRevise(), Watch(), val_check_interval=1)
     trainer.fit(method := SelfDistill(ModelConfig(str(path))), datamodule=data)
     assert seen == [pytest.approx(REVISE)] * 2
     assert method.num_generations == 2  # an evaluation's are not in the budget
@@ -149,7 +159,7 @@ def test_what_would_not_fit_is_dropped_and_counted(builder: PromptBuilder, tmp_p
     limit = prompt + 1 + max(bridges) + 6  # "so 1" has 4 tokens, "1" has one
     path = write_tiny_model(tmp_path / "model", max_position_embeddings=limit)
     data = EvaluationDataModule(Toy(), Script(builder), evaluation(512), max_logprob_gap=99)
-    trainer = make_trainer(tmp_path, GenerateThenRevise(NUM_ATTEMPTS))
+    trainer = make_trainer(tmp_path, GenerateThenRevise())
     lengths = [(len(encode(builder, t)), bridges[t.endswith(str(i + 1))]) for i, p in enumerate(FIRST) for t in p[:2]]
     dropped = sum(prompt + length + bridge + 6 > limit for length, bridge in lengths)
     assert 0 < dropped < len(lengths)
@@ -158,3 +168,11 @@ def test_what_would_not_fit_is_dropped_and_counted(builder: PromptBuilder, tmp_p
         assert trainer.callback_metrics["eval/revise_dropped"] == dropped
         assert trainer.callback_metrics["eval/revise_acc1"] != pytest.approx(REVISE["acc1"])
         assert figures(trainer, "resample") == pytest.approx(RESAMPLE)
+
+
+def test_it_says_which_key_gives_it_something_to_read(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
+    data = EvaluationDataModule(Toy(), Script(builder), replace(evaluation(512), num_revised=0), max_logprob_gap=99)
+    with pytest.raises(ValueError, match=r"data\.evaluation\.num_revised"):
+        make_trainer(tmp_path, GenerateThenRevise()).test(Method(ModelConfig(str(path))), data, verbose=False)
+    with pytest.raises(ValueError, match=r"num_revised must lie in 0\.\.num_samples \(2\), got 3"):
+        Evaluation(num_questions=1, num_samples=2, num_revised=3)

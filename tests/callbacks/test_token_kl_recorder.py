@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import Notes, Toy, encode, fit, make_batch, make_scored, make_trainer, plain_logprobs, plain_model
+from helpers import Curves, Notes, Toy, encode, fit, make_batch, make_scored, make_trainer, plain_logprobs, plain_model
 from sdzero.callbacks import TokenKLRecorder
 from sdzero.data import Evaluation, EvaluationDataModule
 from sdzero.methods import Method, SelfDistill
@@ -90,7 +90,8 @@ def test_against_plain_forward_passes(
 ) -> None:
     """Student and another teacher, in micro batches of one, of some and of all; before the step is taken."""
     method = SelfDistill(ModelConfig(str(path)), teacher=ModelConfig(str(other)), max_tokens_per_micro_batch=max_tokens)
-    steps = fit(method, [make_batch(scored)], tmp_path, TokenKLRecorder(num_responses=3, top_k=TOP_K))
+    curves = Curves()
+    fit(method, [make_batch(scored)], tmp_path, TokenKLRecorder(num_responses=3, top_k=TOP_K), logger=curves)
     rows = recorded(tmp_path, "train")
     assert len(rows) == 3 and {row["step"] for row in rows} == {0}
     student, teacher = plain_model(path), plain_model(other)
@@ -98,7 +99,7 @@ def test_against_plain_forward_passes(
         check(builder, row, one, read_by_hand(builder, one), student, teacher)
     for r in (0, 1):
         shares = [top_share(row["kl"].tolist()) for row in rows if row["reward"] == r]
-        assert steps.metrics[0][f"teacher/kl_top10_share_r{r}"] == pytest.approx(sum(shares) / len(shares))
+        assert curves.points[0][f"teacher/kl_top10_share_r{r}"] == pytest.approx(sum(shares) / len(shares))
 
 
 def test_the_teacher_reads_what_its_context_says(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,14 @@ def test_copies_and_leaks(path: Path, builder: PromptBuilder, tmp_path: Path) ->
     assert not [name for name in figures if name.startswith("revise")]
 
 
-def test_a_rate_without_anything_to_count_is_not_logged(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
+def test_a_rate_without_anything_to_count_is_nan(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     right = [s for s in scored(builder) if s.verdict.reward][:1]
-    assert step(path, right, KeywordTracker(), tmp_path).keys().isdisjoint({"keywords_r0"})
-    assert "copy_rate" not in step(path, right, CopyTracker(), tmp_path)
-    assert "length_r0" not in step(path, right, LengthTracker(), tmp_path)
+    for tracker, name in (
+        (KeywordTracker(), "keywords_r0"),
+        (CopyTracker(), "copy_rate"),
+        (LengthTracker(), "length_r0"),
+    ):
+        assert math.isnan(step(path, right, tracker, tmp_path)[name])
 
 
 def test_evaluations_tell_what_is_copied_from_a_first_attempt(

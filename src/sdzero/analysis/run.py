@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class RunFolder:
             )
 
     def scalars(self, stage: str, tag: str) -> list[tuple[int, float]]:
-        """(step, value) of a curve. Where a stage was started again, the later start's values count."""
+        """(step, value) of a curve, without the steps that had nothing to count from. Where a stage was started again, the
+        later start's values count."""
         return sorted(self._curves(stage).get(tag, {}).items())
 
     def tags(self, stage: str) -> list[str]:
@@ -93,5 +95,5 @@ def _read_events(folder: Path) -> dict[str, dict[int, float]]:
             points = events.Scalars(tag)
             if points:  # a restart repeats the steps after its checkpoint
                 curve = curves[tag] = {step: value for step, value in curve.items() if step < points[0].step}
-            curve.update((point.step, point.value) for point in points)
+            curve.update((point.step, point.value) for point in points if not math.isnan(point.value))
     return curves

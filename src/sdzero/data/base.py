@@ -55,17 +55,17 @@ class Evaluation:
         split: split of the task.
         num_questions: held-out questions; 0 evaluates nothing.
         num_samples: k answers per question (avg@k, pass@k).
-        num_revised: of these answers, how many are revised once, told their reward (Generate-then-Revise).
         sampling: how they are drawn.
         call_size: answers per generate call; part of the run's identity.
+        num_revised: of a question's k answers, how many are revised once, told their reward (Generate-then-Revise).
     """
 
     split: Split = "eval"
     num_questions: int = 0
     num_samples: int = 8
-    num_revised: int = 0
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=32768))
     call_size: int = 512
+    num_revised: int = 0
 
     def __post_init__(self) -> None:
         at_least_one(**{"evaluation.num_samples": self.num_samples, "evaluation.call_size": self.call_size})
@@ -128,7 +128,7 @@ class StepDataModule(L.LightningDataModule):
         self.counter = 0
         self.eval_questions: list[Question] = []
         self._sampler: Sampler | None = None
-        self._checked_version: int | None = None
+        self._gap: float | None = None  # between the log-probabilities; None: not compared since the sync
 
     # --- what a data module adds --------------------------------------------------------------
 
@@ -244,10 +244,10 @@ class StepDataModule(L.LightningDataModule):
         sampler, version = self.sampler, self.policy.policy_version
         sampler.engine.wake()
         if sampler.engine.policy_version == version:
-            return {}
+            return {"sync_seconds": 0.0}
         report = sampler.engine.sync(self.policy.policy_weights(), version)
         sampler.weights = report.checksum
-        self._checked_version = None
+        self._gap = None
         return {"sync_seconds": report.seconds}
 
     def check_policy(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
@@ -256,8 +256,8 @@ class StepDataModule(L.LightningDataModule):
         Raises:
             EngineError: the engine's differ from the trainer's by more than `max_logprob_gap`.
         """
-        if self._checked_version == self.policy.policy_version:
-            return {}
+        if self._gap is not None:
+            return {"logprob_gap": self._gap}
         rollouts = [s.rollout for s in scored if s.rollout.token_ids][:NUM_CHECKED]
         gaps = [
             abs(theirs - ours)
@@ -271,7 +271,7 @@ class StepDataModule(L.LightningDataModule):
                 f"are {gap:.4g} nats off the trainer's (max_logprob_gap={self.max_logprob_gap}): "
                 "stale or garbled weights"
             )
-        self._checked_version = self.policy.policy_version
+        self._gap = gap
         return {"logprob_gap": gap}
 
     def sample(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -128,15 +129,17 @@ class SelfDistill(Method):
     def _metrics(
         self, examples: Sequence[Example], per_token: dict[str, Tensor], counts: Sequence[float]
     ) -> dict[str, Tensor]:
-        """Means over tokens, by reward; `token_kl_reward` positive: the reviser would take the token back."""
+        """Means over tokens, by reward, nan without any: Lightning would log the step before's value again.
+
+        `token_kl_reward` is positive where the reviser would take the token back.
+        """
         rewards = torch.tensor([-1 if e.reward is None else e.reward for e in examples for _ in e.target])
         token_kl_reward = per_token["student_logprobs"] - per_token["teacher_logprobs"]
         metrics = {}
         for reward, num in zip((0, 1), counts[2:], strict=True):
-            if num:
-                chosen = (rewards == reward).to(token_kl_reward.device)
-                metrics[f"teacher/kl_r{reward}"] = per_token["divergence"][chosen].sum() / num
-                metrics[f"teacher/token_kl_reward_r{reward}"] = token_kl_reward[chosen].sum() / num
+            chosen = (rewards == reward).to(token_kl_reward.device)
+            metrics[f"teacher/kl_r{reward}"] = per_token["divergence"][chosen].sum() / (num or math.nan)
+            metrics[f"teacher/token_kl_reward_r{reward}"] = token_kl_reward[chosen].sum() / (num or math.nan)
         if "top_k_mass" in per_token:
             chosen = (rewards >= 0).to(token_kl_reward.device)
             metrics["teacher/top_k_mass"] = per_token["top_k_mass"][chosen].sum() / counts[0]

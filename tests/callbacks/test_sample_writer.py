@@ -1,0 +1,90 @@
+"""Samples on disk and in TensorBoard are what was sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
+from runs import rows
+from sdzero.callbacks import SampleWriter
+from sdzero.data import Evaluation, EvaluationDataModule
+from sdzero.methods import Method, SelfDistill
+from sdzero.models import ModelConfig
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Prompt, Question, Sampling
+from tiny_model import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1, hidden_size=32)
+
+
+def text_of(folder: Path, tag: str) -> list[tuple[int, str]]:
+    (file,) = folder.glob("events*")
+    events = EventAccumulator(str(file)).Reload().Tensors(f"{tag}/text_summary")
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events]
+
+
+def test_training_steps(path: Path, tmp_path: Path) -> None:
+    builder = PromptBuilder.from_pretrained(path)
+    texts = [("so 2", 1, False), ("# <b>no</b>\n\n1", 0, False), ("never", 0, True)]
+    scored = [make_scored(builder, Question(f"q{i}", f"{i}+1=", "2"), t, r, c) for i, (t, r, c) in enumerate(texts)]
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    batches = [make_batch(scored, version) for version in range(4)]
+    fit(SelfDistill(ModelConfig(str(path))), batches, tmp_path, SampleWriter(3, num_samples=2), logger=logger)
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["train-000000-rank0.jsonl", "train-000003-rank0.jsonl"]
+    expected: list[dict[str, Any]] = [
+        {
+            "step": 3,
+            "question": f"q{i}",
+            "text": f"{i}+1=",
+            "answer": "2",
+            "response": text,
+            "reward": reward,
+            "reason": "correct" if reward else "wrong",
+            "num_tokens": len(one.rollout.token_ids),
+            "parsed": None,
+            "finish_reason": "stop",
+            "revision": None,
+        }
+        for i, ((text, reward, _), one) in enumerate(zip(texts[:2], scored, strict=False))
+    ]
+    assert rows(files[1]) == expected
+    (first, shown), (second, _) = text_of(tmp_path, "samples/train")
+    assert (first, second) == (0, 3)
+    assert "    # <b>no</b>\n    \n    1" in shown and "never" not in shown  # indented: shown as it is, not rendered
+
+
+@pytest.mark.parametrize("call_size", [2, 4, 512])
+def test_evaluations(path: Path, tmp_path: Path, call_size: int) -> None:
+    """The first answers to the first questions with their revisions, whatever the size of a call."""
+    builder = PromptBuilder.from_pretrained(path)
+
+    def say(prompt: Prompt, seed: int) -> str:
+        revises = prompt.token_ids != builder.prompt(prompt.question).token_ids
+        return f"so {prompt.question.answer}" if revises else "no"
+
+    settings = Evaluation(
+        num_questions=5, num_samples=2, num_revised=1, sampling=Sampling(max_new_tokens=9), call_size=call_size
+    )
+    data = EvaluationDataModule(Toy(), Notes(say), settings, max_logprob_gap=99)
+    trainer = make_trainer(tmp_path, SampleWriter(num_samples=3))
+    for _ in range(2):  # nothing is left from the evaluation before
+        trainer.test(Method(ModelConfig(str(path))), datamodule=data, verbose=False)
+        written = rows(tmp_path / "samples/eval-000000-rank0.jsonl")
+        assert [row["question"] for row in written] == ["eval-0", "eval-1", "eval-2"]
+        assert {row["response"] for row in written} == {"no"} and {row["reward"] for row in written} == {0}
+        assert [row["revision"]["response"] for row in written] == ["so 1", "so 2", "so 3"]
+        assert {row["revision"]["reward"] for row in written} == {1}
+
+
+def test_refuses_what_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match="every_n_steps and num_samples"):
+        SampleWriter(every_n_steps=0)
