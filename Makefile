@@ -1,6 +1,6 @@
 # On a fresh machine `make demo` and `make test` each work alone: they set up .venv first.
 # A second call installs nothing, until pyproject.toml changes. PYTHON=python3.12 picks another interpreter.
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test lint format docs notebooks clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -21,10 +21,11 @@ help:
 	@echo "make test     set up if need be, then every check that CI runs"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make docs     docs/config.md from the docstrings"
+	@echo "make notebooks  docs/notebooks from notebooks/ and the run in runs/quickstart (make demo makes one)"
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
 
 # One thread each: the tiny models are too small for more, and vLLM sets torch to one where this is unset.
-demo test: export OMP_NUM_THREADS ?= 1
+demo test notebooks: export OMP_NUM_THREADS ?= 1
 
 demo: $(INSTALLED)
 	$(BIN)/sdzero run configs/recipes/quickstart $(ENGINE)
@@ -44,6 +45,9 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sdzero.reference > docs/config.md
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m sdzero.analysis.render runs/quickstart
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
