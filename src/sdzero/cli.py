@@ -20,6 +20,7 @@ USAGE = """usage: sdzero COMMAND ...
   fit --config FILE          train (SRT or SelfDistill); any LightningCLI override follows
   validate|test|predict --config FILE
                              sample and score held-out questions
+  import-gguf FILE FOLDER    a model folder out of a GGUF file
   report RUN_DIR             one HTML page about a run, finished or not
   doctor                     what is installed here, what is missing, and what to do about it
 
@@ -34,7 +35,7 @@ def _collect_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="sdzero collect", description=Collect.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with these keys")
     parser.add_argument("--seed_everything", type=int, default=0, help="the run's seed")
-    parser.add_class_arguments(Collect)
+    parser.add_class_arguments(Collect, sub_configs=True)  # a value may be a YAML file beside the config
     return parser
 
 
@@ -67,6 +68,12 @@ def doctor(arguments: list[str]) -> None:
     main(arguments)
 
 
+def import_gguf(arguments: list[str]) -> None:
+    from sdzero.gguf import main
+
+    main(arguments)
+
+
 def _check(command: str, arguments: Sequence[str]) -> None:
     """Parses a stage's arguments and does nothing else. Raises: ArgumentError naming the key that is wrong."""
     if command == "collect":
@@ -77,7 +84,13 @@ def _check(command: str, arguments: Sequence[str]) -> None:
         SDZeroCLI.check([command, *arguments])
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"run": run, "collect": collect, "report": report, "doctor": doctor}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "run": run,
+    "collect": collect,
+    "report": report,
+    "doctor": doctor,
+    "import-gguf": import_gguf,
+}
 
 
 def main() -> None:
