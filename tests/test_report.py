@@ -240,19 +240,32 @@ def test_a_gain_is_one_above_two_standard_errors(gain: float, error: float | Non
     assert second.startswith(words) and second.endswith("with 40% of the tokens (30 → 12).")
 
 
-def test_the_viewer_holds_the_largest_peaks_of_both_kinds(tmp_path: Path) -> None:
+def test_the_viewer_holds_the_largest_peaks_and_an_even_draw(tmp_path: Path) -> None:
     rng = random.Random(0)
-    rows = [token_kl_row(rng, ["a", "b", "c"], i % 2, question=str(i)) for i in range(200)]
+    rows = [token_kl_row(rng, ["a", "b", "c"], i % 2, step=i) for i in range(200)]
     write_token_kl(tmp_path, rows)
-    view = tokens.viewer(RunFolder(tmp_path).token_kl())
+    frame = RunFolder(tmp_path).token_kl()
+    view = tokens.viewer(frame)
     assert view and view.num_recorded == 200
-    assert [c.reward for c in view.choices] == [0] * tokens.SHARES[0] + [1] * tokens.SHARES[1]
-    for reward in (0, 1):
+    largest, drawn = ([c for c in view.choices if c.drawn == kind] for kind in (False, True))
+    assert view.choices == [*largest, *drawn]
+    assert [c.reward for c in largest] == [0] * tokens.NUM_LARGEST[0] + [1] * tokens.NUM_LARGEST[1]
+    for reward, num in tokens.NUM_LARGEST.items():
         peaks = sorted((max(row["kl"]) for row in rows if row["reward"] == reward), reverse=True)
-        shown = [c.peak for c in view.choices if c.reward == reward]
-        assert shown == pytest.approx(peaks[: len(shown)])
-    only_right = tokens.viewer(RunFolder(tmp_path).token_kl().query("reward == 1"))
-    assert only_right and len(only_right.choices) == sum(tokens.SHARES.values())
+        assert [c.peak for c in largest if c.reward == reward] == pytest.approx(peaks[:num])
+    steps = sorted(c.step for c in drawn)
+    gaps = [after - before for before, after in pairwise(steps)]
+    assert len(drawn) == tokens.NUM_DRAWN and steps[0] < 20 and min(gaps) >= 8 and max(gaps) <= 16
+    assert not {*steps} & {c.step for c in largest}
+    for choice, shown in zip(view.choices, view.data["responses"], strict=True):
+        assert (shown["step"], max(t["kl"] for t in shown["tokens"])) == pytest.approx(
+            (choice.step, choice.peak), rel=1e-3
+        )
+
+    only_right = tokens.viewer(frame.query("reward == 1"))
+    assert only_right and sum(not c.drawn for c in only_right.choices) == sum(tokens.NUM_LARGEST.values())
+    few = tokens.viewer(frame.head(3))
+    assert few and len(few.choices) == 3
 
 
 def test_long_responses_keep_the_page_small(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[Curve]:
             bool(run.tags("self_distill")),
             "evolution",
             "Accuracy during SelfDistill",
-            "Validation while the model learns from its own reviser (figure 5).",
+            "Diamonds are the evaluations of the table. The line is validation on the way, on fewer questions, with "
+            "its standard error; the thin one the rollouts it learns from, of other questions (figure 5).",
             plots.evolution,
         ),
         (

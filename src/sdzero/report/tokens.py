@@ -1,10 +1,10 @@
-"""What the token viewer shows: the responses with the largest KL, their tokens with both models' guesses."""
+"""What the token viewer shows: responses with the largest KL and a draw of others, with both models' guesses."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-SHARES = {0: 30, 1: 10}
-"""Responses shown by reward."""
+NUM_LARGEST = {0: 18, 1: 6}
+"""Responses with the largest KL, by reward."""
+NUM_DRAWN = 16
+"""Responses drawn evenly from the others: extremes alone would tell another story than the run."""
 MAX_TOKENS = 800
 """Of one response: a window of this many around its largest KL."""
 MAX_CHARACTERS = 1_200_000
@@ -29,13 +31,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """A response in the list; its index is that of its data."""
+    """A response in the list; its index is that of its data. `drawn`: it is there without regard to its KL."""
 
     question: str
     reward: int
     reason: str
     step: int
     peak: float
+    drawn: bool
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,17 @@ def viewer(frame: pd.DataFrame) -> Viewer | None:
         return None
     columns = [*map(str, frame.columns)]
     rows = [dict(zip(columns, values, strict=True)) for values in frame.itertuples(index=False)]
-    shown = _within_budget(_by_interest(rows))
-    shown.sort(key=lambda row: (row["reward"], -_peak(row)))  # wrong ones first
+    shown = _within_budget([*_by_interest(rows)])
+    shown.sort(key=lambda row: (row["drawn"], row["reward"]))  # wrong ones first; the sort keeps ranks
     choices = [
-        Choice(row["text"][:LABEL_CHARACTERS], int(row["reward"]), row["reason"], int(row["step"]), _peak(row))
+        Choice(
+            row["text"][:LABEL_CHARACTERS],
+            int(row["reward"]),
+            row["reason"],
+            int(row["step"]),
+            _peak(row),
+            row["drawn"],
+        )
         for row in shown
     ]
     scale = {"reward": _scale([row["token_kl_reward"] for row in shown]), "kl": _scale([row["kl"] for row in shown])}
@@ -67,14 +77,24 @@ def _peak(row: Row) -> float:
     return float(max(row["kl"], default=0.0))
 
 
-def _by_interest(rows: Sequence[Row]) -> list[Row]:
-    """The largest peaks of wrong and of right responses, three to one, in an order that any cut keeps so."""
-    ranked: list[tuple[float, Row]] = []
-    for reward, share in SHARES.items():
+def _by_interest(rows: Sequence[Row]) -> Iterator[Row]:
+    """The largest peaks of wrong and of right responses, and an even draw of the others; a cut keeps the mixture.
+
+    Yields:
+        Rows with one more key, `drawn`: whether the draw has chosen it.
+    """
+    largest: list[list[Row]] = []
+    for reward, num in NUM_LARGEST.items():
         group = sorted((row for row in rows if row["reward"] == reward), key=_peak, reverse=True)
-        spare = max(0, SHARES[1 - reward] - (len(rows) - len(group)))  # where the other kind is scarce
-        ranked += [(rank / share, row) for rank, row in enumerate(group[: share + spare])]
-    return [row for _, row in sorted(ranked, key=lambda item: item[0])]
+        spare = max(0, NUM_LARGEST[1 - reward] - (len(rows) - len(group)))  # where the other kind is scarce
+        largest.append(group[: num + spare])
+    taken = {id(row) for group in largest for row in group}
+    others = [row for row in rows if id(row) not in taken]
+    num_drawn = min(NUM_DRAWN, len(others))
+    drawn = [{**others[i * len(others) // num_drawn], "drawn": True} for i in range(num_drawn)]
+    groups = [*([{**row, "drawn": False} for row in group] for group in largest), drawn]
+    ranked = [(rank / len(group), row) for group in groups for rank, row in enumerate(group)]
+    yield from (row for _, row in sorted(ranked, key=lambda item: item[0]))
 
 
 def _within_budget(rows: Sequence[Row]) -> list[Row]:
@@ -119,6 +139,6 @@ def _short(value: float) -> float:
 
 
 def _scale(values: Sequence[Sequence[float]]) -> float:
-    """Nats of the full colour: the 99th percentile, so that one extreme token does not pale all others."""
+    """Nats of the full colour: the 97th percentile, so that one extreme token does not pale all others."""
     every = np.abs(np.concatenate([np.asarray(v, dtype=float) for v in values]))
-    return round(max(float(np.quantile(every, 0.99)) if every.size else 0.0, LEAST_SCALE), 1)
+    return round(max(float(np.quantile(every, 0.97)) if every.size else 0.0, LEAST_SCALE), 1)
