@@ -21,7 +21,7 @@ from traitlets.config import Config
 from sdzero.analysis.run import RunFolder
 
 AS_PICTURES = ["image/png", "text/html", "text/markdown", "text/plain"]  # code hosts drop the colours of HTML
-NUM_COLORS = 64  # of a picture: a third of the bytes
+NUM_COLORS = 128  # of a picture: a quarter of the bytes
 
 
 def execute(notebook: Path, run: Path) -> NotebookNode:
@@ -43,7 +43,8 @@ def write_page(node: NotebookNode, name: str, head: str, folder: Path) -> None:
     for old in folder.glob(f"{name}_*.png"):
         old.unlink()
     for file, content in resources["outputs"].items():
-        Image.open(BytesIO(content)).convert("RGB").quantize(NUM_COLORS).save(folder / file, optimize=True)
+        picture = Image.open(BytesIO(content)).convert("RGB").quantize(NUM_COLORS, Image.Quantize.MAXCOVERAGE)
+        picture.save(folder / file, optimize=True)
     (folder / f"{name}.md").write_text(f"{head}\n\n{text.strip()}\n")
 
 
