@@ -58,7 +58,7 @@ class SampleWriter(L.Callback):
         write_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text(f"samples/{kind}", "\n\n".join(map(_as_text, rows)), step)
+                logger.experiment.add_text(f"samples/{kind}", "\n\n---\n\n".join(map(_as_text, rows)), step)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -102,9 +102,9 @@ def _judged(scored: ScoredRollout) -> Row:
 
 
 def _as_text(row: Row) -> str:
-    """A response in Markdown, indented as code: a model's text is shown as it is and never rendered."""
-    parts = [(f"{row['reason']}, {row['num_tokens']} tokens", row["response"])]
+    """A response in Markdown. All that is not ours is indented as code: shown as it is and never rendered."""
+    parts = [("Question", f"{row['text']}\n(answer: {row['answer']})")]
+    parts.append((f"**{row['reason']}**, {row['num_tokens']} tokens", row["response"]))
     if row["revision"]:
-        parts.append((f"revised: {row['revision']['reason']}", row["revision"]["response"]))
-    texts = [f"{title}\n\n{indent(text or ' ', ' ' * 4, lambda _: True)}" for title, text in parts]
-    return "\n\n".join([f"**{row['question']}** (answer: {row['answer']})", *texts])
+        parts.append((f"revised: **{row['revision']['reason']}**", row["revision"]["response"]))
+    return "\n\n".join(f"{title}\n\n{indent(text or ' ', ' ' * 4, lambda _: True)}" for title, text in parts)
