@@ -170,8 +170,14 @@ def _assert_shown(tab: Tab, row: dict[str, Any], place: int) -> None:
     assert float(words[1]) == pytest.approx(row["kl"][place], abs=6e-4, rel=6e-4)
     reward = row["token_kl_reward"][place]
     assert float(words[6].rstrip(":")) == pytest.approx(reward, abs=6e-4, rel=6e-4)
-    meanings = ("agrees",) if abs(reward) < 0.05 else ("take it back",) if reward > 0 else ("surer of it",)
-    assert all(meaning in values for meaning in meanings)
+    bounds = (
+        (math.log(2), "would take it back"),
+        (0.05, "likes it less"),
+        (-0.05, "agrees"),
+        (-math.inf, "is surer of it"),
+    )
+    meaning = next(words for bound, words in bounds if reward > bound)
+    assert meaning in values
     for model in ("student", "teacher"):
         assert tab.text(f"#{model}-own") == probability(float(f"{math.exp(row[f'{model}_logprob'][place]):.4g}"))
         lines = [line.split("\n") for line in tab.page.locator(f"#{model} li").all_inner_texts()]

@@ -23,7 +23,8 @@
 
   function meaning(reward) {
     if (Math.abs(reward) < 0.05) return "the reviser agrees";
-    return reward > 0 ? "the reviser would take it back" : "the reviser is surer of it";
+    if (reward < 0) return "the reviser is surer of it";
+    return reward > Math.LN2 ? "the reviser would take it back" : "the reviser likes it less"; // ln 2 halves it
   }
 
   function guesses(id, own, text, top) {
