@@ -51,17 +51,17 @@ def built_files(source: Path, folder: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_wheels_from_the_tree_and_from_the_sdist_hold_every_module(tmp_path: Path) -> None:
+def test_wheels_from_the_tree_and_from_the_sdist_hold_every_file(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
-    modules = {path.relative_to(tree / "src").as_posix() for path in (tree / "src/sdzero").rglob("*.py")}
-    modules |= {f"sdzero/callbacks/{path.name}" for path in (tree / "callbacks").glob("*.py")}
-    assert "sdzero/callbacks/__init__.py" in modules
+    files = {path.relative_to(tree / "src").as_posix() for path in (tree / "src/sdzero").rglob("*.*")}
+    files |= {f"sdzero/callbacks/{path.name}" for path in (tree / "callbacks").glob("*.py")}
+    assert {"sdzero/callbacks/__init__.py", "sdzero/report/page.html"} <= files
 
     run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=tree)
     (sdist,) = (tree / "dist").glob("*.tar.gz")
-    assert modules <= built_files(sdist, tmp_path / "from_sdist")
-    assert modules <= built_files(tree, tmp_path / "from_tree")
+    assert files <= built_files(sdist, tmp_path / "from_sdist")
+    assert files <= built_files(tree, tmp_path / "from_tree")
 
 
 def test_no_source_file_names_a_package_registry() -> None:

@@ -101,6 +101,7 @@
     paint();
     explain(-1);
     select(response.tokens.reduce((best, token, place, all) => (token.kl > all[best].kl ? place : best), 0));
+    row.scrollTop = row.children.length && row.children[selected].offsetTop - row.offsetTop - row.clientHeight / 2;
   }
 
   const place = (event) => event.target.dataset.place;
