@@ -74,14 +74,14 @@ def test_other_tasks_tell_nothing(question, text):
 
 
 def row(rng, response, reward, largest):
-    """A response whose KL is 1 everywhere but for a token with 3, while its surprise is largest at token 4."""
+    """A response whose KL is 1, but 2 at token 4 and 3 at the `largest`, and whose surprise is largest at token 4."""
     tokens = split(response)
     return {
         **token_kl_row(rng, tokens, reward),
         "question": f"chains/{QUESTION}",
         "text": QUESTION,
         "response": response,
-        "kl": [3.0 if i == largest else 1.0 for i in range(len(tokens))],
+        "kl": [3.0 if i == largest else 2.0 if i == 4 else 1.0 for i in range(len(tokens))],
         "student_logprob": [-5.0 if i == 4 else -0.1 for i in range(len(tokens))],
     }
 
@@ -93,9 +93,11 @@ def frame():
     return pd.DataFrame(
         [
             row(rng, wrong, 0, 4),  # hit
-            row(rng, wrong, 0, 15),  # the end of the attempt is the largest of all
-            row(rng, f"{wrong}\n\n{P0}\n\n6+3=8*9=2-4=8A8", 0, 20),  # a later attempt
-            row(rng, "6+3=9*9=1-4=5A5", 0, 12),  # hit
+            row(rng, wrong, 0, 15),  # a hit in the attempt; largest of all is its end
+            row(
+                rng, f"{wrong}\n\n{P0}\n\n6+3=8*9=2-4=8A8", 0, 20
+            ),  # a hit in the first attempt; largest of all in a later one
+            row(rng, "6+3=9*9=1-4=5A5", 0, 0),  # a miss
             row(rng, "6+3=9*9=1-4=7", 0, 13),  # wrong only in that it ends early: no attempt to point into
             row(rng, "6+3=9*9=1-4=7A7", 0, 3),  # wrong reward, right first attempt: not counted
             row(rng, wrong, 1, 4),  # not wrong
@@ -106,20 +108,21 @@ def frame():
 def test_hits_count_the_first_attempts_largest_against_chance(frame):
     hits = first_wrong.hits(frame).set_index("signal")
     assert hits["responses"].tolist() == [4, 4, 4]
-    assert hits.loc["KL", ["hit", "hit_anywhere"]].tolist() == [0.5, 0.5]
+    assert hits.loc["KL", ["hit", "hit_anywhere"]].tolist() == [0.75, 0.25]
     assert hits.loc["student's surprise", "hit"] == 0.75  # its largest is token 4; the last one errs at token 12
     assert hits.loc["KL", "chance"] == pytest.approx(1 / 15)
     assert hits.loc["KL", "chance_result"] == pytest.approx(1 / 3)
-    assert hits.loc["KL", "hit_se"] == pytest.approx((0.25 / 3) ** 0.5)
+    assert hits.loc["KL", "hit_se"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
 
 
 def test_kl_is_told_apart_by_kind(frame):
     kinds = first_wrong.by_kind(frame).set_index("kind")
     assert kinds.index.tolist() == list(first_wrong.KINDS)
-    assert kinds.loc["wrong result", "kl"] == pytest.approx((3 + 1 + 1 + 3) / 4)
+    assert kinds.loc["wrong result", "kl"] == pytest.approx((3 + 2 + 2 + 1) / 4)
     assert kinds.loc["wrong result", "tokens"] == 4
+    assert kinds.loc["right result", "kl"] == pytest.approx((1 + 1 + 1 + (2 + 1) / 2 + (2 + 1 + 1) / 3) / 5)
     assert kinds.loc["its end", "kl"] == pytest.approx((1 + 3 + 1 + 1 + 3) / 5)
-    assert kinds["holds_largest"].tolist() == [0.4, 0, 0, 0.4, 0.2]
+    assert kinds["holds_largest"].tolist() == [0.2, 0, 0.2, 0.4, 0.2]
 
 
 def test_the_frame_gets_the_places(frame):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from html.parser import HTMLParser
 
@@ -66,7 +67,7 @@ def test_a_token_tells_its_figures_and_newlines_are_kept():
     page = Reader(token_view.token_html(made))
     first = next(attributes for tag, attributes in page.elements if tag == "span")
     assert "KL 1.500, token KL reward +0.250 nats\nstudent: '1' 0.75, '2' 0.20\nreviser: " in str(first["title"])
-    assert page.text.endswith("1⏎\n⏎\n") and "white-space:pre-wrap" in token_view.token_html(made)
+    assert page.text.endswith("1⏎⏎\n") and "white-space:pre-wrap" in token_view.token_html(made)
 
 
 @pytest.mark.parametrize("tokens", [["a" * 300], ["word "] * 60, ["x\n", "\n\n", "y", "<|end|>"], ["$x^{$", "\\frac{"]])
@@ -79,7 +80,7 @@ def test_a_figure_shows_every_sign_once_and_within_its_width(tokens):
     assert len({place for place, _ in places}) == len(places) and head.get_position()[1] < min(
         y for (_, y), _ in places
     )
-    figure.canvas.draw()  # mathtext would fail here
+    figure.savefig(io.BytesIO())  # mathtext would fail here
 
 
 def test_a_view_frames_the_first_wrong_token_and_says_that_there_is_nothing():

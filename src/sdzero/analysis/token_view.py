@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def token_html(row: Row, framed: int | None = None, full_color: float = FULL_COL
     for i, token in enumerate(row["tokens"]):
         color, alpha = _color(row["token_kl_reward"][i], full_color)
         frame = ";outline:1px solid" if i == framed else ""
-        text = html.escape(token).replace("\n", "⏎\n")
+        text = re.sub("\n+", lambda breaks: "⏎" * len(breaks[0]) + "\n", html.escape(token))
         style = f"background:{color}{round(255 * alpha):02x}{frame}"
         spans.append(f'<span style="{style}" title="{html.escape(_about(row, i))}">{text}</span>')
     return (
