@@ -33,8 +33,8 @@ class RunFolder:
             )
 
     def scalars(self, stage: str, tag: str) -> list[tuple[int, float]]:
-        """(step, value) of a curve, without the steps that had nothing to count from. Where a stage was started again, the
-        later start's values count."""
+        """(step, value) of a curve, without the steps that had nothing to count from. Where a stage was started again,
+        the later start's values count."""
         return sorted(self._curves(stage).get(tag, {}).items())
 
     def tags(self, stage: str) -> list[str]:
