@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,7 @@ def first_attempt(question: str, text: str, response: str, tokens: Sequence[str]
     first, steps = int(asked[1]), [(step[0], int(step[1])) for step in re.findall(r"[-+*]\d", asked[2])]
     token_of = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))  # index of the token that holds a character
     gold = working(first, steps, solve(first, steps))
-    leaves = next(
-        (i for i, (a, b) in enumerate(zip(attempt, gold, strict=False)) if a != b), min(len(attempt), len(gold))
-    )
+    leaves = next((i for i, (a, b) in enumerate(zip_longest(attempt, gold)) if a != b), len(gold))
     is_wrong = attempt != gold and leaves < len(written)
     found = list(WRITTEN_STEP.finditer(attempt))
     wrong = [step for step in found if apply(int(step[1]), step[2], int(step[3])) != int(step[4])]

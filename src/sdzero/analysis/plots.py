@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -180,52 +180,50 @@ def _both(rate: str) -> tuple[str, str]:
 def training_curves(run: RunFolder) -> Figure:
     """Loss terms, KL by reward, reward, gradient norm, learning rate and log-probability gap, phase by phase."""
     figure, panels = new_figure(2, 3, width=10, height=5)
-    srt, distilled = COLORS["srt"], COLORS["self_distill"]
-    curves: list[tuple[str, list[tuple[str, str, str, dict[str, Any]]]]] = [
-        (
-            "SRT: loss",
-            [
-                ("srt", "train/loss", "both terms", {"color": srt}),
-                ("srt", "train/loss_generation", "generation", {"color": srt, "linestyle": "--"}),
-                ("srt", "train/loss_revision", "revision", {"color": srt, "linestyle": ":"}),
-            ],
-        ),
-        (
-            "SelfDistill: KL to the reviser",
-            [
-                ("self_distill", "train/loss", "loss", {"color": distilled}),
-                ("self_distill", "teacher/kl_r0", REWARDS[0], {"color": COLORS["r0"]}),
-                ("self_distill", "teacher/kl_r1", REWARDS[1], {"color": COLORS["r1"]}),
-            ],
-        ),
-        ("SelfDistill: reward of rollouts", [("self_distill", "rollout/reward", "", {"color": distilled})]),
-        ("Gradient norm", _of_both("train/grad_norm")),
-        ("Learning rate", _of_both("train/lr")),
-        ("Log-prob. gap of engine and trainer", [("self_distill", "rollout/logprob_gap", "", {"color": distilled})]),
-    ]
-    for axes, (title, lines) in zip(panels, curves, strict=True):
+    for axes, (title, lines) in zip(panels, TRAINING.items(), strict=True):
         label(axes, title, "step")
-        _draw_lines(axes, run, lines)
+        logged = [(line, points) for line in lines if (points := run.scalars(line.stage, line.tag))]
+        if not logged:
+            say_empty(axes, "not logged in this run")
+        for line, points in logged:
+            curve, color = pd.Series(dict(points)), COLORS[line.color]
+            window = 1 if line.tag == "train/lr" else 1 + len(curve) // 25  # noisy ones faint, below a running mean
+            axes.plot(curve, color=color, alpha=0.25, linewidth=0.8)
+            mean = curve.rolling(window, center=True, min_periods=1).mean()
+            axes.plot(mean, color=color, linestyle=line.style, label=line.name)
+        if len(lines) > 1:
+            legend(axes)
     return figure
 
 
-def _of_both(tag: str) -> list[tuple[str, str, str, dict[str, Any]]]:
-    return [
-        (stage, tag, name, {"color": COLORS[stage]})
-        for stage, name in (("srt", "SRT"), ("self_distill", "SelfDistill"))
-    ]
+class Line(NamedTuple):
+    """A curve of a stage; the colour by its name in `COLORS`."""
+
+    stage: str
+    tag: str
+    name: str
+    color: str
+    style: str = "-"
 
 
-def _draw_lines(axes: Axes, run: RunFolder, lines: list[tuple[str, str, str, dict[str, Any]]]) -> None:
-    """Scalars over the steps of their stage: (stage, tag, name in the legend, style). Noisy ones faint, below their
-    running mean."""
-    logged = [(tag, points, name, style) for stage, tag, name, style in lines if (points := run.scalars(stage, tag))]
-    if not logged:
-        return say_empty(axes, "not logged in this run")
-    for tag, points, name, style in logged:
-        window = 1 if tag == "train/lr" else 1 + len(points) // 25
-        curve = pd.Series(dict(points))
-        axes.plot(curve, alpha=0.25, linewidth=0.8, color=style["color"])
-        axes.plot(curve.rolling(window, center=True, min_periods=1).mean(), label=name, **style)
-    if len(lines) > 1:
-        legend(axes)
+def _of_both(tag: str) -> list[Line]:
+    return [Line("srt", tag, "SRT", "srt"), Line("self_distill", tag, "SelfDistill", "self_distill")]
+
+
+TRAINING = {
+    "SRT: loss": [
+        Line("srt", "train/loss", "both terms", "srt"),
+        Line("srt", "train/loss_generation", "generation", "srt", "--"),
+        Line("srt", "train/loss_revision", "revision", "srt", ":"),
+    ],
+    "SelfDistill: KL to the reviser": [
+        Line("self_distill", "train/loss", "loss", "self_distill"),
+        Line("self_distill", "teacher/kl_r0", REWARDS[0], "r0"),
+        Line("self_distill", "teacher/kl_r1", REWARDS[1], "r1"),
+    ],
+    "SelfDistill: reward of rollouts": [Line("self_distill", "rollout/reward", "reward", "self_distill")],
+    "Gradient norm": _of_both("train/grad_norm"),
+    "Learning rate": _of_both("train/lr"),
+    "Log-prob. gap of engine and trainer": [Line("self_distill", "rollout/logprob_gap", "gap", "self_distill")],
+}
+"""The panels of `training_curves`."""
