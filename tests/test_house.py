@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,18 +17,20 @@ import sdzero
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-NOT_SOURCE = (".git", ".venv", "runs", "build", "dist", "*.egg-info", "*_cache", "__pycache__")
+LINKED = ("callbacks", "configs")
+NOT_SOURCE = (".git", ".venv", "runs", "models", "build", "dist", "*.egg-info", "*_cache", "__pycache__")
 
 
-def run(*command: str, cwd: Path) -> None:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_both_callbacks_folders_are_one() -> None:
-    link, folder = ROOT / "src/sdzero/callbacks", ROOT / "callbacks"
+@pytest.mark.parametrize("name", LINKED)
+def test_a_folder_at_the_top_and_its_place_in_the_package_are_one(name: str) -> None:
+    link, folder = ROOT / "src/sdzero" / name, ROOT / name
     assert not folder.is_symlink()
-    assert link.readlink() == Path("../../callbacks")
+    assert link.readlink() == Path("../..") / name
     assert link.resolve() == folder
     assert link.samefile(folder)
 
@@ -43,25 +46,45 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     run(sys.executable, "-c", f"import sys, {module}; sys.exit('torch' in sys.modules)", cwd=ROOT)
 
 
-def built_files(source: Path, folder: Path) -> set[str]:
-    """The names in the wheel that pip builds from `source`, without a network."""
+def built(source: Path, folder: Path) -> zipfile.ZipFile:
+    """The wheel that pip builds from `source`, without a network."""
     wheel_command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     run(sys.executable, *wheel_command, "--wheel-dir", str(folder), str(source), cwd=folder.parent)
     (wheel,) = folder.glob("*.whl")
-    return set(zipfile.ZipFile(wheel).namelist())
+    return zipfile.ZipFile(wheel)
 
 
-def test_wheels_from_the_tree_and_from_the_sdist_hold_every_file(tmp_path: Path) -> None:
+def test_wheels_from_the_tree_and_from_the_sdist_hold_every_file_and_work(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     files = {path.relative_to(tree / "src").as_posix() for path in (tree / "src/sdzero").rglob("*.*")}
-    files |= {f"sdzero/callbacks/{path.name}" for path in (tree / "callbacks").glob("*.py")}
-    assert {"sdzero/callbacks/__init__.py", "sdzero/report/page.html"} <= files
+    files |= {f"sdzero/{file.relative_to(tree)}" for linked in LINKED for file in (tree / linked).rglob("*.*")}
+    assert {"sdzero/callbacks/__init__.py", "sdzero/report/page.html", "sdzero/configs/model/tiny/config.json"} <= files
 
     run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=tree)
     (sdist,) = (tree / "dist").glob("*.tar.gz")
-    assert files <= built_files(sdist, tmp_path / "from_sdist")
-    assert files <= built_files(tree, tmp_path / "from_tree")
+    assert files <= set(built(sdist, tmp_path / "from_sdist").namelist())
+    wheel = built(tree, tmp_path / "from_tree")
+    assert files <= set(wheel.namelist())
+    wheel.extractall(tmp_path / "site")
+    (empty := tmp_path / "empty").mkdir()
+    works_in(empty, tmp_path / "site")
+
+
+def works_in(folder: Path, site: Path) -> None:
+    """A recipe out of the wheel's own files is written, begun, and reported on."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    commands = [
+        "init smoke",
+        "fit --config configs/recipes/smoke/base.yaml --trainer.max_steps 2",
+        "report runs/smoke",
+    ]
+    for command in commands:
+        run(sys.executable, "-m", "sdzero", *command.split(), cwd=folder, env=environment)
+    assert (folder / "runs/smoke/base/model/model.safetensors").is_file()
+    assert "</html>" in (folder / "runs/smoke/report.html").read_text()
+    where = "import sdzero, pathlib; assert pathlib.Path(sdzero.__file__).is_relative_to(" + repr(str(site)) + ")"
+    run(sys.executable, "-c", where, cwd=folder, env=environment)
 
 
 def test_no_source_file_names_a_package_registry() -> None:

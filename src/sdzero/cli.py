@@ -20,6 +20,7 @@ USAGE = """usage: sdzero COMMAND ...
   fit --config FILE          train (SRT or SelfDistill); any LightningCLI override follows
   validate|test|predict --config FILE
                              sample and score held-out questions
+  init [NAME]                a shipped recipe, written into this folder to be edited
   import-gguf FILE FOLDER    a model folder out of a GGUF file
   report RUN_DIR             one HTML page about a run, finished or not
   doctor                     what is installed here, what is missing, and what to do about it
@@ -68,6 +69,12 @@ def doctor(arguments: list[str]) -> None:
     main(arguments)
 
 
+def init(arguments: list[str]) -> None:
+    from sdzero.recipes import main
+
+    main(arguments)
+
+
 def import_gguf(arguments: list[str]) -> None:
     from sdzero.gguf import main
 
@@ -89,12 +96,15 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "collect": collect,
     "report": report,
     "doctor": doctor,
+    "init": init,
     "import-gguf": import_gguf,
 }
 
 
 def main() -> None:
     arguments = sys.argv[1:]
+    if (here := os.getcwd()) not in sys.path:  # a class_path may name a module of the user's; python -m has it already
+        sys.path.append(here)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
