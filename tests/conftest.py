@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from importlib.metadata import files
 import shutil
+from importlib.metadata import files
 from pathlib import Path
 
 import pytest

@@ -80,7 +80,6 @@ def test_every_row_has_four_cells() -> None:
             "`{class_path: torch.optim.SGD, init_args: {lr: 0.5, weight_decay: 0.1}}`",
         ),
     ],
-    ids=str,
 )
 def test_defaults_read_like_yaml(value: object, text: str) -> None:
     assert default_text(value) == text
