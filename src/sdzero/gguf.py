@@ -63,7 +63,7 @@ def _load(file: Path) -> tuple[Any, Any]:
     except ValueError as error:
         raise ValueError(f"transformers cannot read {file}: {error}") from error
     # a model that was read from a quantised file refuses to be saved as a plain one: a new one takes over its weights
-    del read.config.quantization_config
+    del read.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue] - set when it was read
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
     ids = end_ids(tokenizer)
