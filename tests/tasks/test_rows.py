@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from jsonargparse import ArgumentParser
+
+from configs.recipes.own_data.verifier import LastDigit
+from sdzero.tasks import Rows, Task
+from sdzero.types import Question, Verdict
+
+SPLITS = ("phase1", "phase2", "eval")
+
+
+class Equal(Rows):
+    def verify(self, question: Question, response: str) -> Verdict:
+        return Verdict(1, "correct", response) if response == question.answer else Verdict(0, "wrong", response)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(num: int, word: str = "q") -> list[dict[str, Any]]:
+    return [{"question": f"{word}{i}", "answer": i, "solution": f"it is {i}"} for i in range(num)]
+
+
+def everything(task: Rows) -> list[Question]:
+    """All questions of all splits in the order of the file."""
+    return [question for _, question in task._all]
+
+
+# --- what a row becomes ---------------------------------------------------------------------------
+
+
+def test_every_row_lands_in_one_split_with_its_other_columns(tmp_path: Path) -> None:
+    rows = rows_of(200)
+    task = Equal(jsonl(tmp_path / "q.jsonl", rows))
+    questions = everything(task)
+    assert [q.text for q in questions] == [row["question"] for row in rows]
+    assert [q.answer for q in questions] == [str(row["answer"]) for row in rows]
+    assert [q.meta for q in questions] == [{"solution": row["solution"]} for row in rows]
+    sizes = [sum(split == of for of, _ in task._all) for split in SPLITS]
+    assert sum(sizes) == 200 and sizes[0] > 60 < sizes[1] and 20 < sizes[2] < 60, sizes
+    for split, size in zip(SPLITS, sizes, strict=True):
+        chosen = task.questions(split, size)
+        assert chosen == [q for q in questions if q in chosen]
+        with pytest.raises(ValueError, match=rf"num_questions={size + 1}, but split '{split}' of .*holds only {size}"):
+            task.questions(split, size + 1)
+
+
+def test_a_questions_split_and_id_depend_on_its_text_alone(tmp_path: Path) -> None:
+    first = Equal(jsonl(tmp_path / "a.jsonl", rows_of(50)))._all
+    again = Equal(jsonl(tmp_path / "b.jsonl", rows_of(80)[::-1]))._all
+    assert {(split, q.id, q.text) for split, q in first} < {(split, q.id, q.text) for split, q in again}
+
+
+def write_list(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, indent=1))
+
+
+def write_with_mark(path: Path, rows: list[dict[str, Any]]) -> None:
+    """As some editors write JSONL: a mark in front, carriage returns, and empty lines."""
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("q.jsonl", jsonl),
+        ("q.json", jsonl),  # some call it so
+        ("q.json", write_list),
+        ("q.jsonl", write_with_mark),
+        ("q.parquet", lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path)),
+    ],
+)
+def test_formats_say_the_same(tmp_path: Path, name: str, write: Callable[[Path, Any], Any]) -> None:
+    rows = [{"problem": f"q{i}", "gold": i, "level": [1, 2], "u": "line\u2028break"} for i in range(20)]
+    write(tmp_path / name, rows)
+    questions = everything(Equal(str(tmp_path / name), "problem", "gold"))
+    assert [(q.text, q.answer) for q in questions] == [(f"q{i}", str(i)) for i in range(20)]
+    assert all(q.meta == {"level": [1, 2], "u": "line\u2028break"} for q in questions)
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("3", "3"),
+        ("2.5", "2.5"),
+        ("12345678901234567890123", "12345678901234567890123"),
+        ('"2020-01-01"', "2020-01-01"),
+        ('"007"', "007"),
+        ('" Rome\\n"', "Rome"),
+        ("0", "0"),
+    ],
+)
+def test_an_answer_is_what_the_file_says(tmp_path: Path, written: str, answer: str) -> None:
+    """A table's column of one type would make 3.0 of the 3 that stands beside a 2.5, and a time of a date."""
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"question": "q", "answer": {written}}}\n{{"question": "other", "answer": 2.5}}\n')
+    assert everything(Equal(str(path)))[0].answer == answer
+
+
+def test_ids_of_a_column(tmp_path: Path) -> None:
+    rows = [{**row, "key": 100 + row["answer"]} for row in rows_of(5)]
+    path = jsonl(tmp_path / "q.jsonl", rows)
+    assert [q.id for q in everything(Equal(path, id_column="key"))] == [f"equal/{100 + i}" for i in range(5)]
+    assert "key" in everything(Equal(path))[0].meta
+    rows[3]["key"] = 101
+    jsonl(tmp_path / "q.jsonl", rows)
+    with pytest.raises(ValueError, match=r"row 4 has the id of .*row 2 \('equal/101'\), but asks another question"):
+        Equal(path, id_column="key").questions("eval", 1)
+
+
+def test_a_file_for_each_split(tmp_path: Path) -> None:
+    paths: Any = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(6, split)) for split in SPLITS}
+    task = Equal(paths)
+    for split in SPLITS:
+        assert [q.text for q in task.questions(split, 6)] == [f"{split}{i}" for i in range(6)]
+    jsonl(tmp_path / "eval.jsonl", [*rows_of(6, "eval"), *rows_of(1, "phase2")])
+    with pytest.raises(ValueError, match=r"eval.jsonl: row 7 asks what .*phase2.jsonl: row 1 asks"):
+        Equal(paths).questions("phase1", 1)
+    with pytest.raises(ValueError, match=r"task.path: needs one file, or a file for each of .*got \['phase1'\]"):
+        Equal({"phase1": paths["phase1"]})
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_repeated_questions_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path / "q.jsonl", [*rows_of(4), *rows_of(2)])
+    assert [q.text for q in everything(Equal(path))] == ["q0", "q1", "q2", "q3"]
+    assert f"left out 2 rows that repeat a question, e.g. {path}: row 5 repeats {path}: row 1" in caplog.text
+
+
+@pytest.mark.parametrize("column", ["question", "answer"])
+@pytest.mark.parametrize("value", [None, "", "  \n", float("nan"), "absent"])
+def test_a_row_without_a_value_is_named_and_all_are_counted(tmp_path: Path, column: str, value: Any) -> None:
+    rows = rows_of(9)
+    for i in (4, 6):
+        rows[i] = {k: v for k, v in rows[i].items() if k != column} | ({} if value == "absent" else {column: value})
+    path = jsonl(tmp_path / "q.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"2 of 9 rows lack a value, the first is row 5 \(column '{column}'\)"):
+        Equal(path).questions("eval", 1)
+
+
+def test_columns_that_are_not_there(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", rows_of(3))
+    for key in ("question_column", "answer_column", "id_column"):
+        with pytest.raises(ValueError, match=rf"task.{key}: {path} has no column 'gold'; it has \['answer', 'ques"):
+            Equal(path, **{key: "gold"}).questions("eval", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("q.jsonl", b'{"question": "q", "answer": 1}\n{"question": \n', "line 2 is no JSON"),
+        ("q.jsonl", b'{"question": "q", "answer": 1}\n\xff\n', "line 2 is no JSON"),
+        ("q.csv", b"question,answer\nq,1\n", "line 1 is no JSON"),
+        ("q.json", b'["q", "r"]', "row 1 is no JSON object: expected one JSON object a line, or one list"),
+        ("q.jsonl", b"", r"has no column 'question'; it has \[\]"),
+        ("q.jsonl", b'{"question": "q", "answer": [1, 2]}', "column 'answer' is a list: it must be text or a number"),
+        ("q.parquet", b"question", "is no parquet file"),
+    ],
+)
+def test_files_that_are_no_rows(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path / name}.*{said}"):
+        Equal(str(tmp_path / name)).questions("eval", 1)
+
+
+def test_a_column_that_a_trace_cannot_keep(tmp_path: Path) -> None:
+    rows = [{**row, "when": date(2020, 1, 1)} for row in rows_of(2)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    with pytest.raises(ValueError, match="row 1: column 'when': .*date is not JSON serializable: make it text"):
+        Equal(str(tmp_path / "q.parquet")).questions("eval", 1)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"task.path: no file {tmp_path}/q.jsonl"):
+        Equal(str(tmp_path / "q.jsonl")).questions("eval", 1)
+
+
+# --- in a config ----------------------------------------------------------------------------------
+
+
+def parse(config: dict[str, Any]) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Task, "task")
+    return parser.instantiate(parser.parse_object({"task": config})).task
+
+
+def test_a_config_names_the_subclass(tmp_path: Path) -> None:
+    paths = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(3, split)) for split in SPLITS}
+    task = parse({"class_path": "configs.recipes.own_data.verifier.LastDigit", "init_args": {"path": paths}})
+    assert isinstance(task, LastDigit) and len(task.questions("eval", 3)) == 3
+    with pytest.raises(ValueError, match=r"task.path: needs one file.*got \['dev'\]"):
+        parse({"class_path": f"{LastDigit.__module__}.LastDigit", "init_args": {"path": {"dev": "q.jsonl"}}})
+
+
+def test_rows_alone_are_no_task() -> None:
+    """The verifier is what only the user knows."""
+    with pytest.raises(TypeError, match="abstract.*verify"):
+        Rows("q.jsonl")  # pyright: ignore[reportAbstractUsage]
+
+
+# --- the shipped example's verifier ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("3-7=6*1=6A6", "correct"),
+        ("3-7=6*1=5A5\n\nWait, this response is not correct, let me start over.\n\n3-7=6*1=6A6", "correct"),
+        ("3-7=6*1=6A 6\n", "correct"),
+        ("3-7=6*1=6A5", "wrong"),
+        ("3-7=6*1=6A66", "unparseable"),
+        ("3-7=6*1=6", "unparseable"),
+        ("A6 A", "unparseable"),
+        ("A\u0666", "unparseable"),  # a digit of another script
+    ],
+)
+def test_verdicts_of_the_example(response: str, reason: str) -> None:
+    verdict = LastDigit("").verify(Question("", "3-7*1=", "6"), response)
+    assert (verdict.reward, verdict.reason) == (int(reason == "correct"), reason)
