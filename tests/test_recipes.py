@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from sdzero.collect import Collect
+from sdzero.cli import _collect_parser
 from sdzero.pipeline import stages
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -35,10 +35,7 @@ def test_recipe_is_whole_and_points_at_its_own_run(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
 def test_collect_config(recipe: Path) -> None:
-    parser = ArgumentParser()
-    parser.add_argument("--config", action="config")
-    parser.add_argument("--seed_everything", type=int)
-    parser.add_class_arguments(Collect)
+    parser = _collect_parser()
     made = parser.instantiate(parser.parse_args(["--config", str(recipe / "collect.yaml")]))
     assert made.num_questions > 0 and made.task.questions("phase1", 2)
 
