@@ -28,10 +28,11 @@ def test_a_recipe_and_its_parts_are_written_as_they_are_here(
     monkeypatch.chdir(tmp_path)
     main([name])
     said = capsys.readouterr().out
-    assert f"next: sdzero run configs/recipes/{name}" in said and f"configs/recipes/{name}/collect.yaml" in said
-    parts = {
-        k: v for k, v in files(CONFIGS).items() if not k.startswith("recipes/") or k.startswith(f"recipes/{name}/")
-    }
+    names = ["smoke", name] if name == "own_data" else [name]  # it starts from the smoke recipe's model
+    assert said.endswith("\nnext:\n" + "".join(f"  sdzero run configs/recipes/{each}\n" for each in names))
+    assert f"configs/recipes/{name}/collect.yaml" in said
+    recipes = tuple(f"recipes/{each}/" for each in names)
+    parts = {k: v for k, v in files(CONFIGS).items() if not k.startswith("recipes/") or k.startswith(recipes)}
     assert files(tmp_path / "configs") == parts and "model/tiny/tokenizer.json" in parts
     assert write(name, tmp_path) == []
 

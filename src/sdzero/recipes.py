@@ -24,15 +24,21 @@ def _first_stage(folder: Path) -> Path:
     return base if base.is_file() else folder / "collect.yaml"
 
 
+def in_order(name: str) -> list[str]:
+    """The recipe, after those whose models it starts from."""
+    text = "".join(file.read_text() for file in sorted((SHIPPED / "recipes" / name).glob("*.yaml")))
+    return [*(other for other in recipes() if other != name and f"runs/{other}/" in text), name]
+
+
 def write(name: str, root: Path) -> list[Path]:
-    """Copies a recipe and the parts to `root`/configs, and returns the files that were not there yet.
+    """Copies a recipe, those it starts from, and the parts to `root`/configs; returns the files that were not there.
 
     Raises:
         ValueError: there is no such recipe, or a file is there with other content. Nothing is written then.
     """
     if name not in recipes():
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(recipes())}")
-    folders = [SHIPPED / "recipes" / name, *(SHIPPED / part for part in PARTS)]
+    folders = [*(SHIPPED / "recipes" / each for each in in_order(name)), *(SHIPPED / part for part in PARTS)]
     sources = [file for folder in folders for file in sorted(folder.rglob("*")) if _is_config(file)]
     targets = {root / "configs" / source.relative_to(SHIPPED): source for source in sources}
     edited = [t for t, source in targets.items() if t.exists() and t.read_bytes() != source.read_bytes()]
@@ -64,4 +70,4 @@ def main(arguments: list[str]) -> None:
         return
     written = write(name, Path())
     print("\n".join(map(str, written)) or "all of it is there already")
-    print(f"\nnext: sdzero run configs/recipes/{name}")
+    print("\nnext:", *(f"  sdzero run configs/recipes/{each}" for each in in_order(name)), sep="\n")
