@@ -2,77 +2,72 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from safetensors.torch import load_file
 
-from runs import ROOT, read_json, rows, scalars, sdzero
+from runs import ROOT, environment, read_json, rows, scalars
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Reason
 
 RECIPE = ROOT / "configs/recipes/smollm2"
 LIMIT = 0.3  # of the log-probability gap, the data modules' default: engine and trainer both compute in bfloat16
-NUM_EVALUATED, NUM_STEPS = 6, 2
+NUM_ASKED, NUM_EVALUATED, NUM_STEPS = 12, 4, 2
 
 
-def stage(command: str, config: str, out: Path, **options: object) -> None:
-    folder = {"out": out} if command == "collect" else {"trainer.default_root_dir": out}
-    overrides = [f"--{key}={value}" for key, value in {**folder, **options}.items()]
-    done = sdzero(command, "--config", RECIPE / f"{config}.yaml", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+STAGES = """
+import json, sys
+from sdzero.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["sdzero", *arguments]
+    main()
+"""
+
+
+def stage(command: str, config: str, **options: object) -> list[str]:
+    overrides = (f"--{key}={value}" for key, value in options.items())
+    return [command, "--config", str(RECIPE / f"{config}.yaml"), *overrides]
 
 
 @pytest.fixture(scope="module")
 def out(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 questions, two steps of each phase, a few held-out questions."""
+    """A dozen questions, two steps of each phase, a few held-out questions; one process, to import vLLM once."""
     out = tmp_path_factory.mktemp("smollm2")
-    export_alone = "[{class_path: sdzero.callbacks.ExportModel}]"  # a checkpoint has 1.6 GB
-    short = {"trainer.max_steps": NUM_STEPS, "trainer.callbacks": export_alone}
-    stage(
-        "collect",
-        "collect",
-        out / "collect",
-        **{"model.path": smollm2, "num_questions": 16, "num_revisions": 2, "correct_share": "null"},
-    )
-    stage(
-        "fit",
-        "srt",
-        out / "srt",
-        **{"model.model.path": smollm2, "data.source.path": out / "collect/traces.jsonl", "data.traces_per_step": 2},
-        **short,
-    )
-    stage(
-        "fit",
-        "self_distill",
-        out / "self_distill",
-        **{
-            "model.model.path": out / "srt/model",
-            "data.disjoint_from": out / "collect/questions.json",
-            "data.prompts_per_step": 4,
-            "data.sampling.max_new_tokens": 24,
-        },
-        **short,
-    )
-    stage(
-        "test",
-        "eval",
-        out / "eval",
-        **{
-            "model.model.path": out / "self_distill/model",
-            "data.evaluation.num_questions": NUM_EVALUATED,
-            "data.evaluation.sampling.max_new_tokens": 40,
-        },
-    )
+    short = {
+        "trainer.max_steps": NUM_STEPS,
+        "trainer.callbacks": "[{class_path: sdzero.callbacks.ExportModel}]",  # without checkpoints of 1.6 GB
+    }
+    collect = {"out": out / "collect", "model.path": smollm2}
+    collect |= {"num_questions": NUM_ASKED, "num_revisions": 2, "correct_share": "null"}
+    srt = {"trainer.default_root_dir": out / "srt", "model.model.path": smollm2, **short}
+    srt |= {"data.source.path": out / "collect/traces.jsonl", "data.traces_per_step": 2}
+    distill = {"trainer.default_root_dir": out / "self_distill", "model.model.path": out / "srt/model", **short}
+    distill |= {"data.disjoint_from": out / "collect/questions.json", "data.prompts_per_step": 2}
+    distill |= {"data.sampling.max_new_tokens": 24}
+    test = {"trainer.default_root_dir": out / "eval", "model.model.path": out / "self_distill/model"}
+    test |= {"data.evaluation.num_questions": NUM_EVALUATED, "data.evaluation.sampling.max_new_tokens": 40}
+    stages = [
+        stage("collect", "collect", **collect),
+        stage("fit", "srt", **srt),
+        stage("fit", "self_distill", **distill),
+        stage("test", "eval", **test),
+    ]
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", STAGES, json.dumps(stages)], check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
 def test_verified_revisions_became_traces_of_the_models_own_tokens(out: Path, smollm2: Path) -> None:
     traces = rows(out / "collect/traces.jsonl")
     statistics = read_json(out / "collect/statistics.json")
-    assert 0 < len(traces) == statistics["traces"] <= statistics["num_generations"] == 16 * 3
+    assert 0 < len(traces) == statistics["traces"] <= statistics["num_generations"] == NUM_ASKED * 3
     builder = PromptBuilder.from_pretrained(smollm2)
     decode = builder.tokenizer.decode
     for trace in traces:
