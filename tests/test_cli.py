@@ -68,7 +68,8 @@ def test_overrides_change_what_they_name(overridden: Path, smoke_run: Path) -> N
     assert manifest["num_generations"] == 3 * 8
     assert manifest["weights_sha256"] != before["weights_sha256"]
     calls = (overridden / "journal/rank0/calls.log").read_text().split()
-    assert calls == [part for step in range(3) for call in "01" for part in (f"train-{step:06d}", call)]
+    trained = [part for step in range(3) for call in "01" for part in (f"train-{step:06d}", call)]
+    assert calls == [*trained, "eval-000003-00000", "0", "revise-000003-00000", "0"]
     assert len(responses(overridden / "journal/rank0", "train-000002")) == 8
 
     (mass,) = scalars(overridden, "teacher/top_k_mass")

@@ -24,7 +24,8 @@ from sdzero.pipeline import content_sha256, resolved, stages
 from sdzero.rollouts import read_traces
 from sdzero.tasks import Chains
 
-CALLS = {"collect": 8, "self_distill": 5, "base/eval": 4, "srt/eval": 4, "self_distill/eval": 4}
+# a validation is two calls: answers, and revisions of them
+CALLS = {"collect": 8, "srt": 2 * 2, "self_distill": 5 + 2, "base/eval": 4, "srt/eval": 4, "self_distill/eval": 4}
 
 
 @pytest.fixture

@@ -30,13 +30,13 @@ def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_that_samples_sampled_with_vllm(out: Path) -> None:
     lineage = read_json(out / "lineage.json")
     assert list(lineage) == list(STAGES)
-    samplers = [name for name in STAGES if name.endswith("eval") or name in ("collect", "self_distill")]
+    samplers = [name for name in STAGES if name != "base"]
     for name in samplers:
         config = lineage[name]["config"]
         assert config.get("engine.class_path", config.get("data.init_args.engine.class_path")) == VLLM, name
     saved = yaml.safe_load((out / "self_distill/config.yaml").read_text())
     assert saved["data"]["init_args"]["engine"]["class_path"] == VLLM
-    assert num_calls(out) == 8 + 5 + 3 * 4
+    assert num_calls(out) == 8 + 5 + 3 * 2 + 3 * 4  # collection, steps, validations, evaluations
     finished = [r for r in responses(out / "collect/journal", "") if r["finish_reason"] == "stop"]
     assert len(finished) > 128 and all(any(r["logprobs"]) for r in finished), "sampled from a model"
 

@@ -91,5 +91,6 @@ def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: 
     assert (tmp_path / "model/model.safetensors").is_file()
     for rank in (0, 1):
         calls = (tmp_path / f"journal/rank{rank}/calls.log").read_text().split("\n")[:-1]
-        assert calls == [f"train-{step:06d} 0" for step in range(3)]
+        groups = [*(f"train-{step:06d}" for step in range(3)), "eval-000003-00000", "revise-000003-00000"]
+        assert calls == [f"{group} 0" for group in groups]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
