@@ -44,11 +44,12 @@ def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return line
 
 
-def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> Any:
+def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path, cwd: Path = ROOT) -> Any:
     """Runs a command in this process. 0, or what it called sys.exit with."""
     monkeypatch.setattr(sys, "argv", ["sdzero", *map(str, arguments)])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # commands set it: the test's end must put it back
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts its folder there
     try:
         main()
     except SystemExit as exit:

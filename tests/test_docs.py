@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from configs.recipes.own_data.opsd import SeesSolution
 from helpers import make_scored
-from runs import ROOT, read_json
-from sdzero.prompts import PromptBuilder
+from runs import ROOT, exit_code, read_json, rows
+from sdzero.methods import self_distill
+from sdzero.prompts import PromptBuilder, collate
 from sdzero.types import Question
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,57 +38,61 @@ def commands() -> list[str]:
     ]
     ours = [line for line in lines if line and not line.startswith((*NOT_RUN, "#"))]
     # tests/test_smollm2.py runs that recipe, cut short
-    return [command for command in dict.fromkeys(ours) if "smollm2" not in command]
+    return [line for line in dict.fromkeys(ours) if "smollm2" not in line]
 
 
-@pytest.fixture(scope="module")
-def folder(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all of them have run."""
-    folder = tmp_path_factory.mktemp("docs")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    shutil.copytree(smoke_run, folder / "runs/smoke")
-    for command in commands():
-        program, *arguments = shlex.split(command)
-        assert program == "sdzero", f"a document runs {command!r}: neither tested here nor in NOT_RUN"
-        done = subprocess.run(
-            [sys.executable, "-m", "sdzero", *arguments],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, (command, done.stdout[-1000:], done.stderr[-2000:])
-    return folder
-
-
-def test_the_commands_run_and_leave_what_they_promise(folder: Path) -> None:
-    assert {command.split()[1] for command in commands()} >= {
-        "run",
-        "collect",
-        "fit",
-        "test",
-        "report",
-        "doctor",
-        "init",
-    }
-    assert (folder / "runs/more/traces.jsonl").stat().st_size
-    assert [row["stage"] for row in read_json(folder / "runs/own_data/summary.json")] == ["base", "srt", "self_distill"]
+@pytest.mark.timeout(1800)  # all of them, whatever else the machine does
+def test_the_commands_run_and_leave_what_they_promise(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has torch by now; the stages of `sdzero run` are processes of their own."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(smoke_run, tmp_path / "runs/smoke")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for line in commands():
+        program, *arguments = shlex.split(line)
+        assert program == "sdzero", f"a document runs {line!r}: neither tested here nor in NOT_RUN"
+        assert exit_code(monkeypatch, *arguments, cwd=tmp_path) in (0, None), line
+    run = {line.split()[1] for line in commands()}
+    assert run >= {"run", "collect", "fit", "test", "report", "doctor", "init"}
+    assert (tmp_path / "runs/more/traces.jsonl").stat().st_size
+    stages = [row["stage"] for row in read_json(tmp_path / "runs/own_data/summary.json")]
+    assert stages == ["base", "srt", "self_distill"]
     for run in ("smoke", "own_data"):
-        assert "</html>" in (folder / f"runs/{run}/report.html").read_text()
+        assert "</html>" in (tmp_path / f"runs/{run}/report.html").read_text()
+    assert (tmp_path / "runs/own_data/opsd/model/model.safetensors").is_file()
 
 
-def test_opsd_moved_the_weights_towards_a_teacher_that_saw_the_solution(folder: Path) -> None:
-    before, after = (
-        load_file(folder / path / "model/model.safetensors") for path in ("runs/smoke/base", "runs/own_data/opsd")
-    )
+def test_opsd_moves_the_weights_by_a_teacher_that_reads_the_solution(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's command with a run's folders in the place of the recipe's; every sequence of both models is seen."""
+    sequences: list[Any] = []
+
+    def seen(contexts: Any, targets: Any, pad_id: int) -> Any:
+        sequences.append((contexts, targets))
+        return collate(contexts, targets, pad_id)
+
+    monkeypatch.setattr(self_distill, "collate", seen)
+    recipe, base = ROOT / "configs/recipes/own_data", smoke_run / "base/model"
+    configs = ("--config", recipe / "self_distill.yaml", "--config", recipe / "opsd.yaml")
+    ours = (f"--model.model.path={base}", f"--data.disjoint_from={smoke_run}/collect/questions.json")
+    assert exit_code(monkeypatch, "fit", *configs, *ours, f"--trainer.default_root_dir={tmp_path}") == 0
+
+    rows_by_prompt = {}
+    builder = PromptBuilder.from_pretrained(base)
+    for row in rows(recipe / "questions.jsonl"):
+        rows_by_prompt[builder.chat(row["problem"])] = builder.chat(f"{row['problem']}\n\n{row['solution']}")
+    for (prompts, answers), (contexts, same_answers) in zip(sequences[::2], sequences[1::2], strict=True):
+        assert answers == same_answers and contexts == [rows_by_prompt[prompt] for prompt in prompts]
+    assert sum(len(answers) for _, answers in sequences[::2]) == 3 * 16
+    before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "model"))
     assert all(not after[name].equal(tensor) for name, tensor in before.items())
-    builder = PromptBuilder.from_pretrained(folder / "runs/smoke/base/model")
-    question = Question("q", "3-7*1=", "6", {"solution": "3-7=6*1=6A6"})
-    scored = make_scored(builder, question, "3-7=5A5", 0)
-    read = SeesSolution("{question}\n\n{solution}")(builder, scored, []).token_ids
-    assert read == builder.chat("3-7*1=\n\n3-7=6*1=6A6") != scored.rollout.prompt.token_ids
+
+
+def test_a_question_without_a_solution_stops_opsd() -> None:
+    builder = PromptBuilder.from_pretrained(ROOT / "configs/model/tiny")
+    scored = make_scored(builder, Question("q", "3-7*1=", "6", {"solution": "3-7=6*1=6A6"}), "3-7=5A5", 0)
     with pytest.raises(ValueError, match="question 'q' has no solution in column 'proof'"):
         SeesSolution(column="proof")(builder, scored, [])
 
@@ -112,11 +115,11 @@ def test_the_readmes_task(tmp_path: Path) -> None:
     scope: dict = {}
     (source,) = blocks(ROOT / "README.md", "python")
     exec(source, scope)
-    rows = {"phase1": ("France", "Paris"), "phase2": ("Italy", "Rome"), "eval": ("Spain", "Madrid")}
-    for split, (country, capital) in rows.items():
+    cities = {"phase1": ("France", "Paris"), "phase2": ("Italy", "Rome"), "eval": ("Spain", "Madrid")}
+    for split, (country, capital) in cities.items():
         row = {"q": f"What is the capital of {country}?", "a": capital}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    paths = {split: str(tmp_path / f"{split}.jsonl") for split in rows}
+    paths = {split: str(tmp_path / f"{split}.jsonl") for split in cities}
     task = scope["Capitals"](paths, question_column="q", answer_column="a")
     (question,) = task.questions("phase2", 1)
     assert task.verify(question, "It is Rome.").reward == 1 and task.verify(question, "Paris").reason == "wrong"
