@@ -19,7 +19,7 @@ ENGINE = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; pr
 
 help:
 	@echo "make demo     set up if need be, then the whole method on the embedded default"
-	@echo "make smollm2  the same with a real pretrained model, SmolLM2-135M-Instruct: an hour or so"
+	@echo "make smollm2  the same with a real pretrained model, SmolLM2-135M-Instruct: 35 minutes of CPU time"
 	@echo "make test     set up if need be, then every check that CI runs"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make docs     docs/config.md from the docstrings"
