@@ -12,6 +12,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from configs.recipes.own_data.verifier import LastDigit
+from runs import ROOT, refusal
 from sdzero.tasks import Rows, Task
 from sdzero.types import Question, Verdict
 
@@ -203,6 +204,19 @@ def test_a_config_names_the_subclass(tmp_path: Path) -> None:
     assert isinstance(task, LastDigit) and len(task.questions("eval", 3)) == 3
     with pytest.raises(ValueError, match=r"task.path: needs one file.*got \['dev'\]"):
         parse({"class_path": f"{LastDigit.__module__}.LastDigit", "init_args": {"path": {"dev": "q.jsonl"}}})
+
+
+@pytest.mark.parametrize(("command", "stage"), [("collect", "collect"), ("fit", "self_distill"), ("test", "eval")])
+def test_no_command_gets_as_far_as_the_weights(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, stage: str
+) -> None:
+    """The model's folder has none."""
+    prefix, out = ("", "out") if command == "collect" else ("data.", "trainer.default_root_dir")
+    model = "model.path" if command == "collect" else "model.model.path"
+    options = {f"{prefix}task.question_column": "text", model: "configs/model/tiny", out: tmp_path}
+    config = ROOT / f"configs/recipes/own_data/{stage}.yaml"
+    said = refusal(capsys, monkeypatch, command, "--config", config, *(f"--{k}={v}" for k, v in options.items()))
+    assert "task.question_column: configs/recipes/own_data/questions.jsonl has no column 'text'; it has ['gold'" in said
 
 
 def test_rows_alone_are_no_task() -> None:
