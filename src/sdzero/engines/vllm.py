@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from time import monotonic, perf_counter
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -77,6 +78,8 @@ class VLLMEngine(RolloutEngine):
             self._runs_eagerly = self._is_cpu if self.enforce_eager is None else self.enforce_eager
             if dist.is_initialized():
                 _spare_process_group()
+                if self._is_cpu:
+                    _own_shared_memory()
             with self._guarded():
                 self._llm = self._construct(llm_class)
         self.policy_version = 0 if spec.load_weights else None
@@ -245,6 +248,20 @@ def _spare_process_group() -> None:
         parallel_state._WORLD = None
 
     parallel_state.destroy_distributed_environment = destroy_world
+
+
+def _own_shared_memory() -> None:
+    """On the CPU the ranks of an engine meet in shared memory, whose name vLLM makes the same on a whole machine: no second
+    run would start, and none after a killed one, which leaves it behind. Collective."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    run = [uuid4().hex]
+    dist.broadcast_object_list(run)
+
+    def make_group_name(communicator: Any) -> str:
+        return f"sdzero-{run[0]}-{communicator.unique_name}-{communicator.ranks}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 def _world_size() -> int:
