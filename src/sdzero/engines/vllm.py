@@ -251,8 +251,8 @@ def _spare_process_group() -> None:
 
 
 def _own_shared_memory() -> None:
-    """On the CPU the ranks of an engine meet in shared memory, whose name vLLM makes the same on a whole machine: no second
-    run would start, and none after a killed one, which leaves it behind. Collective."""
+    """On the CPU the ranks of an engine meet in shared memory, whose name vLLM makes the same on a whole machine: no
+    second run would start, and none after a killed one, which leaves it behind. Collective."""
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     run = [uuid4().hex]
