@@ -146,6 +146,31 @@ def test_changed_traces_stop_the_run(copy: Path, refuse: Callable[..., str]) -> 
     assert "stage srt of" in said and "other inputs: data.init_args.source.init_args.path changed" in said
 
 
+def test_edited_questions_and_an_edited_verifier_stop_the_run(
+    copy: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that a config names, by their path and by a class_path, count as much as its keys."""
+    monkeypatch.chdir(tmp_path)
+    verifier, questions = tmp_path / "mine/verifier.py", tmp_path / "rows.jsonl"
+    verifier.parent.mkdir()
+    for file in (verifier, questions):
+        file.write_text("as it was")
+    task = "{class_path: sdzero.tasks.Chains, init_args: {min_ops: 1, max_ops: 2}}"
+    edit(recipe / "collect.yaml", task, "{class_path: mine.verifier.Mine, init_args: {path: rows.jsonl}}")
+    stage = next(stage for stage in stages(recipe, copy) if stage.name == "collect")
+    with (copy / ".lock").open("w") as lock:
+        run = pipeline.Run(recipe, copy, None, None, lock)
+        run.lineage["collect"] = {**run._identity(stage), "spent": 1.0, "seconds": 1.0}
+        assert run._finished(stage)
+        for file, key in ((verifier, "task.class_path"), (questions, "task.init_args.path")):
+            file.write_text("edited")
+            with pytest.raises(ValueError, match=f"stage collect of .* other inputs: {key} changed"):
+                run._finished(stage)
+            file.write_text("as it was")
+        assert run._finished(stage)
+    assert pipeline._local_file("A system message. " * 300) is None
+
+
 def test_changed_weights_stop_the_run(copy: Path, smoke_run: Path, refuse: Callable[..., str]) -> None:
     shutil.copy(smoke_run / "srt/model/model.safetensors", copy / "base/model/model.safetensors")
     said = refuse(SMOKE, "--out", copy)

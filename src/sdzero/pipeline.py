@@ -180,8 +180,10 @@ class Run:
             )
 
     def _identity(self, stage: Stage) -> dict[str, Any]:
-        inputs = {key: content_sha256(path) for key, path in stage.inputs.items()}
-        return {"config": self._config(stage), "inputs": inputs}
+        config = self._config(stage)
+        named = {key: file for key, value in config.items() if (file := _local_file(value)) is not None}
+        files = {**stage.inputs, **{key: file for key, file in named.items() if key not in stage.inputs}}
+        return {"config": config, "inputs": {key: content_sha256(path) for key, path in files.items()}}
 
     def _finished(self, stage: Stage) -> bool:
         """Raises: ValueError naming the changed key where the stage started or finished with another config."""
@@ -233,6 +235,14 @@ class Run:
         if self.engine is not None and (key := _engine_key(stage, resolved(stage.config))):
             options[key.removesuffix(".class_path")] = ENGINES[self.engine]
         return ["--config", str(stage.config), *(f"--{key}={value}" for key, value in options.items())]
+
+
+def _local_file(value: Any) -> Path | None:
+    """The user's own file that a config's value names: by its path, or as the module of a class_path."""
+    if not isinstance(value, str):
+        return None
+    module = value.rpartition(".")[0].replace(".", "/") + ".py"
+    return next((Path(name) for name in (value, module) if os.path.isfile(name)), None)  # a prompt is no path either
 
 
 def _engine_key(stage: Stage, config: dict[str, Any]) -> str | None:
