@@ -1,4 +1,4 @@
-"""What the trackers share: they read the responses that pass by, whatever the method, and log figures of them."""
+"""What the callbacks that read responses share: they take them as they pass by, whatever the method."""
 
 from __future__ import annotations
 
@@ -18,11 +18,42 @@ def defined(figures: Scalars) -> Scalars:
     return {name: value for name, value in figures.items() if not value.isnan()}
 
 
-class ResponseTracker(L.Callback, ABC):
+class EvaluationReader(L.Callback, ABC):
+    """Reads the responses of every validation and test. Where training samples nothing (SRT), there are no others."""
+
+    @abstractmethod
+    def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
+        """Takes in one generate call of an evaluation."""
+
+    @abstractmethod
+    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
+        """Logs or writes what was read, and forgets it."""
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, Method)
+        self.read(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, Method)
+        self.read(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Method)
+        self.finish(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Method)
+        self.finish(trainer, pl_module)
+
+
+class ResponseTracker(EvaluationReader):
     """Logs figures of each step's rollouts under rollout/, and of each evaluation's responses under eval/.
 
-    Where training samples nothing (SRT), what it reads are the validations. It keeps nothing from one step to the next,
-    so a resumed run goes on with the same curves.
+    It keeps nothing from one step to the next, so a resumed run goes on with the same curves.
 
     Args:
         metrics: the sums behind the figures, over all ranks.
@@ -43,13 +74,15 @@ class ResponseTracker(L.Callback, ABC):
         step before once more.
         """
 
-    def _see(self, pl_module: L.LightningModule, batch: Any) -> None:
-        assert isinstance(pl_module, Method)
+    def read(self, trainer: L.Trainer, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         for metric in self.metrics.values():
             metric.to(pl_module.device)
         self.see(pl_module, batch)
 
-    def _log(self, pl_module: L.LightningModule, prefix: str) -> None:
+    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
+        self._log(pl_module, "eval")
+
+    def _log(self, pl_module: Method, prefix: str) -> None:
         figures = self.figures(prefix == "eval")
         pl_module.log_dict({f"{prefix}/{name}": value for name, value in figures.items()}, rank_zero_only=True)
         for metric in self.metrics.values():
@@ -59,21 +92,6 @@ class ResponseTracker(L.Callback, ABC):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(batch, RolloutBatch):
-            self._see(pl_module, batch)
+            assert isinstance(pl_module, Method)
+            self.read(trainer, pl_module, batch)
             self._log(pl_module, "rollout")
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._see(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._see(pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log(pl_module, "eval")
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log(pl_module, "eval")

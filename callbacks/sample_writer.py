@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from sdzero.callbacks.base import EvaluationReader
 from sdzero.methods import Method
 from sdzero.rollouts import write_text
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
@@ -17,7 +18,7 @@ from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 Row = dict[str, Any]
 
 
-class SampleWriter(L.Callback):
+class SampleWriter(EvaluationReader):
     """Writes `samples/train-STEP-rankR.jsonl` and `samples/eval-STEP-rankR.jsonl` into the stage's folder, a response a
     line. A step that is taken again after a restart replaces its file. Evaluations are always written: the first answer
     to each of the first questions, with its revision where data.evaluation.num_revised asks for one.
@@ -41,13 +42,12 @@ class SampleWriter(L.Callback):
             rows = [_row(scored, batch.policy_version) for scored in batch.scored[: self.num_samples]]
             self._write(trainer, "train", batch.policy_version, rows)
 
-    def _see(self, batch: EvalBatch) -> None:
+    def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
         revisions = {id(first): revision for first, revision in batch.revised}
         for first in (group[0] for group in batch.groups[: self.num_samples - len(self.rows)]):
             self.rows.append(_row(first, batch.policy_version, revisions.get(id(first))))
 
-    def _write_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Method)
+    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
         self._write(trainer, "eval", pl_module.policy_version, self.rows)
         self.rows = []
 
@@ -59,22 +59,6 @@ class SampleWriter(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_text(f"samples/{kind}", "\n\n---\n\n".join(map(_as_text, rows)), step)
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._see(batch)
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._see(batch)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write_evaluation(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write_evaluation(trainer, pl_module)
 
 
 def _row(scored: ScoredRollout, step: int, revision: ScoredRollout | None = None) -> Row:

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sdzero.callbacks.base import defined
+from sdzero.callbacks.base import EvaluationReader, defined
 from sdzero.fused import Projection
 from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head
 from sdzero.methods import Method
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-class TokenKLRecorder(L.Callback):
+class TokenKLRecorder(EvaluationReader):
     """Writes `token_kl/train-STEP-rankR.parquet` and `token_kl/eval-STEP-rankR.parquet` into the stage's folder, a
     response a row. A step that is taken again after a restart replaces its file.
 
@@ -58,8 +58,7 @@ class TokenKLRecorder(L.Callback):
             self._record(pl_module, batch.scored[: self.num_responses], batch.scored)
             self._write(trainer, pl_module, "train")
 
-    def _see(self, pl_module: L.LightningModule, batch: EvalBatch) -> None:
-        assert isinstance(pl_module, Method)
+    def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
         chosen = [group[0] for group in batch.groups[: self.num_responses - len(self.rows)]]
         self._record(pl_module, chosen, batch.scored)
 
@@ -70,8 +69,10 @@ class TokenKLRecorder(L.Callback):
             share.update(sum(shares), len(shares))
         self.rows += rows
 
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, kind: str) -> None:
-        assert isinstance(pl_module, Method)
+    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
+        self._write(trainer, pl_module, "eval")
+
+    def _write(self, trainer: L.Trainer, pl_module: Method, kind: str) -> None:
         name = f"{kind}-{pl_module.policy_version:06d}-rank{trainer.global_rank}.parquet"
         if self.rows:
             _write_parquet(Path(trainer.default_root_dir) / "token_kl" / name, self.rows)
@@ -85,22 +86,6 @@ class TokenKLRecorder(L.Callback):
         else:  # past Lightning's own log, which would repeat the values at the steps in between
             for logger in trainer.loggers:
                 logger.log_metrics({f"teacher/{name}": float(v) for name, v in shares.items()}, trainer.global_step)
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._see(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._see(pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "eval")
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module, "eval")
 
 
 @torch.no_grad()
