@@ -166,3 +166,14 @@ def plain_logprobs(model: Any, context: Sequence[int], target: Sequence[int]) ->
     """Log-probabilities [N, V] at every token of `target` after `context`, from one plain forward pass."""
     logits = model(torch.tensor([[*context, *target]])).logits[0]
     return logits[len(context) - 1 : -1].log_softmax(-1)
+
+
+def read_by_hand(builder: PromptBuilder, scored: ScoredRollout) -> tuple[int, ...]:
+    """What equation 4's teacher reads before the second copy of y."""
+    body = tuple(i for i in scored.rollout.token_ids if i != builder.end_id)
+    phrase = (
+        "Let me rephrase the above solution."
+        if scored.verdict.reward
+        else ("Wait, this response is not correct, let me start over.")
+    )
+    return scored.rollout.prompt.token_ids + body + encode(builder, f"\n\n{phrase}\n\n")

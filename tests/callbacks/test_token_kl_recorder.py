@@ -11,7 +11,18 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import Curves, Notes, Toy, encode, fit, make_batch, make_scored, make_trainer, plain_logprobs, plain_model
+from helpers import (
+    Curves,
+    Notes,
+    Toy,
+    fit,
+    make_batch,
+    make_scored,
+    make_trainer,
+    plain_logprobs,
+    plain_model,
+    read_by_hand,
+)
 from sdzero.callbacks import TokenKLRecorder
 from sdzero.data import Evaluation, EvaluationDataModule
 from sdzero.methods import Method, SelfDistill
@@ -21,7 +32,6 @@ from sdzero.prompts import Demonstration, PromptBuilder
 from sdzero.types import Question, Sampling, ScoredRollout
 from tiny_model import write_tiny_model
 
-PHRASES = ("Wait, this response is not correct, let me start over.", "Let me rephrase the above solution.")
 TOP_K = 3
 
 
@@ -78,10 +88,6 @@ def check(
         assert probs == pytest.approx(top.values.exp().numpy(), abs=1e-4)
         pieces = [[builder.tokenizer.decode([i]) for i in ids] for ids in top.indices.tolist()]
         assert [list(tokens) for tokens in row[f"{who}_top"]] == pieces
-
-
-def read_by_hand(builder: PromptBuilder, one: ScoredRollout) -> tuple[int, ...]:
-    return one.rollout.prompt.token_ids + encode(builder, f"{one.rollout.text}\n\n{PHRASES[one.verdict.reward]}\n\n")
 
 
 @pytest.mark.parametrize("max_tokens", [1, 150, 8192])

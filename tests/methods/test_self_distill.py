@@ -15,12 +15,12 @@ from helpers import (
     Notes,
     Steps,
     Toy,
-    encode,
     fit,
     make_batch,
     make_scored,
     plain_logprobs,
     plain_model,
+    read_by_hand,
     same,
     weights_of,
 )
@@ -67,17 +67,6 @@ def run(path: Path, scored: list[ScoredRollout], root: Path, **options: Any) -> 
         ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), max_grad_norm=0, **options
     )
     return method, fit(method, [make_batch(scored)], root)
-
-
-def read_by_hand(builder: PromptBuilder, scored: ScoredRollout) -> tuple[int, ...]:
-    """What equation 4's teacher reads before the second copy of y."""
-    body = tuple(i for i in scored.rollout.token_ids if i != builder.end_id)
-    phrase = (
-        "Let me rephrase the above solution."
-        if scored.verdict.reward
-        else ("Wait, this response is not correct, let me start over.")
-    )
-    return scored.rollout.prompt.token_ids + body + encode(builder, f"\n\n{phrase}\n\n")
 
 
 def chat(build: Callable[[ScoredRollout], str]) -> Callable[[PromptBuilder, ScoredRollout], tuple[int, ...]]:
