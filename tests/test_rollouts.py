@@ -134,9 +134,9 @@ def test_ranks_that_share_an_engine_make_every_call_together(builder: PromptBuil
 def test_a_cut_response_is_truncated_whatever_it_holds(builder: PromptBuilder, tmp_path: Path) -> None:
     question = Question("q", "1+1=", "2")
     right = Rollout(builder.prompt(question), (), (), "=2", "stop", 0)
-    assert score(right, Toy()).verdict.reason == "correct"
+    assert score([right], Toy())[0].verdict.reason == "correct"
     cut = Rollout(builder.prompt(question), (), (), "=2", "length", 0)
-    assert (score(cut, Toy()).verdict.reward, score(cut, Toy()).verdict.reason) == (0, "truncated")
+    assert (score([cut], Toy())[0].verdict.reward, score([cut], Toy())[0].verdict.reason) == (0, "truncated")
 
 
 # --- the journal ----------------------------------------------------------------------------------

@@ -20,11 +20,13 @@ from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Tra
 log = logging.getLogger(__name__)
 
 
-def score(rollout: Rollout, task: Task) -> ScoredRollout:
-    """The verdict on a rollout; one that was cut at the token limit is `truncated`, whatever it contains."""
-    if rollout.finish_reason != "stop":
-        return ScoredRollout(rollout, Verdict(0, "truncated"))
-    return ScoredRollout(rollout, task.verify(rollout.prompt.question, rollout.text))
+def score(rollouts: Sequence[Rollout], task: Task) -> list[ScoredRollout]:
+    """The verdicts on rollouts; one that was cut at the token limit is `truncated`, whatever it contains."""
+    finished = [(r.prompt.question, r.text) for r in rollouts if r.finish_reason == "stop"]
+    verdicts = iter(task.verify_all(finished))
+    return [
+        ScoredRollout(r, next(verdicts) if r.finish_reason == "stop" else Verdict(0, "truncated")) for r in rollouts
+    ]
 
 
 def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
@@ -179,7 +181,7 @@ class Sampler:
         for call in range(self.largest(-(-len(prompts) // self.call_size))):
             mine = prompts[call * self.call_size : (call + 1) * self.call_size]
             rollouts = self._call(mine, sampling, group, call, policy_version)
-            scored += [score(rollout, self.task) for rollout in rollouts]
+            scored += score(rollouts, self.task)
             progress(len(rollouts))
         return scored
 

@@ -33,6 +33,10 @@ class Task(ABC):
         token limit never get here: they are `truncated`.
         """
 
+    def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        """The verdicts on many (question, response), in order: override it where they can be had side by side."""
+        return [self.verify(question, response) for question, response in answers]
+
 
 class TraceSource(ABC):
     """Where the traces of a cross-entropy phase come from: a file, demonstrations of a data set, a generator."""
