@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdzero.judge.types import JudgeError
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -20,6 +22,9 @@ USAGE = """usage: sdzero COMMAND ...
   fit --config FILE          train (SRT or SelfDistill); any LightningCLI override follows
   validate|test|predict --config FILE
                              sample and score held-out questions
+  judge PROGRAM --language L --tests FILE
+                             a program against its tests, in a sandbox; the verdict as JSON
+  grade --task NAME FILE     stored responses through a task's verifier: a verdict per row, a summary by reason
   init [NAME]                a shipped recipe, written into this folder to be edited
   import-gguf FILE FOLDER    a model folder out of a GGUF file
   report RUN_DIR             one HTML page about a run, finished or not
@@ -69,6 +74,18 @@ def doctor(arguments: list[str]) -> None:
     main(arguments)
 
 
+def judge(arguments: list[str]) -> None:
+    from sdzero.judge.command import main
+
+    main(arguments)
+
+
+def grade(arguments: list[str]) -> None:
+    from sdzero.grade import main
+
+    main(arguments)
+
+
 def init(arguments: list[str]) -> None:
     from sdzero.recipes import main
 
@@ -96,6 +113,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "collect": collect,
     "report": report,
     "doctor": doctor,
+    "judge": judge,
+    "grade": grade,
     "init": init,
     "import-gguf": import_gguf,
 }
@@ -121,7 +140,7 @@ def main() -> None:
     except ArgumentError as error:
         print(f"sdzero {name}: error: {_one_line(str(error))}; `sdzero {name} --help` lists the keys", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, JudgeError) as error:
         own = _own(error)
         if own is None:
             raise

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,14 @@ def test_ids_of_a_column(tmp_path: Path) -> None:
         Equal(path, id_column="key").questions("eval", 1)
 
 
+def test_without_a_gold_answer(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", [{"question": "q", "key": 7, "answer": None}])
+    assert everything(Equal(path, answer_column=None)) == [
+        Question("equal/2b3570fb29bd1435", "q", "", {"key": 7, "answer": None})
+    ]
+    assert everything(Equal(path, answer_column=None, id_column="key"))[0].id == "equal/7"
+
+
 def test_a_file_for_each_split(tmp_path: Path) -> None:
     paths: Any = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(6, split)) for split in SPLITS}
     task = Equal(paths)
@@ -139,6 +147,33 @@ def test_repeated_questions_are_left_out_and_counted(tmp_path: Path, caplog: pyt
     path = jsonl(tmp_path / "q.jsonl", [*rows_of(4), *rows_of(2)])
     assert [q.text for q in everything(Equal(path))] == ["q0", "q1", "q2", "q3"]
     assert f"left out 2 rows that repeat a question, e.g. {path}: row 5 repeats {path}: row 1" in caplog.text
+
+
+class NoEights(Equal):
+    def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
+        self.asked = [question.text for question in questions]
+        return {question.id: "eights are odd" for question in questions if "8" in question.answer}
+
+
+def test_ungradable_questions_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path / "q.jsonl", [*rows_of(30), *rows_of(2)])
+    task = NoEights(path, max_dropped_share=0.1)
+    assert task.dropped == []
+    assert [q.answer for q in everything(task)] == [str(i) for i in range(30) if i not in (8, 18, 28)]
+    assert task.asked == [f"q{i}" for i in range(30)]  # all at once, and repeats only once
+    assert task.dropped == [(f"{path}: row {n}", "eights are odd") for n in (9, 19, 29)]
+    assert f"left out 3 of 30 questions that cannot be graded, e.g. {path}: row 9: eights are odd" in caplog.text
+
+
+def test_too_many_ungradable_questions_are_an_error(tmp_path: Path) -> None:
+    paths: Any = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(10, split)) for split in SPLITS}
+    said = r"has 3 of 30 questions that cannot be graded, e.g. .*phase1.jsonl: row 9: eights are odd: mend them.*=0.099"
+    with pytest.raises(ValueError, match=said):
+        NoEights(paths, max_dropped_share=0.099).questions("eval", 1)
+    with pytest.raises(ValueError, match=r"cannot be graded.*max_dropped_share=0.05"):
+        NoEights(paths).questions("eval", 1)
+    with pytest.raises(ValueError, match=r"task.max_dropped_share must lie in \[0, 1\], got 5"):
+        NoEights(paths, max_dropped_share=5)
 
 
 @pytest.mark.parametrize("column", ["question", "answer"])

@@ -1,4 +1,4 @@
-r"""The last balanced \boxed{...} of a response: where a final answer is read."""
+r"""Where a final answer is read: the last balanced \boxed{...} of what a response says after its thought."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def last_boxed(text: str, max_length: int = 1000) -> str | None:
                 begin, end = opened, brace.start()
     content = text[begin:end].strip()
     return content if 0 < len(content) <= max_length else None
+
+
+def after_thought(response: str) -> str:
+    """What stands behind the last `</think>`; empty where a thought was begun and not ended. Models that are prompted
+    with `<think>` do not write it themselves."""
+    rest = response.rpartition("</think>")[2]
+    return "" if "<think>" in rest else rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -70,27 +70,41 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 class Rows(Task):
     """Questions from a file with columns of any names; a subclass adds `verify`.
 
-    Every other column stands in the question's `meta`. Rows that repeat a question are left out, with a warning.
+    Every other column stands in the question's `meta`. Rows that repeat a question, and rows that no verifier could
+    grade, are left out, with a warning; `dropped` says of each of the latter where it stands, and why.
 
     Args:
         path: the file, whose questions are dealt out by their hash: 40% phase1, 40% phase2, 20% eval; or a file for
             each split: `{phase1: ..., phase2: ..., eval: ...}`.
         question_column: column of the question's text.
-        answer_column: column of the gold answer; a number becomes text.
+        answer_column: column of the gold answer; a number becomes text. Null where the verifier needs none.
         id_column: column that names the question; null takes a hash of its text.
+        max_dropped_share: share of the questions, between 0 and 1, that may be ungradable before that is an error.
     """
 
     def __init__(
         self,
         path: str | dict[Split, str],
         question_column: str = "question",
-        answer_column: str = "answer",
+        answer_column: str | None = "answer",
         id_column: str | None = None,
+        max_dropped_share: float = 0.05,
     ) -> None:
         if isinstance(path, Mapping) and {*path} != {*get_args(Split)}:
             raise ValueError(f"task.path: needs one file, or a file for each of {get_args(Split)}; got {[*path]}")
+        if not 0 <= max_dropped_share <= 1:
+            raise ValueError(f"task.max_dropped_share must lie in [0, 1], got {max_dropped_share}")
         self.path = path
         self.question_column, self.answer_column, self.id_column = question_column, answer_column, id_column
+        self.max_dropped_share = max_dropped_share
+        self.dropped: list[tuple[str, str]] = []
+
+    def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
+        """Why questions cannot be graded, by their ids: every response to them would be wrong.
+
+        Override it where a row may lack what the verifier compares with. It gets all questions at once.
+        """
+        return {}
 
     def questions(self, split: Split, num_questions: int) -> list[Question]:
         questions = [question for of, question in self._all if of == split][:num_questions]
@@ -106,7 +120,7 @@ class Rows(Task):
         """The distinct questions of all files, each with its split.
 
         Raises:
-            ValueError: two questions share an id, or two files a question.
+            ValueError: two questions share an id, or two files a question; too many are ungradable.
         """
         texts: dict[str, tuple[Split | None, str]] = {}
         ids: dict[str, str] = {}
@@ -126,7 +140,22 @@ class Rows(Task):
                     questions.append((split or split_of(question.text), question))
         if repeats:
             log.warning("left out %d rows that repeat a question, e.g. %s", len(repeats), repeats[0])
-        return questions
+        reasons = self.ungradable([question for _, question in questions])
+        self._drop([(row, reasons[id]) for id, row in ids.items() if id in reasons], len(ids))
+        return [(of, question) for of, question in questions if question.id not in reasons]
+
+    def _drop(self, dropped: list[tuple[str, str]], num_questions: int) -> None:
+        """Keeps and reports what was left out. Raises: ValueError if that is too much."""
+        self.dropped = dropped
+        if not dropped:
+            return
+        said = f"{len(dropped)} of {num_questions} questions that cannot be graded, e.g. {': '.join(dropped[0])}"
+        if len(dropped) > self.max_dropped_share * num_questions:
+            raise ValueError(
+                f"{self.path} has {said}: mend them, take them out, or allow more than "
+                f"task.max_dropped_share={self.max_dropped_share}"
+            )
+        log.warning("left out %s", said)
 
     def _read(self, path: Path) -> Iterator[tuple[str, Question]]:
         """(where it stands, question) of every row. Raises: ValueError naming the column or the row."""
@@ -144,8 +173,12 @@ class Rows(Task):
                 f"(column {column!r}): fill them in, or take them out"
             )
         for number, row in enumerate(rows, 1):
-            text, answer, *id = (_text(path, number, column, row[column]) for column in needed)
-            name = id[0] if id else hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            cells = {column: _text(path, number, column, row[column]) for column in needed}
+            text = cells[self.question_column]
+            answer = cells[self.answer_column] if self.answer_column is not None else ""
+            name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            if self.id_column is not None:
+                name = cells[self.id_column]
             meta = {column: value for column, value in row.items() if column not in needed}
             yield f"{path}: row {number}", Question(f"{type(self).__name__.lower()}/{name}", text, answer, meta)
 

@@ -1,0 +1,122 @@
+"""`sdzero grade`: stored responses through a task's verifier, to see what a reward says and why.
+
+It imports no torch, and starts in a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdzero import tasks
+from sdzero.tasks.base import Task
+from sdzero.tasks.rows import Rows, read_rows
+from sdzero.types import Question, Verdict
+
+_OWN = ("response", "answer", "question", "id", "finish_reason", "reward")  # columns; the rest is the question's meta
+
+
+def find_task(name: str) -> type[Task]:
+    """A task by its class's name, in any case, or by its class_path.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    known = {n.lower(): getattr(tasks, n) for n in tasks.__all__ if n not in ("Task", "Rows")}
+    if name.lower() in known:
+        return known[name.lower()]
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None) if module else None
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ValueError(f"--task {name}: no such task; there are {sorted(known)}, or a class_path such as mine.MyTask")
+    return found
+
+
+def make_task(kind: type[Task], file: Path, options: Sequence[str]) -> Task:
+    """The task with its init_args given as KEY=VALUE; a task of rows takes them from the file that is graded.
+
+    Raises:
+        ValueError: an option is not of that form, or the task does not take it.
+    """
+    if wrong := [option for option in options if "=" not in option]:
+        raise ValueError(f"--init {wrong[0]}: must be KEY=VALUE")
+    given = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options)}
+    if issubclass(kind, Rows):
+        given = {"path": str(file), **given}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"--init: {error}") from None
+
+
+def grade(task: Task, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A verdict per row: its number, reward, reason, and the answer that was read.
+
+    A row whose gold answer cannot be graded has the reward null, with the message; a row with a `reward` of its own
+    that differs says so (`disagrees`).
+
+    Raises:
+        ValueError: a row has no response.
+        JudgeError: the machinery failed.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("response"), str):
+            raise ValueError(f"row {number} has no text under 'response'; it has {sorted(row)}")
+    questions = [_question(number, row) for number, row in enumerate(rows, 1)]
+    problems = task.ungradable(questions) if isinstance(task, Rows) else {}
+    open_ = [i for i, q in enumerate(questions) if q.id not in problems and rows[i].get("finish_reason") != "length"]
+    verdicts = dict(zip(open_, task.verify_all([(questions[i], rows[i]["response"]) for i in open_]), strict=True))
+    graded = []
+    for i, (question, row) in enumerate(zip(questions, rows, strict=True)):
+        verdict = verdicts.get(i, Verdict(0, "truncated"))
+        said: dict[str, Any] = {
+            "row": i + 1,
+            "reward": verdict.reward,
+            "reason": verdict.reason,
+            "parsed": verdict.parsed,
+        }
+        if question.id in problems:
+            said |= {"reward": None, "reason": "ungradable", "message": problems[question.id]}
+        if "reward" in row and said["reward"] is not None and bool(row["reward"]) != bool(said["reward"]):
+            said["disagrees"] = True
+        graded.append(said)
+    return graded
+
+
+def summary(graded: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows by reason, the mean reward of those that could be graded, and how many disagree with their own reward."""
+    rewards = [row["reward"] for row in graded if row["reward"] is not None]
+    return {
+        "rows": len(graded),
+        "mean_reward": round(sum(rewards) / len(rewards), 4) if rewards else None,
+        "reasons": dict(Counter(row["reason"] for row in graded).most_common()),
+        "disagree": sum(row.get("disagrees", False) for row in graded),
+    }
+
+
+def _question(number: int, row: dict[str, Any]) -> Question:
+    meta = {column: value for column, value in row.items() if column not in _OWN}
+    return Question(f"row {number}", str(row.get("question", "")), str(row.get("answer", "")), meta)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="sdzero grade", description="Grades stored responses; prints JSON lines.")
+    parser.add_argument(
+        "file", type=Path, help="JSONL, JSON or parquet with `response`, `answer` and what the task needs"
+    )
+    parser.add_argument("--task", required=True, metavar="NAME", help="math, countdown, ..., or a class_path")
+    parser.add_argument("--init", action="append", default=[], metavar="KEY=VALUE", help="an init_arg of the task")
+    given = parser.parse_args(arguments)
+    rows = read_rows(given.file)
+    graded = grade(make_task(find_task(given.task), given.file, given.init), rows)
+    for row in graded:
+        sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(json.dumps({"summary": summary(graded)}))

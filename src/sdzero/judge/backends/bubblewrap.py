@@ -1,0 +1,61 @@
+"""bubblewrap: user, pid, network, ipc and mount namespaces without root. The default."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import cached_property
+
+from sdzero.judge.sandbox import ENVIRONMENT, FILTER, STATUS, WORK, Backend, Job
+
+
+class Bubblewrap(Backend):
+    name = "bubblewrap"
+
+    def missing(self) -> str | None:
+        if not shutil.which("bwrap"):
+            return "bwrap is not installed: apt install bubblewrap (Fedora: dnf install bubblewrap)"
+        return None
+
+    @cached_property
+    def _root(self) -> list[str]:
+        """The system's programs and libraries, nothing of /usr/local, /etc or /home."""
+        mounts = ["--ro-bind", "/usr", "/usr", "--tmpfs", "/usr/local"]
+        for name in ("bin", "lib", "lib64", "sbin"):
+            if os.path.islink(f"/{name}"):
+                mounts += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
+            elif os.path.isdir(f"/{name}"):
+                mounts += ["--ro-bind", f"/{name}", f"/{name}"]
+        return mounts
+
+    def command(self, job: Job) -> list[str]:
+        size = str(job.limits.files_mb * 2**20)
+        argv = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
+        argv += ["--json-status-fd", str(STATUS), "--seccomp", str(FILTER)]
+        argv += ["--cap-drop", "ALL", "--clearenv", *self._root, "--proc", "/proc", "--dev", "/dev"]
+        argv += ["--size", "1048576", "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp"]
+        argv += ["--bind", job.folder, WORK] if job.folder else ["--size", size, "--tmpfs", WORK]
+        for here, there in job.binds:
+            argv += ["--ro-bind", here, there]
+        argv += ["--remount-ro", "/", "--remount-ro", "/dev", "--chdir", WORK]
+        for name, value in ENVIRONMENT.items():
+            argv += ["--setenv", name, value]
+        return [*argv, "--", *job.limited(self.counted, nproc=job.limits.processes)]
+
+    def child(self, status: bytes) -> int | None:
+        return _value(status, "child-pid")
+
+    def exit_code(self, status: bytes, code: int) -> int | None:
+        return _value(status, "exit-code")
+
+
+def _value(status: bytes, key: str) -> int | None:
+    """bubblewrap writes one JSON object a line; the last line may not be whole yet."""
+    for line in status.splitlines():
+        try:
+            if key in (row := json.loads(line)):
+                return row[key]
+        except ValueError:
+            continue
+    return None

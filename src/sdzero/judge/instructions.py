@@ -1,0 +1,89 @@
+"""Whether a response follows verifiable instructions, by the verifiers of IFEval and IFBench that if-verifiable keeps.
+
+Runs in a worker that can be killed: the verifiers search model text with regular expressions.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+Benchmark = Literal["ifeval", "ifbench"]
+NLTK_DATA = ("punkt", "punkt_tab", "averaged_perceptron_tagger_eng", "stopwords")
+
+
+@dataclass(frozen=True)
+class Job:
+    """`response` None asks whether the question can be verified at all."""
+
+    benchmark: Benchmark
+    prompt: str
+    instruction_ids: tuple[str, ...]
+    kwargs: tuple[dict[str, Any], ...]
+    loose: bool
+    response: str | None
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The instructions that a response did not follow; `problem` says why there is no telling."""
+
+    missed: tuple[str, ...] = ()
+    problem: str = ""
+
+
+WARM_UP = Job("ifeval", "", ("punctuation:no_comma",), ({},), False, "warm")
+
+
+def needs_if_verifiable() -> None:
+    """Raises: ModuleNotFoundError naming the extra."""
+    if not find_spec("if_verifiable"):
+        raise ModuleNotFoundError(
+            'IFEval and IFBench need the package if-verifiable: pip install "sdzero[instructions]"',
+            name="if_verifiable",
+        )
+
+
+def work(job: Job) -> Followed:
+    """Checks one response against every instruction of its question.
+
+    Raises:
+        RuntimeError: NLTK's data is missing; names the remedy.
+    """
+    registry = _registry(job.benchmark)
+    if unknown := [id for id in job.instruction_ids if id not in registry]:
+        return Followed(problem=f"{job.benchmark} has no instruction {unknown[0]!r}")
+    if not job.instruction_ids:
+        return Followed(problem="it has no instructions")
+    if len(job.kwargs) != len(job.instruction_ids):
+        return Followed(problem=f"{len(job.instruction_ids)} instructions, but kwargs for {len(job.kwargs)}")
+    from if_verifiable.common import evaluate_instructions
+
+    random.seed(0)  # what a question leaves open is drawn: the same every time
+    kwargs = [dict(row) for row in job.kwargs]
+    response = "A sentence. Another one." if job.response is None else job.response
+    try:
+        results, _ = evaluate_instructions(response, [*job.instruction_ids], kwargs, job.prompt, registry)
+    except LookupError as error:
+        if "nltk" not in str(error).lower():
+            raise
+        remedy = f"python -m nltk.downloader {' '.join(NLTK_DATA)}"
+        raise RuntimeError(f"verifiers need data of NLTK that is not there: {remedy}") from error
+    if len(results) != len(job.instruction_ids):  # a blank response
+        return Followed(job.instruction_ids)
+    return Followed(tuple(r.instruction_id for r in results if not (r.loose_pass if job.loose else r.strict_pass)))
+
+
+def _registry(benchmark: Benchmark) -> dict[str, Any]:
+    import langdetect
+    import nltk
+
+    langdetect.DetectorFactory.seed = 0
+    nltk.download = lambda *_, **__: False  # IFBench's verifiers would load data from the network when imported
+    if benchmark == "ifeval":
+        from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+    else:
+        from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT
+    return INSTRUCTION_DICT

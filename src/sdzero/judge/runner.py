@@ -1,0 +1,72 @@
+"""Calls one function of a submission inside the sandbox: a file of its own, which any python3 from 3.9 on runs.
+
+`python3 -I -S runner.py` reads {"source", "call", "args"} as JSON from standard input and writes one line of JSON, the
+returned value, to the standard output it was started with. What the submission prints goes to standard error.
+
+The expected value never comes here. A submission that takes this file apart can do no more than choose the value that
+it seems to return, and that it may do anyway. What it cannot do is return an object that decides itself what it equals:
+only the exact builtin types are written, and every other value is marked as such.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from json import dumps, loads  # names of our own: a submission may replace the module's
+from os import _exit, write
+from traceback import print_exc
+from types import ModuleType
+from typing import Any
+
+MAX_DEPTH = 200  # of lists in lists; a deeper value equals nothing, like one that contains itself
+_PLAIN = 2**63
+
+
+def encode(value: Any, depth: int = 0) -> Any:
+    """A value as JSON can write it without losing its type; objects mark what is not plain JSON."""
+    kind = type(value)
+    if value is None or kind in (bool, float, str):
+        return value
+    if kind is int:  # digits beyond some thousands cannot be read back, and base 16 can
+        return value if -_PLAIN <= value < _PLAIN else {"int": format(value, "x")}
+    if kind in (list, tuple) and depth < MAX_DEPTH:
+        return [encode(item, depth + 1) for item in value]
+    if kind is dict and depth < MAX_DEPTH and all(type(key) is str for key in value):
+        return {"dict": [[key, encode(item, depth + 1)] for key, item in value.items()]}
+    return {"other": None}
+
+
+def returned(source: str, call: str, args: list[Any]) -> Any:
+    """What the submission's function returns: a method of its class Solution, or a function by that name.
+
+    The module is not called `__main__`: what a program does on its own, such as reading its input, is left out. Typing's
+    names are there without an import, since the signatures of starter code use them so.
+    """
+    module = sys.modules["submission"] = ModuleType("submission")  # dataclasses and pickle look it up
+    exec("from typing import *", module.__dict__)
+    exec(compile(source, "submission.py", "exec", dont_inherit=True), module.__dict__)
+    solution = getattr(module, "Solution", None)
+    if isinstance(solution, type) and hasattr(solution, call):
+        return getattr(solution(), call)(*args)
+    return getattr(module, call)(*args)
+
+
+def main() -> None:
+    request = loads(sys.stdin.buffer.read())
+    results = os.dup(1)  # not inherited by the processes that a submission starts
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        line = dumps(encode(returned(request["source"], request["call"], request["args"]))).encode() + b"\n"
+    except BaseException:  # noqa: BLE001 - whatever it was, the function has not returned: SystemExit is no success
+        try:
+            print_exc()
+        finally:
+            _exit(1)
+    while line:
+        line = line[write(results, line) :]
+    _exit(0)  # nothing that a submission has registered for the end runs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Runs programs in a sandbox: starts, feeds, watches, ends and reaps them, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import dataclasses
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sdzero.judge import seccomp
+from sdzero.judge.cgroups import Cgroup, Cgroups
+from sdzero.judge.sandbox import FILTER, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
+from sdzero.judge.slots import Slots
+
+KEPT = 2048  # bytes of standard error that are kept
+_CHUNK = 1 << 16
+_WATCH_SECONDS = 0.02  # between looks at the memory of a run that no cgroup counts
+_LOOK_SECONDS = 0.005  # between looks at what is left of a run
+_REMAINS_SECONDS = 20.0  # that the remains of a run may take to go
+_PR_SET_CHILD_SUBREAPER = 36
+
+Stop = Literal["timeout", "memory", "output_limit"]
+
+
+class Fault(RuntimeError):
+    """The sandbox did not prove that the program ran."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        code: the program's exit code, 128 + signal where one ended it; -1 where the judge did.
+        stopped: why the judge or the kernel ended it, if they did.
+    """
+
+    code: int
+    stopped: Stop | None
+    cpu_seconds: float
+    wall_seconds: float
+    memory_mb: float
+    stdout: bytes
+    stderr: bytes
+
+
+@dataclass
+class _Run:
+    """One run under way."""
+
+    pid: int
+    job: Job
+    group: Cgroup | None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # the sandbox's own process is gone
+    code: int = 0  # the sandbox's own
+    stopped: Stop | None = None
+    num_bytes: int = 0
+    status: bytearray = field(default_factory=bytearray)
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+
+    def stop(self, why: Stop) -> None:
+        if not self.ended.is_set():
+            self.stopped = self.stopped or why
+            os.kill(self.pid, signal.SIGKILL)  # all that it holds ends with it
+
+
+def sealed(data: bytes) -> int:
+    """A descriptor that reads `data` from the start, and through which nobody can write."""
+    descriptor = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+class Runs:
+    """Starts runs, within an asyncio loop. Its process becomes the reaper of all that they leave behind.
+
+    Args:
+        backend: the kind of sandbox.
+        slots: how many runs may be under way.
+        cgroups: counts the memory of each run; None watches it instead, and limits address spaces.
+        folder: where sandboxes that share this machine's file tree get their folder.
+    """
+
+    def __init__(self, backend: Backend, slots: Slots, cgroups: Cgroups | None, folder: Path) -> None:
+        self.backend, self.slots, self.cgroups, self.folder = backend, slots, cgroups, folder
+        backend.counted = cgroups is not None
+        self._filter = seccomp.program()
+        self._reaped = asyncio.Event()
+        self._runs: dict[int, _Run] = {}
+        self._gone: dict[int, resource.struct_rusage] = {}
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
+
+    async def run(self, job: Job, stdin: bytes = b"") -> Outcome:
+        """One run, to its end.
+
+        Raises:
+            Fault: the sandbox did not prove that the program ran, or its remains would not go.
+        """
+        async with self.slots.take(job.limits.memory_mb):
+            return await self._within(job, stdin)
+
+    async def _within(self, job: Job, stdin: bytes) -> Outcome:
+        made = None
+        if not self.backend.mounts:
+            job, made = self._in_folder(job)
+        group = self.cgroups.new(job.limits.memory_mb) if self.cgroups else None
+        source = sealed(stdin)
+        try:
+            return await self._run(job, source, group)
+        finally:
+            os.close(source)
+            if group:
+                group.remove()
+            if made:
+                shutil.rmtree(made)
+
+    def _in_folder(self, job: Job) -> tuple[Job, str | None]:
+        made = None if job.folder else tempfile.mkdtemp(dir=self.folder)
+        job = dataclasses.replace(job, folder=job.folder or made)
+        for here, there in job.binds:
+            if there.startswith(f"{WORK}/"):
+                shutil.copy(here, f"{job.folder}{there[len(WORK) :]}")
+        return job, made
+
+    async def _run(self, job: Job, stdin: int, group: Cgroup | None) -> Outcome:
+        loop, started = asyncio.get_running_loop(), time.monotonic()
+        run, pipes = self._start(job, stdin, group)
+        try:
+            timer = loop.call_later(job.limits.wall_seconds, run.stop, "timeout")
+            watch = None if group else loop.create_task(self._watch(run))
+            await self._end(run)
+            wall = time.monotonic() - started
+            timer.cancel()
+            if watch:
+                await watch
+            for descriptor, kept in pipes.items():  # what is left, not their end: a stray process may hold them open
+                while self._read(run, descriptor, kept):
+                    pass
+        finally:
+            for descriptor in pipes:
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
+        usage = await self._settle(run)
+        stopped = "memory" if group and group.ran_out() else run.stopped
+        code = -1 if stopped else self.backend.exit_code(bytes(run.status), run.code)
+        if code is None:
+            raise Fault(f"{self.backend.name}: {bytes(run.stderr).decode(errors='replace').strip() or 'no exit code'}")
+        cpu = usage.ru_utime + usage.ru_stime
+        memory = (group.peak_mb() if group else 0.0) or usage.ru_maxrss / 1024
+        return Outcome(code, stopped, cpu, wall, memory, bytes(run.stdout), bytes(run.stderr))
+
+    async def _end(self, run: _Run) -> None:
+        try:
+            await run.ended.wait()
+        except asyncio.CancelledError:  # nobody asks for it any more
+            run.stop("timeout")
+            await run.ended.wait()
+            await self._settle(run)
+            raise
+
+    def _start(self, job: Job, stdin: int, group: Cgroup | None) -> tuple[_Run, dict[int, bytearray]]:
+        pairs = {number: os.pipe() for number in (STDOUT, STDERR, STATUS)}
+        pid = os.fork()  # and no spawn: it has to enter its cgroup before anything else
+        if pid == 0:
+            try:
+                self._become(job, {STDIN: stdin, **{number: theirs for number, (_, theirs) in pairs.items()}}, group)
+            finally:
+                os._exit(126)
+        run = self._runs[pid] = _Run(pid, job, group)
+        pipes = {}
+        for number, kept in ((STDOUT, run.stdout), (STDERR, run.stderr), (STATUS, run.status)):
+            ours, theirs = pairs[number]
+            os.close(theirs)
+            os.set_blocking(ours, False)
+            pipes[ours] = kept
+            asyncio.get_running_loop().add_reader(ours, self._read, run, ours, kept)
+        return run, pipes
+
+    def _become(self, job: Job, descriptors: dict[int, int], group: Cgroup | None) -> None:
+        """In the forked process. The judge keeps its own descriptors above those that a sandbox gets."""
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if group:
+            group.add(os.getpid())
+        descriptors[FILTER] = sealed(self._filter)
+        for number, ours in descriptors.items():
+            os.dup2(ours, number)
+        os.closerange(FILTER + 1, 1 << 16)
+        self.backend.execute(job)
+
+    # --- while it runs --------------------------------------------------------------------------
+
+    def _read(self, run: _Run, descriptor: int, kept: bytearray) -> bool:
+        """Takes what a pipe holds. Returns whether there may be more."""
+        try:
+            data = os.read(descriptor, _CHUNK)
+        except BlockingIOError:
+            return False
+        if not data:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            return False
+        if kept is not run.status:
+            run.num_bytes += len(data)
+            if run.num_bytes > run.job.limits.output_mb * 2**20:
+                run.stop("output_limit")
+                run.stopped = run.stopped or "output_limit"  # found in what was left
+                return False
+        kept += data[: max(KEPT - len(kept), 0)] if kept is run.stderr else data
+        return True
+
+    async def _watch(self, run: _Run) -> None:
+        """Holds a run that no cgroup counts to its memory: the private pages of all its processes."""
+        while not run.ended.is_set():
+            if sum(map(_private_mb, _tree(run.pid))) > run.job.limits.memory_mb:
+                run.stop("memory")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(run.ended.wait(), _WATCH_SECONDS)
+
+    def _reap(self) -> None:
+        """Every child that has ended, and every orphan that became ours."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._gone[pid] = usage
+            self._reaped.set()
+            if run := self._runs.get(pid):
+                run.code = os.waitstatus_to_exitcode(status)
+                run.ended.set()
+
+    # --- its end --------------------------------------------------------------------------------
+
+    async def _settle(self, run: _Run) -> resource.struct_rusage:
+        """Waits until nothing of a run is left. Returns what its processes used, the sandbox's own left out."""
+        inner = self.backend.child(bytes(run.status))
+        deadline = time.monotonic() + _REMAINS_SECONDS
+        while left := self._left(run, inner):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise Fault(f"the remains of a run would not go within {_REMAINS_SECONDS:.0f} s")
+            self._reaped.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._reaped.wait(), _LOOK_SECONDS)
+        del self._runs[run.pid]
+        own = self._gone.pop(run.pid)
+        usage = self._gone.pop(inner) if inner else own
+        if not self._runs:
+            self._gone.clear()  # orphans that nobody asks for
+        return usage
+
+    def _left(self, run: _Run, inner: int | None) -> set[int]:
+        left = {*run.group.processes()} if run.group else set()
+        return left | {inner} if inner and inner not in self._gone else left
+
+
+def _tree(pid: int) -> Iterator[int]:
+    """A process and all below it."""
+    yield pid
+    try:
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from _tree(int(child))
+    except OSError:
+        return  # it has ended meanwhile
+
+
+def _private_mb(pid: int) -> float:
+    try:
+        resident, shared = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
+    except OSError:
+        return 0.0
+    return (resident - shared) * resource.getpagesize() / 2**20

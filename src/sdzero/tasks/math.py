@@ -1,0 +1,119 @@
+r"""Mathematics of one's own rows, answered in `\boxed{}` and compared with the gold answer as LaTeX."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from sdzero.judge import mathematics
+from sdzero.judge.pool import Failed, GraderPool
+from sdzero.tasks.boxed import after_thought, last_boxed
+from sdzero.tasks.rows import Rows
+from sdzero.types import Question, Split, Verdict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is left out: no response to it could be graded."""
+
+    id: str
+    answer: str
+    reason: str
+
+
+class Math(Rows):
+    r"""Questions of a file whose gold answers are LaTeX, as in OpenR1-Math or MATH.
+
+    The last balanced `\boxed{}` after a response's thought is compared by value: by math-verify, in worker processes.
+    Rows whose gold answer cannot be graded are left out, with a warning; they stand in `dropped`.
+
+    Args:
+        path: as in Rows.
+        question_column: as in Rows.
+        answer_column: as in Rows.
+        id_column: as in Rows.
+        instruction: appended to every question after a blank line; empty leaves the question as it is.
+        num_workers: processes that grade.
+        deadline: seconds for one answer; one that takes longer is wrong (`timeout`).
+        max_dropped_share: raises where more than this share of the rows has to be left out.
+
+    Raises:
+        ModuleNotFoundError: math-verify or pebble is not installed; names the extra.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[Split, str],
+        question_column: str = "problem",
+        answer_column: str = "answer",
+        id_column: str | None = None,
+        instruction: str = r"Please reason step by step, and put your final answer within \boxed{}.",
+        num_workers: int = 2,
+        deadline: float = 3.0,
+        max_dropped_share: float = 0.05,
+    ) -> None:
+        super().__init__(path, question_column, answer_column, id_column)
+        mathematics.needs_math_verify()
+        self.instruction, self.max_dropped_share = instruction, max_dropped_share
+        self.dropped: list[Dropped] = []
+        self._pool: GraderPool[mathematics.Job, Any] = GraderPool(
+            mathematics.work, mathematics.WARM_UP, num_workers, deadline
+        )
+
+    def verify(self, question: Question, response: str) -> Verdict:
+        return self.verify_all([(question, response)])[0]
+
+    def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        stated = [last_boxed(after_thought(response)) for _, response in answers]
+        golds = [question.answer for question, _ in answers]
+        verdicts = [mathematics.decide(answer, gold) for answer, gold in zip(stated, golds, strict=True)]
+        open_ = [number for number, verdict in enumerate(verdicts) if verdict is None]
+        outcomes = self._pool.map([(stated[number], golds[number]) for number in open_])
+        for number, outcome in zip(open_, outcomes, strict=True):
+            if isinstance(outcome, Failed):
+                outcome = Verdict(0, outcome.reason, stated[number])
+            verdicts[number] = outcome
+        return [verdict for verdict in verdicts if verdict is not None]
+
+    @cached_property
+    def _all(self) -> list[tuple[Split, Question]]:
+        """Raises: ValueError where too many gold answers cannot be graded."""
+        questions = super()._all
+        reasons = self._reasons({question.answer for _, question in questions})
+        self.dropped = [
+            Dropped(question.id, question.answer, reasons[question.answer])
+            for _, question in questions
+            if question.answer in reasons
+        ]
+        if self.dropped:
+            said = (
+                f"{len(self.dropped)} of {len(questions)} gold answers in {self.path} cannot be graded: "
+                + "; ".join(
+                    f"{count} because {reason}"
+                    for reason, count in Counter(row.reason for row in self.dropped).most_common()
+                )
+            )
+            example = f", e.g. {self.dropped[0].answer!r} of {self.dropped[0].id}"
+            if len(self.dropped) > self.max_dropped_share * len(questions):
+                raise ValueError(
+                    f"{said}{example}. That is more than task.max_dropped_share={self.max_dropped_share}: "
+                    f"is {self.answer_column!r} the column of final answers?"
+                )
+            log.warning("left out rows: %s%s", said, example)
+        end = f"\n\n{self.instruction}" if self.instruction else ""
+        return [(split, replace(q, text=q.text + end)) for split, q in questions if q.answer not in reasons]
+
+    def _reasons(self, golds: set[str]) -> dict[str, str]:
+        """Why gold answers cannot be graded, for those that cannot."""
+        reasons = {gold: mathematics.check_quickly(gold) for gold in sorted(golds)}
+        slow = [gold for gold, reason in reasons.items() if reason is None]
+        outcomes = self._pool.map([(None, gold) for gold in slow])
+        for gold, outcome in zip(slow, outcomes, strict=True):
+            reasons[gold] = f"grading it ends in {outcome.reason}" if isinstance(outcome, Failed) else outcome
+        return {gold: reason for gold, reason in reasons.items() if reason}

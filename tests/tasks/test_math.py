@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdzero.judge.pool import GraderPool
+from sdzero.judge.types import JudgeError
+from sdzero.tasks.math import Math
+from sdzero.types import Question
+
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(num: int, gold: str = r"\frac{1}{2}") -> list[dict[str, Any]]:
+    return [{"problem": f"q{i}", "answer": gold, "level": i} for i in range(num)]
+
+
+@pytest.fixture(scope="module")
+def task() -> Math:
+    return Math("unread.jsonl", deadline=1.0)
+
+
+# --- what a response states -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        (r"\boxed{\frac{1}{2}}", "correct"),
+        (r"It is \boxed{0.5}.", "correct"),
+        (r"First \boxed{7}, no: \boxed{1/2}", "correct"),
+        (r"\boxed{1/2} \boxed{7}", "wrong"),
+        (r"\boxed{1/2}" "\n" r"\boxed{1/2}", "correct"),  # math-verify would make a set of them
+        (r"\boxed{1/2} and an open \boxed{7", "correct"),
+        (r"\boxed{\boxed{1/2}}", "correct"),
+        (r"\boxed{x = \frac12}", "correct"),
+        (r"\boxed{1/2} but the answer is $7$", "correct"),  # only a box states an answer
+        (r"\boxed{7} so it is $\frac12$", "wrong"),
+        (r"\boxed{1/2} \boxed{}", "unparseable"),
+        (r"The answer is 1/2.", "unparseable"),
+        (r"$\frac12$", "unparseable"),
+        (r"\boxed 1/2", "unparseable"),
+        (r"\boxed{" + "1" * 2000 + "}", "unparseable"),
+        (r"<think>\boxed{1/2}</think> \boxed{7}", "wrong"),
+        (r"<think>\boxed{7}</think> \boxed{1/2}", "correct"),
+        (r"\boxed{7}</think> \boxed{1/2}", "correct"),  # a template wrote <think>
+        (r"<think>It is \boxed{1/2}</think> Done.", "unparseable"),
+        (r"<think>It is \boxed{1/2}", "unparseable"),
+        (r"<think>a</think> \boxed{7} <think>\boxed{1/2}", "unparseable"),
+        (r"<think>a</think><think>b</think>\boxed{1/2}", "correct"),
+        ("", "unparseable"),
+    ],
+)
+def test_verdicts(task: Math, response: str, reason: str) -> None:
+    verdict = task.verify(Question("", "", r"\frac{1}{2}"), response)
+    assert (verdict.reward, verdict.reason) == (int(reason == "correct"), reason)
+    assert (verdict.parsed is None) == (reason == "unparseable")
+
+
+def test_many_answers_are_graded_as_one_by_one(task: Math) -> None:
+    question = Question("", "", r"\frac{x}{2}")
+    responses = [rf"\boxed{{{answer}}}" for answer in ("x/2", "x", "0.5x", "2", "?", r"\frac12 x", "9^{9^{9}} x")]
+    found = task.verify_all([(question, response) for response in responses])
+    assert [verdict.reason for verdict in found[:-1]] == [
+        "correct",
+        "wrong",
+        "correct",
+        "wrong",
+        "unparseable",
+        "correct",
+    ]
+    assert found == [task.verify(question, response) for response in responses]
+    assert task.verify_all([]) == []
+
+
+def test_an_answer_that_takes_for_ever_is_told_from_a_wrong_one(task: Math) -> None:
+    verdict = task.verify(Question("", "", "x^2"), r"\boxed{(a+b+c+d+e+f)^{40}-(a+b+c+d+e+g)^{40}}")
+    assert (verdict.reward, verdict.reason) == (0, "timeout") and verdict.parsed
+
+
+def test_a_fault_of_the_grader_is_no_reward() -> None:
+    task = Math("unread.jsonl")
+    task._pool = GraderPool[Any, Any](eval, "1/0")
+    with pytest.raises(JudgeError):
+        task.verify(Question("", "", "x"), r"\boxed{y}")
+
+
+# --- what a row becomes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("instruction", "end"), [({}, f"\n\n{INSTRUCTION}"), ({"instruction": ""}, "")])
+def test_the_instruction_follows_the_question(tmp_path: Path, instruction: dict[str, str], end: str) -> None:
+    task = Math(jsonl(tmp_path / "q.jsonl", rows_of(30)), **instruction)
+    assert [question.text for _, question in task._all] == [f"q{i}{end}" for i in range(30)]
+
+
+def test_a_questions_split_and_id_do_not_depend_on_the_instruction(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", rows_of(30))
+    first, other = Math(path)._all, Math(path, instruction="Be brief.")._all
+    assert [(split, question.id) for split, question in first] == [(split, question.id) for split, question in other]
+
+
+def test_rows_whose_gold_answer_cannot_be_graded_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = rows_of(60)
+    rows[3]["answer"], rows[30]["answer"], rows[40]["answer"] = "proof", "100 (i.e., all values)", r"\text{yes}"
+    task = Math(jsonl(tmp_path / "q.jsonl", rows))
+    with caplog.at_level(logging.WARNING):
+        kept = [question for _, question in task._all]
+    assert len(kept) == 58 and {q.answer for q in kept} == {r"\frac{1}{2}", r"\text{yes}"}
+    assert [(row.answer, row.reason) for row in task.dropped] == [
+        ("proof", "it is 'proof'"),
+        ("100 (i.e., all values)", "math-verify cannot parse it"),
+    ]
+    assert "2 of 60 gold answers" in caplog.text and "e.g. 'proof'" in caplog.text
+
+
+def test_too_many_such_rows_are_an_error(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", [*rows_of(18), *({"problem": f"p{i}", "answer": "proof"} for i in range(2))])
+    with pytest.raises(ValueError, match=r"2 of 20 gold answers.*task.max_dropped_share=0.05.*'answer' the column"):
+        Math(path).questions("eval", 1)
+    assert Math(path, max_dropped_share=0.1).questions("eval", 1)
+
+
+def test_a_gold_answer_that_takes_for_ever_is_left_out(tmp_path: Path) -> None:
+    rows = [*rows_of(3), {"problem": "p", "answer": r"\sum_{n=1}^{10^{5}} \sin(n^{n})"}]
+    task = Math(jsonl(tmp_path / "q.jsonl", rows), deadline=1.0, max_dropped_share=0.5)
+    assert len(task._all) == 3
+    assert [row.reason for row in task.dropped] == ["grading it ends in timeout"]
+
+
+@pytest.mark.parametrize("package", ["math_verify", "pebble"])
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf'{package.replace("_", "-")}: pip install "sdzero\[math\]"'):
+        Math("unread.jsonl")
+
+
+def test_grading_imports_no_torch() -> None:
+    code = "import sys, sdzero.tasks.math as m; m.Math('x'); print('torch' in sys.modules or 'sympy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    assert found.stdout.strip() == "True" if "sympy" in found.stderr else "False"
