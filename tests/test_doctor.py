@@ -303,12 +303,19 @@ def test_programs_are_looked_up_on_the_path(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(machine, "hub_row", lambda: Row("model hub", "ok", ""))
     assert "no C++ compiler" in machine.compiler_row().found and machine.compiler_row().status == "warning"
-    assert "neither bubblewrap nor nsjail" in named(machine.machine_rows(), "code sandbox").found
-    for name in ("bwrap", "clang++"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    assert str(tmp_path / "bwrap") in named(machine.machine_rows(), "code sandbox").found
+    (tmp_path / "clang++").write_text("#!/bin/sh\n")
+    (tmp_path / "clang++").chmod(0o755)
     assert "no C++ compiler" not in machine.compiler_row().found
+
+
+def test_the_sandbox_is_the_one_that_the_judge_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "sandlock.py").write_text("def landlock_abi_version(): return -1\ndef min_landlock_abi(): return 6\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row = machine.sandbox_row()
+    assert row.status == "missing" and "bwrap is not installed" in row.found and "bubblewrap" in row.remedy
+    (tmp_path / "bwrap").symlink_to("/bin/false")
+    assert "bubblewrap: it does not run" in machine.sandbox_row().found
 
 
 def test_windows_is_refused_and_nothing_else_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from sdzero.doctor.rows import Row
+from sdzero.judge.client import Judge
+from sdzero.judge.types import JudgeError
 
 GIB = 2**30
 HUB_SECONDS = 2.5
@@ -33,10 +35,19 @@ def machine_rows() -> Iterator[Row]:
     except FileNotFoundError as error:
         yield Row("TMPDIR", "broken", str(error), "set TMPDIR to a folder that can be written to")
     yield compiler_row()
-    sandboxes = ", ".join(path for path in map(shutil.which, ("bwrap", "nsjail")) if path)
-    found = sandboxes or "neither bubblewrap nor nsjail is installed"
-    yield Row("code sandbox", "ok", f"{found}; no task of this version runs a model's programs")
+    yield sandbox_row()
     yield hub_row()
+
+
+def sandbox_row() -> Row:
+    """Starts the judge, which tries the sandboxes."""
+    try:
+        with Judge(num_workers=1) as judge:
+            memory = "counted by a cgroup" if judge.counted else "watched, since no cgroup is ours to divide"
+            return Row("code sandbox", "ok", f"{judge.backend}, memory {memory}; programs get {judge.options.python}")
+    except (JudgeError, ValueError, OSError) as error:
+        remedy = "apt install bubblewrap, where programs are to be judged" if sys.platform == "linux" else ""
+        return Row("code sandbox", "missing", str(error), remedy)
 
 
 def platform_row() -> Row:

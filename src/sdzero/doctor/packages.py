@@ -21,6 +21,9 @@ PURPOSES = {
     "cuda": "the vLLM engine on NVIDIA GPUs, instead of [cpu]",
     "tasks": "the ReasoningGym tasks",
     "notebooks": "running the notebooks",
+    "math": "grading mathematics",
+    "instructions": "the verifiers of IFEval and IFBench",
+    "sandlock": "judging programs where neither bubblewrap nor nsjail works",
     "gguf": "reading models from GGUF files",
     "dev": "the tests and linters",
 }

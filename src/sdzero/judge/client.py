@@ -46,6 +46,10 @@ class Judge:
         python: interpreter in the sandbox, below /usr; null takes the system's python3.
         cgroups: let the kernel count the memory of each run where it lets us; else it is watched.
 
+    Attributes:
+        backend: the sandbox that was found.
+        counted: whether a cgroup counts the memory of its runs.
+
     Raises:
         ValueError: no such backend or interpreter.
         Refused: no sandbox holds here.
@@ -60,6 +64,8 @@ class Judge:
     ) -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be auto or one of {[*BACKENDS]}, got {backend!r}")
+        if sys.platform != "linux":
+            raise Refused(f"programs are judged on Linux, where the sandboxes are; this is {sys.platform}")
         found = python or next(filter(os.path.exists, _PYTHONS), None)
         if not found or not os.path.exists(found):
             raise ValueError(
@@ -68,7 +74,7 @@ class Judge:
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         self.options = Options(backend, num_workers or len(os.sched_getaffinity(0)), found, cgroups)
-        self.backend = ""
+        self.backend, self.counted = "", False
         self._lock = threading.Lock()
         self._connection = _Connection(self.options)
         self._close = weakref.finalize(self, self._connection.close)
@@ -113,7 +119,7 @@ class Judge:
 
     def _open(self) -> None:
         if found := self._connection.open():
-            self.backend = found.backend or ""
+            self.backend, self.counted = found.backend or "", found.cgroup is not None
             if self.backend == "unsafe":
                 log.warning("judge: backend unsafe: programs run WITHOUT a sandbox, with the rights of this user")
             elif found.refused:

@@ -76,13 +76,12 @@ def decode_value(line: bytes) -> tuple[bool, Any]:
 
 
 def _untagged(tagged: dict[str, Any]) -> Any:
-    """The value of one of the objects with which the runner marks what is not plain JSON. Raises: ValueError, TypeError."""
+    """The value of an object, with which the runner marks what is not plain JSON. Raises: ValueError, TypeError."""
     if tagged.keys() == {"int"}:
         return int(tagged["int"], 16)  # base 16 is read in linear time, and at any length
-    if tagged.keys() == {"dict"}:
-        # text only: colliding integers, which anyone can choose, would fill a dict in quadratic time
-        if all(type(key) is str for key, _ in tagged["dict"]):
-            return dict(tagged["dict"])
+    # text only: colliding integers, which anyone can choose, would fill a dict in quadratic time
+    if tagged.keys() == {"dict"} and all(type(key) is str for key, _ in tagged["dict"]):
+        return dict(tagged["dict"])
     return _OTHER
 
 

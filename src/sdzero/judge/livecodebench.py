@@ -82,7 +82,7 @@ def _unpacked(private: str, max_bytes: int) -> str:
 
 
 def _text_of(pickled: bytes) -> str:
-    """The text that a pickle holds. No unpickler runs: one that may make no objects can still be made to fill memory."""
+    """The text that a pickle holds. No unpickler runs: even one that finds no class can be made to fill memory."""
     texts: list[str] = []
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in _STRINGS and not texts:

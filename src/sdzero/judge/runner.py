@@ -39,8 +39,8 @@ def encode(value: Any, depth: int = 0) -> Any:
 def returned(source: str, call: str, args: list[Any]) -> Any:
     """What the submission's function returns: a method of its class Solution, or a function by that name.
 
-    The module is not called `__main__`: what a program does on its own, such as reading its input, is left out. Typing's
-    names are there without an import, since the signatures of starter code use them so.
+    The module is not called `__main__`: what a program does only on its own, such as reading its input, is left out.
+    Typing's names are there without an import, since the signatures of starter code use them so.
     """
     module = sys.modules["submission"] = ModuleType("submission")  # dataclasses and pickle look it up
     exec("from typing import *", module.__dict__)
