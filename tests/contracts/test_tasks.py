@@ -7,8 +7,12 @@ import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +21,8 @@ from hypothesis import strategies as st
 import sdzero.tasks
 from configs.recipes.own_data.verifier import LastDigit
 from runs import ROOT
-from sdzero.tasks import Chains, Countdown, ReasoningGym, Task
+from sdzero.judge.types import CodeVerdict, StdioTest, Submission
+from sdzero.tasks import Chains, Code, Countdown, Math, MultipleChoice, ReasoningGym, Task
 from sdzero.types import Question, Split
 
 SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
@@ -36,10 +41,41 @@ class Case:
     canonical: Callable[[Question], str]
 
 
+@cache
+def rows_file(kind: str) -> str:
+    """400 made-up rows with the columns that a task reads by default."""
+    rows: list[dict[str, object]] = [
+        {"problem": f"What is {n} times x?", "answer": rf"{n}x", "level": n}
+        if kind == "math"
+        else {"question": f"Which is {n}?", "options": [str(n + i) for i in range(5)] + ["N/A"], "answer": "A"}
+        for n in range(2, 402)
+    ]
+    path = Path(mkdtemp(prefix="sdzero-tasks-")) / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class EchoJudge:
+    """Holds that a program writes its own text: the real judge has tests of its own."""
+
+    def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
+        right = [StdioTest("", submission.source.strip()) in submission.tests for submission in submissions]
+        return [CodeVerdict(1, "correct", "echo") if is_right else CodeVerdict(0, "wrong", "echo") for is_right in right]
+
+
+def code() -> Task:
+    path = Path(rows_file("code"))
+    with patch("sdzero.tasks.code.Judge", lambda *_: EchoJudge()):
+        return Code(str(path))
+
+
 CASES = {
     "chains": Case(Chains, lambda question: f"1+1=2A{question.answer}"),
+    "code": Case(code, lambda question: f"So:\n```cpp\n{question.meta['level']}\n```"),
     "countdown": Case(Countdown, boxed),
     "reasoning_gym": Case(lambda: ReasoningGym("chain_sum"), boxed),
+    "math": Case(lambda: Math(rows_file("math")), boxed),
+    "multiple_choice": Case(lambda: MultipleChoice(rows_file("choice")), boxed),
     "rows": Case(
         lambda: LastDigit(str(ROOT / "configs/recipes/own_data/questions.jsonl"), "problem", "gold"),
         lambda question: f"1+1=2A{question.answer}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from typing import Any
@@ -100,11 +100,9 @@ def f():
     assert done.stderr == b"{}\n5\n6\n"
 
 
-@pytest.mark.parametrize("python", ["/usr/bin/python3", "python3.9", "python3.13"])
-def test_other_interpreters_run_it(python: str) -> None:
-    if not shutil.which(python) or subprocess.run([python, "-c", ""], capture_output=True).returncode:
-        pytest.skip(f"no {python} here")
-    done = run("def f(a): return {'a': a * 10 ** 30}", 3, python=python)
+@pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="no python3 of the system")
+def test_the_systems_interpreter_runs_it() -> None:
+    done = run("def f(a): return {'a': a * 10 ** 30}", 3, python="/usr/bin/python3")
     assert decode_value(done.stdout) == (True, {"a": 3 * 10**30})
 
 

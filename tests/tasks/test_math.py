@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdzero.judge.pool import GraderPool
+from sdzero.judge.pool import Failed, GraderPool
 from sdzero.judge.types import JudgeError
 from sdzero.tasks.math import Math
 from sdzero.types import Question
@@ -101,7 +100,7 @@ def test_a_fault_of_the_grader_is_no_reward() -> None:
 
 
 @pytest.mark.parametrize(("instruction", "end"), [({}, f"\n\n{INSTRUCTION}"), ({"instruction": ""}, "")])
-def test_the_instruction_follows_the_question(tmp_path: Path, instruction: dict[str, str], end: str) -> None:
+def test_the_instruction_follows_the_question(tmp_path: Path, instruction: dict[str, Any], end: str) -> None:
     task = Math(jsonl(tmp_path / "q.jsonl", rows_of(30)), **instruction)
     assert [question.text for _, question in task._all] == [f"q{i}{end}" for i in range(30)]
 
@@ -134,8 +133,9 @@ def test_too_many_such_rows_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_gold_answer_that_takes_for_ever_is_left_out(tmp_path: Path) -> None:
-    rows = [*rows_of(3), {"problem": "p", "answer": r"\sum_{n=1}^{10^{5}} \sin(n^{n})"}]
-    task = Math(jsonl(tmp_path / "q.jsonl", rows), deadline=1.0, max_dropped_share=0.5)
+    rows = [*rows_of(3), {"problem": "p", "answer": "x+1"}]
+    task = Math(jsonl(tmp_path / "q.jsonl", rows), max_dropped_share=0.5)
+    task._pool.map = lambda items: [Failed("timeout") if gold == "x+1" else None for _, gold in items]
     assert len(task._all) == 3
     assert [row.reason for row in task.dropped] == ["grading it ends in timeout"]
 
@@ -147,7 +147,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, pack
         Math("unread.jsonl")
 
 
-def test_grading_imports_no_torch() -> None:
-    code = "import sys, sdzero.tasks.math as m; m.Math('x'); print('torch' in sys.modules or 'sympy' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
-    assert found.stdout.strip() == "True" if "sympy" in found.stderr else "False"
+def test_a_task_is_made_without_torch() -> None:
+    code = "import sys, sdzero.tasks.math as m; m.Math('x'); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

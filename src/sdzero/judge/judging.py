@@ -30,7 +30,7 @@ from sdzero.types import Reason
 T = TypeVar("T")
 
 _NUM_TRIES = 3  # of one run, before a broken sandbox is a fault of the machinery
-_SIGXFSZ = 128 + 25
+_SIGXCPU, _SIGXFSZ = 128 + 24, 128 + 25
 _OUT_OF_MEMORY = (b"std::bad_alloc", b"MemoryError", b"Cannot allocate memory")  # the last words of such a program
 _NO_PROGRAM = (b"SyntaxError", b"IndentationError", b"TabError")  # Python's compile errors
 _CHECKING = Limits(time=10, memory_mb=1024)
@@ -147,7 +147,7 @@ def _why_ended(outcome: Outcome, submission: Submission) -> Reason | None:
     """Why a run failed before its answer could be looked at; None where it came to its end."""
     if outcome.stopped:
         return outcome.stopped
-    if outcome.cpu_seconds > submission.limits.time:
+    if outcome.cpu_seconds > submission.limits.time or outcome.code == _SIGXCPU:
         return "timeout"
     if outcome.code == 0:
         return None

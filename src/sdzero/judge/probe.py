@@ -68,12 +68,14 @@ async def failing(runs: Runs, python: str, folder: Path) -> str | None:
     try:
         known = json.dumps([str(secret), str(target), listener.getsockname()[1], variable])
         programs = [_REACH % known, *([_FORK, _MEMORY] if runs.backend.name != "unsafe" else [])]
-        outcomes = await asyncio.gather(*(_run(runs, python, program) for program in programs))
-        if runs.backend.name == "unsafe":
-            return None
-        return _verdict(*outcomes)
-    except Fault as fault:
-        return f"it does not run: {fault}"
+        outcomes = await asyncio.gather(*(_run(runs, python, program) for program in programs), return_exceptions=True)
+        ended = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+        for outcome in outcomes:  # all have ended: the next sandbox has a reaper of its own
+            if isinstance(outcome, Fault):
+                return f"it does not run: {outcome}"
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return None if runs.backend.name == "unsafe" else _verdict(*ended)
     finally:
         listener.close()
         del os.environ[variable]

@@ -20,7 +20,7 @@ from typing import Literal
 
 from sdzero.judge import seccomp
 from sdzero.judge.cgroups import Cgroup, Cgroups
-from sdzero.judge.sandbox import FILTER, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
+from sdzero.judge.sandbox import FILTER, HOLD, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
 from sdzero.judge.slots import Slots
 
 KEPT = 2048  # bytes of standard error that are kept
@@ -62,6 +62,7 @@ class _Run:
     pid: int
     job: Job
     group: Cgroup | None
+    hold: int | None  # what a sandbox that waits for its cgroup reads from
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # the sandbox's own process is gone
     code: int = 0  # the sandbox's own
     stopped: Stop | None = None
@@ -157,6 +158,8 @@ class Runs:
             for descriptor in pipes:
                 loop.remove_reader(descriptor)
                 os.close(descriptor)
+            if run.hold is not None:
+                os.close(run.hold)
         usage = await self._settle(run)
         stopped = "memory" if group and group.ran_out() else run.stopped
         code = -1 if stopped else self.backend.exit_code(bytes(run.status), run.code)
@@ -177,20 +180,25 @@ class Runs:
 
     def _start(self, job: Job, stdin: int, group: Cgroup | None) -> tuple[_Run, dict[int, bytearray]]:
         pairs = {number: os.pipe() for number in (STDOUT, STDERR, STATUS)}
-        pid = os.fork()  # and no spawn: it has to enter its cgroup before anything else
-        if pid == 0:
-            try:
-                self._become(job, {STDIN: stdin, **{number: theirs for number, (_, theirs) in pairs.items()}}, group)
-            finally:
-                os._exit(126)
-        run = self._runs[pid] = _Run(pid, job, group)
-        pipes = {}
-        for number, kept in ((STDOUT, run.stdout), (STDERR, run.stderr), (STATUS, run.status)):
-            ours, theirs = pairs[number]
-            os.close(theirs)
-            os.set_blocking(ours, False)
-            pipes[ours] = kept
-            asyncio.get_running_loop().add_reader(ours, self._read, run, ours, kept)
+        theirs = {STDIN: stdin, FILTER: sealed(self._filter), **{number: pair[1] for number, pair in pairs.items()}}
+        hold = None
+        if self.backend.holds:  # a spawn takes a third of a fork's time
+            theirs[HOLD], hold = os.pipe()
+            pid = self.backend.spawn(job, theirs)
+        else:  # a process that enters its cgroup, and only then becomes the sandbox
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    self._become(job, theirs, group)
+                finally:
+                    os._exit(126)
+        for descriptor in {*theirs.values()} - {stdin}:
+            os.close(descriptor)
+        run = self._runs[pid] = _Run(pid, job, group, hold)
+        pipes = {pairs[STDOUT][0]: run.stdout, pairs[STDERR][0]: run.stderr, pairs[STATUS][0]: run.status}
+        for descriptor, kept in pipes.items():
+            os.set_blocking(descriptor, False)
+            asyncio.get_running_loop().add_reader(descriptor, self._read, run, descriptor, kept)
         return run, pipes
 
     def _become(self, job: Job, descriptors: dict[int, int], group: Cgroup | None) -> None:
@@ -200,11 +208,21 @@ class Runs:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if group:
             group.add(os.getpid())
-        descriptors[FILTER] = sealed(self._filter)
         for number, ours in descriptors.items():
             os.dup2(ours, number)
-        os.closerange(FILTER + 1, 1 << 16)
+        os.closerange(HOLD, 1 << 16)
         self.backend.execute(job)
+
+    def _release(self, run: _Run) -> None:
+        """Lets a sandbox that holds begin, once it is known which process of its is to be counted."""
+        child = self.backend.child(bytes(run.status))
+        if child is not None and run.hold is not None:
+            with suppress(ProcessLookupError):
+                if run.group:
+                    run.group.add(child)
+            os.write(run.hold, b"1")
+            os.close(run.hold)
+            run.hold = None
 
     # --- while it runs --------------------------------------------------------------------------
 
@@ -223,6 +241,10 @@ class Runs:
                 run.stop("output_limit")
                 run.stopped = run.stopped or "output_limit"  # found in what was left
                 return False
+        else:
+            kept += data
+            self._release(run)
+            return True
         kept += data[: max(KEPT - len(kept), 0)] if kept is run.stderr else data
         return True
 

@@ -7,14 +7,14 @@ import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sdzero.judge.types import Limits
 
 STACK_MB = 256
 NUM_FILES = 64  # open at one time
 NUM_STACKS = 9  # address space for the main thread's stack and those of eight more threads, where no cgroup counts
-STDIN, STDOUT, STDERR, STATUS, FILTER = range(5)  # descriptors that a sandbox is started with
+STDIN, STDOUT, STDERR, STATUS, FILTER, HOLD = range(6)  # descriptors that a sandbox is started with
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/work", "TMPDIR": "/tmp"}
 WORK = "/work"  # where programs begin
 
@@ -42,8 +42,9 @@ class Job:
             counted: a cgroup counts its memory; else each process's address space is limited.
             others: more of `prlimit`'s names and values. `nproc` counts by sandbox only inside a user namespace.
         """
-        limits = {
-            "cpu": math.ceil(self.limits.time),  # whole seconds; the judge holds the measured time to the limit
+        seconds = math.ceil(self.limits.time)  # the judge holds the measured time to the limit
+        limits: dict[str, Any] = {
+            "cpu": f"{seconds}:{seconds + 1}",
             "fsize": self.limits.files_mb * 2**20,
             "nofile": NUM_FILES,
             "stack": STACK_MB * 2**20,
@@ -73,6 +74,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     mounts: ClassVar[bool] = True  # shows programs a file tree of its own; else `Job.folder` is always given
+    holds: ClassVar[bool] = False  # waits for a byte on HOLD, so that the run can be put in its cgroup before it begins
     counted = False  # set once: a cgroup counts the memory of its runs
 
     @abstractmethod
@@ -95,6 +97,11 @@ class Backend(ABC):
     def child(self, status: bytes) -> int | None:
         """The process, as this machine numbers it, under which the program runs; None while it isn't known."""
         return None
+
+    def spawn(self, job: Job, descriptors: dict[int, int]) -> int:
+        """Starts a sandbox that holds. `descriptors`: its number -> ours. Returns its process."""
+        argv, moves = self.command(job), [(os.POSIX_SPAWN_DUP2, ours, its) for its, ours in descriptors.items()]
+        return os.posix_spawn(argv[0], argv, {"PATH": ENVIRONMENT["PATH"]}, file_actions=moves, setsid=True)
 
     def execute(self, job: Job) -> None:
         """Becomes the sandbox. Runs in a process of its own, whose descriptors are set."""

@@ -23,7 +23,7 @@ from sdzero.judge.judging import Judging
 from sdzero.judge.probe import failing
 from sdzero.judge.programs import Programs
 from sdzero.judge.runs import Runs
-from sdzero.judge.sandbox import FILTER
+from sdzero.judge.sandbox import HOLD
 from sdzero.judge.slots import Slots
 from sdzero.judge.types import Checker, JudgeError, Limits, Submission, read_test
 from sdzero.judge.wire import LENGTH, Found, Options, frame
@@ -144,7 +144,7 @@ def _free_mb() -> float:
 def main() -> None:
     folder, options = Path(sys.argv[1]), Options(**json.loads(sys.argv[2]))
     ready = os.dup(1)
-    while (reserved := os.open(os.devnull, os.O_RDWR)) <= FILTER:
+    while (reserved := os.open(os.devnull, os.O_RDWR)) <= HOLD:
         pass  # sandboxes get these numbers: nothing of ours may have them
     os.close(reserved)
     listener = socket.socket(socket.AF_UNIX)

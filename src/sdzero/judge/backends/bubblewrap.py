@@ -7,11 +7,12 @@ import os
 import shutil
 from functools import cached_property
 
-from sdzero.judge.sandbox import ENVIRONMENT, FILTER, STATUS, WORK, Backend, Job
+from sdzero.judge.sandbox import ENVIRONMENT, FILTER, HOLD, STATUS, WORK, Backend, Job
 
 
 class Bubblewrap(Backend):
     name = "bubblewrap"
+    holds = True
 
     def missing(self) -> str | None:
         if not shutil.which("bwrap"):
@@ -32,7 +33,7 @@ class Bubblewrap(Backend):
     def command(self, job: Job) -> list[str]:
         size = str(job.limits.files_mb * 2**20)
         argv = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
-        argv += ["--json-status-fd", str(STATUS), "--seccomp", str(FILTER)]
+        argv += ["--json-status-fd", str(STATUS), "--seccomp", str(FILTER), "--block-fd", str(HOLD)]
         argv += ["--cap-drop", "ALL", "--clearenv", *self._root, "--proc", "/proc", "--dev", "/dev"]
         argv += ["--size", "1048576", "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp"]
         argv += ["--bind", job.folder, WORK] if job.folder else ["--size", size, "--tmpfs", WORK]

@@ -1,0 +1,238 @@
+"""Programming questions of one's own rows: the program in a response is run against tests, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sdzero.judge.client import Judge, check
+from sdzero.judge.types import (
+    AssertTest,
+    CallTest,
+    Checker,
+    Compare,
+    Language,
+    Limits,
+    StdioTest,
+    Submission,
+    Test,
+    read_test,
+)
+from sdzero.tasks.boxed import after_thought
+from sdzero.tasks.rows import Rows
+from sdzero.types import Question, Split, Verdict
+
+LIMITS = Limits()
+_NAMES: dict[Language, set[str]] = {"cpp": {"cpp", "c++", "cc", "cxx"}, "python": {"python", "python3", "py"}}
+_CALLED: dict[Language, str] = {"cpp": "C++17", "python": "Python 3"}
+_FILES = ("input.txt", "output.txt")  # of Codeforces' questions whose input_mode is file
+_FENCE = re.compile(r"( {0,3})(`{3,})([^`]*)")
+
+
+class Code(Rows):
+    """Questions of a file that are answered with a program, as in open-r1/codeforces.
+
+    The last closed fenced block of the language is the program, and it is right if it passes all tests of its row.
+    Rows without tests that can be run are left out, with a warning; they stand in `dropped`.
+
+    A row may also have these columns: time_limit (seconds of CPU time on one test), memory_limit (MiB),
+    generated_checker (a Python program `checker input correct output`, which prints 1 for a right output), input_mode
+    (`stdio`, or `file` for input.txt and output.txt) and starter_code (shown behind the question).
+
+    Args:
+        path: as in Rows.
+        question_column: as in Rows.
+        tests_column: column of the tests, a list or its JSON: `{input, output}`; for Python also
+            `{call, args, expected}` and `{program}`, which holds assertions.
+        id_column: as in Rows.
+        max_dropped_share: as in Rows.
+        language: `cpp` or `python`.
+        limits: what one run may use where its row does not say.
+        compare: how outputs are compared without a checker: `tokens`, or `lines` as LiveCodeBench does.
+        allow_assertions: trains on `{program}` tests. A response can forge these, e.g. by ending the process, and
+            training finds out; without it they are for evaluation only.
+        backend: the judge's sandbox; `auto` takes the first that holds.
+        num_workers: programs that run at a time; null takes one per core.
+
+    Raises:
+        sdzero.judge.types.Refused: no sandbox holds here.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[Split, str],
+        question_column: str = "question",
+        tests_column: str = "tests",
+        id_column: str | None = None,
+        max_dropped_share: float = 0.05,
+        language: Language = "cpp",
+        limits: Limits = LIMITS,
+        compare: Compare = "tokens",
+        allow_assertions: bool = False,
+        backend: str = "auto",
+        num_workers: int | None = None,
+    ) -> None:
+        super().__init__(path, question_column, None, id_column, max_dropped_share)
+        if language not in _NAMES:
+            raise ValueError(f"task.language must be one of {[*_NAMES]}, got {language!r}")
+        self.language: Language = language
+        self.compare: Compare = compare
+        self.tests_column, self.limits, self.allow_assertions = tests_column, limits, allow_assertions
+        self._rows: dict[str, Mapping[str, Any]] = {}
+        self._submissions: dict[str, Submission] = {}
+        self._judge = Judge(backend, num_workers)  # now: its process must not be forked from one that holds CUDA
+
+    def questions(self, split: Split, num_questions: int) -> list[Question]:
+        questions = super().questions(split, num_questions)
+        forgeable = [q.id for q in questions if isinstance(self._submissions[q.id].tests[0], AssertTest)]
+        if forgeable and split != "eval" and not self.allow_assertions:
+            raise ValueError(
+                f"{len(forgeable)} questions of split {split!r} of {self.path} are tested by assertions, e.g. "
+                f"{forgeable[0]}: a response can forge these, and training would find out. Give calls with what they "
+                "must return, or accept the risk with task.allow_assertions: true"
+            )
+        return questions
+
+    def verify(self, question: Question, response: str) -> Verdict:
+        return self.verify_all([(question, response)])[0]
+
+    def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
+        _ = self._all  # has the tests read
+        for question, _ in answers:
+            if question.id not in self._submissions:
+                raise ValueError(f"{self.path} has no tests for question {question.id}")
+        sources = [last_block(after_thought(response), self.language) for _, response in answers]
+        submissions = [
+            replace(self._submissions[question.id], source=source)
+            for (question, _), source in zip(answers, sources, strict=True)
+            if source is not None
+        ]
+        judged = iter(self._judge.judge(submissions) if submissions else ())
+        verdicts: list[Verdict] = []
+        for source in sources:
+            if source is None:
+                verdicts.append(Verdict(0, "unparseable"))
+            else:
+                verdict = next(judged)
+                verdicts.append(Verdict(verdict.reward, verdict.reason, source))
+        return verdicts
+
+    def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
+        reasons: dict[str, str] = {}
+        for question in questions:
+            try:
+                self._submissions[question.id] = self._submission(self._rows.pop(question.id))
+            except ValueError as error:
+                reasons[question.id] = str(error)
+        return reasons
+
+    @cached_property
+    def _all(self) -> list[tuple[Split, Question]]:
+        questions = super()._all  # dealt out by what they ask, whatever the language
+        return [(split, replace(question, text=self._text(question))) for split, question in questions]
+
+    def _read(self, path: Path) -> Iterator[tuple[str, Question]]:
+        for where, question in super()._read(path):
+            meta = dict(question.meta)
+            self._rows.setdefault(question.id, dict(meta))
+            for column in (self.tests_column, "generated_checker"):
+                meta.pop(column, None)  # each trace of a question carries its meta, and tests have megabytes
+            yield where, replace(question, meta=meta)
+
+    def _text(self, question: Question) -> str:
+        """Statement, limits, then one fenced block: the form in which the field asks for programs."""
+        submission = self._submissions[question.id]
+        limits = submission.limits
+        parts = [question.text, f"Time limit per test: {limits.time:g} s. Memory limit: {limits.memory_mb:g} MB."]
+        if submission.files:
+            read, written = submission.files
+            parts.append(f"The program reads its input from {read} and writes its output to {written}.")
+        if starter := question.meta.get("starter_code"):
+            parts.append(f"Start from this code:\n```{self.language}\n{str(starter).rstrip()}\n```")
+        called = _CALLED[self.language]
+        parts.append(f"Write the whole program in {called}, in one block fenced by ```{self.language} and ```.")
+        return "\n\n".join(parts)
+
+    def _submission(self, row: Mapping[str, Any]) -> Submission:
+        """What a row's programs are held against, still without one. Raises: ValueError that says what is amiss."""
+        if self.tests_column not in row:
+            raise ValueError(f"it has no column {self.tests_column!r}")
+        tests = parse_tests(row[self.tests_column])
+        time, memory_mb = self._limit(row, "time_limit", "time"), self._limit(row, "memory_limit", "memory_mb")
+        limits = replace(self.limits, time=time, memory_mb=memory_mb)
+        mode = row.get("input_mode") or "stdio"
+        if mode not in ("stdio", "file"):
+            raise ValueError(f"input_mode is {mode!r}: it must be stdio or file")
+        checker = row.get("generated_checker")
+        submission = Submission(
+            self.language,
+            "",
+            tests,
+            limits,
+            self.compare,
+            Checker("python", str(checker)) if checker else None,
+            _FILES if mode == "file" else None,
+        )
+        check(submission)
+        return submission
+
+    def _limit(self, row: Mapping[str, Any], column: str, name: str) -> float:
+        limit = row.get(column)
+        if limit is None or limit != limit:  # as parquet has what is missing
+            return getattr(self.limits, name)
+        if isinstance(limit, bool) or not isinstance(limit, int | float):
+            raise ValueError(f"{column} is {limit!r}: it must be a number")
+        return limit
+
+
+def parse_tests(cell: Any) -> tuple[Test, ...]:
+    """The tests in a cell: a list of objects, or the JSON of one. Raises: ValueError that says what is amiss."""
+    if isinstance(cell, str) and (cell := cell.strip()):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its tests are no JSON: {error}") from None
+    if not cell:
+        raise ValueError("it has no tests")
+    if not isinstance(cell, list) or not all(isinstance(row, dict) for row in cell):
+        raise ValueError("its tests are no list of objects")
+    tests: list[Test] = []
+    for number, row in enumerate(cell, 1):
+        for key, value in row.items():
+            kind = list if key == "args" else str
+            if key != "expected" and not isinstance(value, kind):
+                raise ValueError(f"test {number}: {key!r} is no {'list' if kind is list else 'text'}")
+        try:
+            tests.append(read_test(row))
+        except ValueError as error:
+            raise ValueError(f"test {number}: {error}") from None
+    return tuple(tests)
+
+
+def last_block(text: str, language: Language) -> str | None:
+    """The program in the last closed fenced block of a language; one that names none counts where it is the last."""
+    for number, (name, source) in enumerate(reversed([*_closed_blocks(text)])):
+        if name in _NAMES[language] or (not name and number == 0):
+            return source
+    return None
+
+
+def _closed_blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, content) of each fenced block, in one pass over the lines. One without an end was cut off."""
+    fence, indent, name = "", 0, ""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        found = _FENCE.fullmatch(line.rstrip())
+        if found and (found[3] or not fence):  # a named one within a block: that block was given up
+            indent, fence, name = len(found[1]), found[2], (found[3].split() or [""])[0].lower()
+            lines = []
+        elif found and len(found[2]) >= len(fence):
+            yield name, "\n".join(lines) + "\n"
+            fence = ""
+        else:
+            lines.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])

@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+
+from sdzero.judge.types import (
+    AssertTest,
+    CallTest,
+    Checker,
+    CodeVerdict,
+    JudgeError,
+    Language,
+    Limits,
+    StdioTest,
+    Submission,
+)
+from sdzero.tasks import Code, Task
+from sdzero.tasks.code import last_block, parse_tests
+from sdzero.types import Question
+
+TESTS = [{"input": "1", "output": "2"}]
+
+
+class FakeJudge:
+    """Says of a program what its first line says; `asked` holds each call."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.asked: list[list[Submission]] = []
+
+    def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
+        self.asked.append([*submissions])
+        words: list[Any] = [submission.source.split("\n")[0] for submission in submissions]
+        if "fault" in words:
+            raise JudgeError("the sandbox broke")
+        return [CodeVerdict(int(word == "correct"), word, "fake") for word in words]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(autouse=True)
+def judge(monkeypatch: pytest.MonkeyPatch) -> list[FakeJudge]:
+    made: list[FakeJudge] = []
+
+    def make(*args: Any) -> FakeJudge:
+        made.append(FakeJudge(*args))
+        return made[-1]
+
+    monkeypatch.setattr("sdzero.tasks.code.Judge", make)
+    return made
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(num: int, **columns: Any) -> list[dict[str, Any]]:
+    return [{"question": f"q{i}", "tests": TESTS, **columns} for i in range(num)]
+
+
+def submission(path: Path, language: Language = "cpp", row: dict[str, Any] | None = None, **options: Any) -> Submission:
+    """What a response to the one row is held against."""
+    task = Code(
+        jsonl(path / "q.jsonl", [{"question": "q", "tests": TESTS, **(row or {})}]), language=language, **options
+    )
+    [(_, question)] = task._all
+    task.verify(question, f"```{language}\nwrong\n```")
+    fake: Any = task._judge
+    [[found]] = fake.asked
+    return found
+
+
+# --- the program of a response --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("```cpp\na\n```", "a\n"),
+        ("so:\n```cpp\na\n\n b\n```\nDone.", "a\n\n b\n"),
+        ("```C++\na\n```", "a\n"),
+        ("```cc\na\n```", "a\n"),
+        ("``` cxx title=x\na\n```", "a\n"),
+        ("````cpp\n```\na\n````", "```\na\n"),
+        ("```cpp\na\n`````", "a\n"),
+        ("```cpp\r\na\r\n```\r\n", "a\r\n"),
+        ("1. it is\n   ```cpp\n   if\n     a\n b\n   ```", "if\n  a\nb\n"),
+        ("```cpp\na\n```\n```cpp\nb\n```", "b\n"),
+        ("```cpp\na\n```\nand it prints\n```text\n5\n```", "a\n"),
+        ("```cpp\na\n```\n```python\nb\n```", "a\n"),
+        ("```\na\n```", "a\n"),
+        ("```cpp\na\n```\nbetter:\n```\nb\n```", "b\n"),
+        ("```\na\n```\n```text\nb\n```", None),
+        ("```python\na\n```", None),
+        ("```cpp\na\n```\n```cpp\nb", "a\n"),  # the last one was cut off
+        ("```cpp\ndraft\nno, again:\n```cpp\nb\n```", "b\n"),  # the draft was given up
+        ("```cpp\na", None),
+        ("```cpp a ```", None),
+        ("`cpp a`", None),
+        ("    ```cpp\n    a\n    ```", None),  # quoted text
+        ("```cpp\n```", "\n"),
+        ("", None),
+        ("```", None),
+    ],
+)
+def test_the_last_closed_block(text: str, source: str | None) -> None:
+    assert last_block(text, "cpp") == source
+
+
+@pytest.mark.parametrize("name", ["python", "python3", "py", "Python"])
+def test_names_of_python(name: str) -> None:
+    assert last_block(f"```{name}\na\n```", "python") == "a\n"
+    assert last_block(f"```{name}\na\n```", "cpp") is None
+
+
+@given(st.text("`cp+\n a", max_size=60))
+def test_any_text_has_a_block_or_none(text: str) -> None:
+    source = last_block(text, "cpp")
+    assert source is None or source.rstrip("\n") in text or " " in text
+    assert last_block(f"{text}\n```python\n1\n```\n```cpp\nb\n```", "cpp") == "b\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("<think>```cpp\nwrong\n```</think>\n```cpp\ncorrect\n```", "correct"),
+        ("```cpp\nwrong\n```</think>\n```cpp\ncorrect\n```", "correct"),  # a template wrote <think>
+        ("<think>\n```cpp\ncorrect\n```", "unparseable"),
+        ("<think>\n```cpp\ncorrect\n```\n</think>", "unparseable"),
+        ("```cpp\ncorrect\n```\n<think>hm", "unparseable"),
+        ("no program", "unparseable"),
+        ("```cpp\nwrong\n```", "wrong"),
+        ("```cpp\ntimeout\n```", "timeout"),
+        ("```cpp\nmemory\n```", "memory"),
+        ("```cpp\nruntime_error\n```", "runtime_error"),
+        ("```cpp\ncompile_error\n```", "compile_error"),
+        ("```cpp\noutput_limit\n```", "output_limit"),
+    ],
+)
+def test_verdicts(tmp_path: Path, response: str, reason: str) -> None:
+    task = Code(jsonl(tmp_path / "q.jsonl", rows_of(1)))
+    [(_, question)] = task._all
+    verdict = task.verify(question, response)
+    assert (verdict.reward, verdict.reason) == (int(reason == "correct"), reason)
+    assert verdict.parsed == (None if reason == "unparseable" else f"{reason}\n")
+
+
+def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[FakeJudge]) -> None:
+    task = Code(jsonl(tmp_path / "q.jsonl", rows_of(3)), backend="nsjail", num_workers=3)
+    assert judge[0].args == ("nsjail", 3)
+    questions = [question for _, question in task._all]
+    answers = [
+        (questions[i % 3], f"```\n{word}\n```") for i, word in enumerate(["correct", "wrong", "timeout", "correct"])
+    ]
+    answers.insert(1, (questions[0], "none"))
+    reasons = [verdict.reason for verdict in task.verify_all(answers)]
+    assert reasons == ["correct", "unparseable", "wrong", "timeout", "correct"]
+    [asked] = judge[0].asked
+    assert [s.source for s in asked] == ["correct\n", "wrong\n", "timeout\n", "correct\n"]
+    assert asked[0].tests is asked[3].tests  # the judge sends them once
+    assert task.verify_all([(questions[0], "none")])[0].reason == "unparseable"
+    assert len(judge[0].asked) == 1
+
+
+def test_a_fault_is_no_reward(tmp_path: Path) -> None:
+    task = Code(jsonl(tmp_path / "q.jsonl", rows_of(1)))
+    with pytest.raises(JudgeError, match="the sandbox broke"):
+        task.verify(task._all[0][1], "```\nfault\n```")
+    with pytest.raises(ValueError, match=r"q.jsonl has no tests for question code/other"):
+        task.verify(Question("code/other", "", ""), "```\ncorrect\n```")
+
+
+def test_the_judge_starts_with_the_task_before_the_file_is_read(judge: list[FakeJudge]) -> None:
+    Code("absent.jsonl")
+    assert judge[0].args == ("auto", None)
+
+
+# --- what a row becomes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "tests"),
+    [
+        (TESTS * 2, (StdioTest("1", "2"),) * 2),
+        ([{"call": "f", "args": [1, [2]], "expected": None}], (CallTest("f", (1, [2]), None),)),
+        ([{"program": "assert f(1) == 2"}], (AssertTest("assert f(1) == 2"),)),
+    ],
+)
+def test_kinds_of_tests(tmp_path: Path, cell: Any, tests: Any, as_text: bool) -> None:
+    row = {"tests": json.dumps(cell) if as_text else cell}
+    found = submission(tmp_path, "python", row, allow_assertions=True)
+    assert (found.tests, found.language) == (tests, "python")
+    assert (found.limits, found.compare, found.checker, found.files) == (Limits(), "tokens", None, None)
+
+
+def test_columns_of_codeforces(tmp_path: Path) -> None:
+    row = {"time_limit": 2.5, "memory_limit": 64, "generated_checker": "print(1)", "input_mode": "file"}
+    found = submission(tmp_path, row=row, limits=Limits(time=6, processes=3), compare="lines")
+    assert found.limits == Limits(time=2.5, memory_mb=64, processes=3)
+    assert found.checker == Checker("python", "print(1)")
+    assert (found.files, found.compare) == (("input.txt", "output.txt"), "lines")
+    empty = {"time_limit": None, "memory_limit": float("nan"), "generated_checker": "", "input_mode": "stdio"}
+    found = submission(tmp_path, row=empty, limits=Limits(time=6))
+    assert (found.limits, found.checker, found.files) == (Limits(time=6), None, None)
+
+
+def test_parquet_says_the_same(tmp_path: Path) -> None:
+    rows = rows_of(6, time_limit=3.0)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    tasks = [Code(str(tmp_path / "q.parquet")), Code(jsonl(tmp_path / "q.jsonl", rows))]
+    assert tasks[0]._all == tasks[1]._all
+    assert tasks[0]._submissions == tasks[1]._submissions
+
+
+def test_what_is_asked(tmp_path: Path) -> None:
+    row = {
+        "question": "Add.",
+        "time_limit": 2.0,
+        "memory_limit": 256.0,
+        "input_mode": "file",
+        "starter_code": "int a;\n",
+    }
+    path = jsonl(tmp_path / "q.jsonl", [{**rows_of(1)[0], **row}])
+    assert Code(path)._all[0][1].text == (
+        "Add.\n\n"
+        "Time limit per test: 2 s. Memory limit: 256 MB.\n\n"
+        "The program reads its input from input.txt and writes its output to output.txt.\n\n"
+        "Start from this code:\n```cpp\nint a;\n```\n\n"
+        "Write the whole program in C++17, in one block fenced by ```cpp and ```."
+    )
+    plain = Code(jsonl(tmp_path / "q.jsonl", rows_of(1)), language="python")._all[0][1]
+    assert plain.text == (
+        "q0\n\nTime limit per test: 10 s. Memory limit: 512 MB.\n\n"
+        "Write the whole program in Python 3, in one block fenced by ```python and ```."
+    )
+
+
+def test_a_questions_split_and_id_depend_on_its_statement_alone(tmp_path: Path) -> None:
+    """One that was trained on in one language is not held out in the other."""
+    path = jsonl(tmp_path / "q.jsonl", rows_of(40))
+    one, other = Code(path, language="cpp"), Code(path, language="python", limits=Limits(time=1))
+    assert [(split, q.id) for split, q in one._all] == [(split, q.id) for split, q in other._all]
+    assert len({split for split, _ in one._all}) == 3
+
+
+def test_tests_are_no_part_of_what_a_trace_carries(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", rows_of(3, generated_checker="print(1)", rating=800, time_limit=1))
+    task = Code(path)
+    assert [dict(q.meta) for _, q in task._all] == [{"rating": 800, "time_limit": 1}] * 3
+    assert all(q.answer == "" for _, q in task._all)
+    assert task._rows == {}  # what was read is not held twice
+
+
+# --- rows without tests that can be run -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"tests": None}, "it has no tests"),
+        ({"tests": []}, "it has no tests"),
+        ({"tests": " "}, "it has no tests"),
+        ({"tests": "[]"}, "it has no tests"),
+        ({"tests": "[{"}, "its tests are no JSON: Expecting property name"),
+        ({"tests": "[" * 100_000}, "its tests are no JSON: maximum recursion depth"),
+        ({"tests": {"input": ["1"], "output": ["2"]}}, "its tests are no list of objects"),
+        ({"tests": ["1"]}, "its tests are no list of objects"),
+        ({"tests": [*TESTS, {"input": "1"}]}, r"test 2: a test is .*this one has \['input'\]"),
+        ({"tests": [{"input": 1, "output": "2"}]}, "test 1: 'input' is no text"),
+        ({"tests": [{"input": "1", "output": None}]}, "test 1: 'output' is no text"),
+        ({"tests": [{"call": "f", "args": 5, "expected": 1}]}, "test 1: 'args' is no list"),
+        ({"tests": [{"call": "f", "args": "ab", "expected": 1}]}, "test 1: 'args' is no list"),
+        ({"tests": [{"call": None, "args": [], "expected": 1}]}, "test 1: 'call' is no text"),
+        ({"tests": [{"program": ["assert 1"]}]}, "test 1: 'program' is no text"),
+        ({"tests": [*TESTS, {"program": "1"}]}, "a submission needs tests of one kind"),
+        ({"tests": [{"program": "1"}]}, "AssertTest is for python only"),
+        ({"time_limit": "2 seconds"}, "time_limit is '2 seconds': it must be a number"),
+        ({"memory_limit": True}, "memory_limit is True: it must be a number"),
+        ({"time_limit": 0}, "limits.time must be above 0, got 0"),
+        ({"input_mode": "interactive"}, "input_mode is 'interactive': it must be stdio or file"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: dict[str, Any], reason: str
+) -> None:
+    rows = rows_of(21)
+    rows[4] |= row
+    path = jsonl(tmp_path / "q.jsonl", rows)
+    task = Code(path)
+    with caplog.at_level(logging.WARNING):
+        assert [q.text.split()[0] for _, q in task._all] == [f"q{i}" for i in range(21) if i != 4]
+    [(where, why)] = task.dropped
+    assert where == f"{path}: row 5"
+    assert re.match(reason, why)
+    assert "left out 1 of 21 questions" in caplog.text and why in caplog.text
+
+
+def test_a_file_without_tests_is_an_error(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", rows_of(5))
+    with pytest.raises(ValueError, match=r"5 of 5 questions that cannot be graded.* it has no column 'official_tests'"):
+        Code(path, tests_column="official_tests").questions("eval", 1)
+    with pytest.raises(ValueError, match="task.language must be one of .*got 'rust'"):
+        Code(path, language="rust")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_tests_values_are_read_whole() -> None:
+    assert parse_tests('[{"call": "f", "args": [1.0, 1, true, null, "a"], "expected": {"a": [1]}}]') == (
+        CallTest("f", (1.0, 1, True, None, "a"), {"a": [1]}),
+    )
+
+
+def test_assertions_are_no_reward_to_train_on(tmp_path: Path) -> None:
+    rows = rows_of(40, tests=[{"program": "assert f(1) == 2"}])
+    path = jsonl(tmp_path / "q.jsonl", rows)
+    task = Code(path, language="python")
+    assert len(task.questions("eval", 3)) == 3
+    for split in ("phase1", "phase2"):
+        with pytest.raises(ValueError, match=f"3 questions of split '{split}' .*by assertions.*task.allow_assertions"):
+            task.questions(split, 3)
+        assert len(Code(path, language="python", allow_assertions=True).questions(split, 3)) == 3
+        called = jsonl(tmp_path / "c.jsonl", rows_of(40, tests=[{"call": "f", "args": [1], "expected": 2}]))
+        assert len(Code(called, language="python").questions(split, 3)) == 3
+
+
+def test_in_a_config(tmp_path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Task, "task")
+    path = jsonl(tmp_path / "q.jsonl", rows_of(9))
+    given = {"path": path, "language": "python", "limits": {"time": 6}, "compare": "lines"}
+    config = {"task": {"class_path": "sdzero.tasks.Code", "init_args": given}}
+    task = parser.instantiate(parser.parse_object(config)).task
+    assert (task.limits, task.compare, task.language) == (Limits(time=6), "lines", "python")
