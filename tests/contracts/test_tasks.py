@@ -44,12 +44,16 @@ class Case:
 @cache
 def rows_file(kind: str) -> str:
     """400 made-up rows with the columns that a task reads by default."""
-    rows: list[dict[str, object]] = [
-        {"problem": f"What is {n} times x?", "answer": rf"{n}x", "level": n}
-        if kind == "math"
-        else {"question": f"Which is {n}?", "options": [str(n + i) for i in range(5)] + ["N/A"], "answer": "A"}
-        for n in range(2, 402)
-    ]
+    columns: dict[str, Callable[[int], dict[str, object]]] = {
+        "math": lambda n: {"problem": f"What is {n} times x?", "answer": rf"{n}x"},
+        "choice": lambda n: {
+            "question": f"Which is {n}?",
+            "options": [*map(str, range(n, n + 5)), "N/A"],
+            "answer": "A",
+        },
+        "code": lambda n: {"question": f"Write {n}.", "tests": [{"input": "", "output": str(n)}]},
+    }
+    rows = [{**columns[kind](n), "level": n} for n in range(2, 402)]
     path = Path(mkdtemp(prefix="sdzero-tasks-")) / f"{kind}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -60,13 +64,14 @@ class EchoJudge:
 
     def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
         right = [StdioTest("", submission.source.strip()) in submission.tests for submission in submissions]
-        return [CodeVerdict(1, "correct", "echo") if is_right else CodeVerdict(0, "wrong", "echo") for is_right in right]
+        return [
+            CodeVerdict(1, "correct", "echo") if is_right else CodeVerdict(0, "wrong", "echo") for is_right in right
+        ]
 
 
 def code() -> Task:
-    path = Path(rows_file("code"))
     with patch("sdzero.tasks.code.Judge", lambda *_: EchoJudge()):
-        return Code(str(path))
+        return Code(rows_file("code"))
 
 
 CASES = {

@@ -190,8 +190,9 @@ def test_a_row_without_a_value_is_named_and_all_are_counted(tmp_path: Path, colu
 def test_columns_that_are_not_there(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "q.jsonl", rows_of(3))
     for key in ("question_column", "answer_column", "id_column"):
+        options: Any = {key: "gold"}
         with pytest.raises(ValueError, match=rf"task.{key}: {path} has no column 'gold'; it has \['answer', 'ques"):
-            Equal(path, **{key: "gold"}).questions("eval", 1)
+            Equal(path, **options).questions("eval", 1)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,16 @@ _LOAD, _EQUAL, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; the argument's low half
 
 
+def policy() -> str:
+    """The same rules in nsjail's language, Kafel. Empty on an architecture without a table."""
+    if platform.machine() not in _ARCHITECTURES:
+        return ""
+    column, _, _ = _ARCHITECTURES[platform.machine()]
+    denied = ", ".join(f"SYSCALL[{numbers[column]}]" for numbers in _DENIED.values())
+    spaces = f"clone(flags) {{ (flags & {_NEW_NAMESPACES:#x}) != 0 }}"
+    return f"ERRNO(1) {{ {denied}, {spaces} }} ERRNO(38) {{ SYSCALL[{_CLONE3}] }} DEFAULT ALLOW"
+
+
 def program() -> bytes:
     """The filter as the kernel reads it: an array of struct sock_filter. Empty on an architecture without a table."""
     if platform.machine() not in _ARCHITECTURES:

@@ -13,12 +13,10 @@ from typing import Any
 from sdzero.judge.client import Judge, check
 from sdzero.judge.types import (
     AssertTest,
-    CallTest,
     Checker,
     Compare,
     Language,
     Limits,
-    StdioTest,
     Submission,
     Test,
     read_test,

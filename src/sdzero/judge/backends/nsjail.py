@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 
+from sdzero.judge import seccomp
 from sdzero.judge.sandbox import ENVIRONMENT, STATUS, WORK, Backend, Job
 
 
@@ -22,6 +23,7 @@ class Nsjail(Backend):
         argv += ["--disable_proc", "--cwd", WORK, "--time_limit", "0", "--rlimit_nproc", "max"]
         argv += ["--rlimit_as", "max", "--rlimit_cpu", "max", "--rlimit_fsize", "max", "--rlimit_stack", "max"]
         argv += ["--rlimit_nofile", "max", "--iface_no_lo"]
+        argv += ["--seccomp_string", policy] if (policy := seccomp.policy()) else []
         size = job.limits.files_mb * 2**20
         for name in ("usr", "bin", "lib", "lib64", "sbin"):
             if os.path.islink(f"/{name}"):
