@@ -1,4 +1,4 @@
-"""Tests marked `gpu` or `browser` are deselected where there is none; the smoke recipe runs once for all tests."""
+"""Tests marked `gpu`, `browser` or `sandbox` are left out where there is none; the smoke recipe runs once for all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from runs import SMOKE, sdzero
+from sandboxes import lacks_sandbox
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -32,6 +33,9 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     lacking = [item for item in items if item.get_closest_marker("browser")] if lacks_browser() else []
+    judged = [item for item in items if item.get_closest_marker("sandbox")]
+    if judged and lacks_sandbox():
+        lacking += judged
     if on_gpu:
         import torch  # slow, so only where a test asks for it
 

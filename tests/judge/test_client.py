@@ -15,6 +15,8 @@ import pytest
 from sdzero.judge.client import Judge
 from sdzero.judge.types import AssertTest, CallTest, Checker, JudgeError, Limits, Refused, StdioTest, Submission
 
+pytestmark = pytest.mark.sandbox
+
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"
 CPP = "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b; }\n"
 TESTS = (StdioTest("1 2", "3"), StdioTest("5 6", "11"))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sandbox
+
 ENVIRONMENT = {**os.environ, "COLUMNS": "100"}
 
 

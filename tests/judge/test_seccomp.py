@@ -8,6 +8,8 @@ from sdzero.judge import seccomp
 from sdzero.judge.client import Judge
 from sdzero.judge.types import StdioTest, Submission
 
+pytestmark = pytest.mark.sandbox
+
 TRIES = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -23,6 +25,7 @@ ORDINARY = """
 import subprocess, threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import Pipe
+
 thread = threading.Thread(target=print, args=("thread",))
 thread.start(); thread.join()
 print(subprocess.run(["/bin/echo", "process"], capture_output=True, text=True).stdout.strip())
