@@ -10,6 +10,7 @@ import logging
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -111,7 +112,7 @@ class Judge:
                     self._ask(submissions, left, verdicts, progress)
                     break
                 except (ConnectionError, EOFError) as error:
-                    self._connection.close()
+                    self._connection.disconnect()
                     if number == _NUM_STARTS:
                         raise JudgeError(f"the judge died {number} times in one batch: {error}") from error
                     log.warning("the judge died and is started again for what it had not judged")
@@ -207,7 +208,11 @@ class _Connection:
 
     def _start(self) -> None:
         """Starts the judge and waits until it has found a sandbox. It gets nothing of this process's environment."""
-        self._tidy()
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        _end_remains(self.folder)
+        _remove_others()
         argv = [
             sys.executable,
             "-m",
@@ -229,7 +234,7 @@ class _Connection:
         (self.folder / "found.json").write_bytes(line)
         found = Found(**json.loads(line))
         if found.backend is None:
-            self._tidy()
+            self.close()
             raise Refused(
                 "no sandbox holds on this machine, so no program is run. "
                 + "; ".join(found.refused)
@@ -255,24 +260,46 @@ class _Connection:
             data += part
         return bytes(data)
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
         if self._socket:
             self._socket.close()
             self._socket = None
-        self._tidy()
 
-    def _tidy(self) -> None:
-        """Waits for the judge that was started here, and removes what it could not."""
+    def close(self) -> None:
+        """Waits for the judge that was started here, if nobody else asks it, and removes what it could not."""
+        self.disconnect()
         if self._process is None:
             return
-        try:
+        with suppress(subprocess.TimeoutExpired):  # another process of this job still asks it
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            return  # another process of this job still asks it
-        self._process = None
-        with suppress(OSError, ValueError):
-            if place := Found(**json.loads((self.folder / "found.json").read_text())).cgroup:
-                for group in (*Path(place).glob("*/"), Path(place)):
-                    group.rmdir()
-        for folder in (self.folder, Path(f"{self.folder}-work")):
-            shutil.rmtree(folder, ignore_errors=True)
+            self._process = None
+            _remove(self.folder)
+
+
+def _end_remains(folder: Path) -> None:
+    """Ends the sandboxes that a killed judge has left, and removes its cgroup."""
+    for process in Path("/proc").glob("[0-9]*"):  # bubblewrap, orphaned in its first milliseconds, waits for ever
+        with suppress(OSError):
+            if os.fsencode(folder) in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+    with suppress(OSError, ValueError):
+        if place := Found(**json.loads((folder / "found.json").read_text())).cgroup:
+            for group in (*Path(place).glob("*/"), Path(place)):
+                group.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    _end_remains(folder)
+    for path in (Path(f"{folder}-work"), folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_others() -> None:
+    """What is left of judges whose trainer was killed, and so could not remove it."""
+    for folder in Path(tempfile.gettempdir()).glob(f"sdzero-judge-{os.getuid()}-*"):
+        if folder.name.endswith("-work") or not (folder / "found.json").exists():
+            continue
+        with suppress(OSError), (folder / "lock").open() as lock, socket.socket(socket.AF_UNIX) as listener:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while a judge is being started
+            if listener.connect_ex(str(folder / "socket")):  # nobody listens
+                _remove(folder)

@@ -1,0 +1,263 @@
+"""Hostile programs, as data. One says HARM where it got what it must not get; the test looks from outside as well.
+
+@NAMES@ are filled in by the test: SECRET a file, TARGET one that must not come to be, PORT and UDP of its listeners, ABSTRACT
+its unix socket, VICTIM a process of the judge's user, JUDGE and TEST processes, SOCKET the judge's, VENV the trainer's.
+"""
+
+from dataclasses import dataclass
+
+from sdzero.types import Reason
+
+FAILED: tuple[Reason, ...] = ("wrong", "runtime_error")
+STOPPED: tuple[Reason, ...] = ("timeout", "memory", "runtime_error", "wrong")
+COMPILING: tuple[Reason, ...] = ("compile_error",)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """`reasons` are the verdicts that will do; `files` runs it in file mode."""
+
+    name: str
+    source: str
+    reasons: tuple[Reason, ...] = FAILED
+    language: str = "python"
+    files: bool = False
+
+
+PRELUDE = """
+import ctypes, mmap, os, signal, socket, subprocess, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(act, *args):
+    try:
+        print("HARM", act(*args), flush=True)
+    except (Exception, SystemExit) as error:
+        print("held", type(error).__name__, flush=True)
+def call(number, *args):
+    if libc.syscall(number, *args) < 0:
+        raise OSError(ctypes.get_errno(), "denied")
+def read(path):
+    return open(path, "rb").read(200)
+def fill(path, most_mb):
+    total = 0
+    try:
+        for number in range(100):
+            with open(f"{path}/{number}", "wb", buffering=0) as file:
+                for _ in range(8):
+                    total += file.write(bytes(1 << 20))
+    except OSError as error:
+        print("held", error, flush=True)
+    if total > most_mb << 20:
+        print("HARM", total >> 20, flush=True)
+"""
+
+
+def python(name: str, body: str, reasons: tuple[Reason, ...] = FAILED, files: bool = False) -> Attack:
+    return Attack(name, PRELUDE + body, reasons, "python", files)
+
+
+def cpp(name: str, source: str, reasons: tuple[Reason, ...] = FAILED) -> Attack:
+    return Attack(name, source, reasons, "cpp")
+
+
+ATTACKS = [
+    # --- processes
+    python("fork bomb", "while True:\n    try: os.fork()\n    except OSError: pass", STOPPED),
+    cpp("fork bomb", "#include <unistd.h>\nint main() { for (;;) fork(); }", STOPPED),
+    python("shell fork bomb", "subprocess.run(['/bin/sh', '-c', 'f() { f | f & }; f; sleep 9'])", STOPPED),
+    cpp(
+        "thread bomb",
+        "#include <cstdio>\n#include <thread>\n#include <vector>\n#include <unistd.h>\nint main() { int n = 0; "
+        'try { for (;; n++) new std::thread([] { sleep(9); }); } catch (...) {} if (n > 99) puts("HARM"); _exit(1); }',
+        STOPPED,
+    ),
+    python("busy in many processes", "for _ in range(12): os.fork()\nwhile True: pass", STOPPED),
+    python("sleeps for ever", "while True: time.sleep(99)", ("timeout",)),
+    python("stops itself", "os.kill(os.getpid(), signal.SIGSTOP)", ("timeout",)),
+    python(
+        "ignores signals",
+        "for s in (signal.SIGTERM, signal.SIGXCPU, signal.SIGALRM): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        ("timeout",),
+    ),
+    python(
+        "daemons that write later",
+        """
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(1.5)
+            open("@TARGET@", "w").write("late")
+        os._exit(0)
+""",
+    ),
+    # --- other processes
+    python("kills all", "os.kill(-1, signal.SIGKILL)"),
+    python("kills by number", "for pid in (@VICTIM@, @JUDGE@, @TEST@): attempt(os.kill, pid, signal.SIGKILL)"),
+    python("kills its parents", "attempt_ = [os.kill(pid, signal.SIGKILL) for pid in (os.getppid(),) if pid > 1]"),
+    python("stops its parents", "os.kill(os.getppid(), signal.SIGSTOP)", ("timeout", *FAILED)),
+    python("ptraces", "for pid in (@VICTIM@, @JUDGE@, os.getppid()): attempt(call, 101, 16, pid, 0, 0)"),
+    python("reads memory", "for pid in (@VICTIM@, @JUDGE@): attempt(read, f'/proc/{pid}/mem')"),
+    python("opens a process", "for pid in (@VICTIM@, @JUDGE@): attempt(call, 434, pid, 0)"),
+    # --- memory
+    python("memory", "held = []\nwhile True: held.append(bytearray(b'x') * (8 << 20))", ("memory",)),
+    python(
+        "memory in many processes",
+        "for _ in range(10): os.fork()\nheld = bytearray(b'x') * (24 << 20)\ntime.sleep(9)",
+        ("memory", "timeout"),
+    ),
+    cpp(
+        "memory in C++",
+        "#include <cstdlib>\n#include <cstring>\nint main() { for (;;) { void* p = malloc(1 << 23); if (!p) abort(); "
+        "memset(p, 1, 1 << 23); } }",
+        ("memory", "runtime_error"),
+    ),
+    python(
+        "shared mappings",
+        "held = []\nfor _ in range(64):\n    m = mmap.mmap(-1, 8 << 20); m.write(b'x' * (8 << 20)); held.append(m)\n"
+        "print('HARM')",
+        ("memory", "runtime_error"),
+    ),
+    python(
+        "memfd",
+        """
+total = 0
+for _ in range(40):
+    fd = os.memfd_create("x")
+    total += os.write(fd, bytes(8 << 20))
+print("HARM" if total > 200 << 20 else "held")
+""",
+        ("memory", *FAILED),
+    ),
+    python(
+        "System V segments",
+        """
+libc.shmat.restype = ctypes.c_void_p
+for number in range(40):
+    segment = libc.shmget(number + 77, 8 << 20, 0o1666)
+    address = libc.shmat(segment, None, 0)
+    ctypes.memset(address, 1, 8 << 20) if segment >= 0 else sys.exit(3)
+    libc.shmdt(ctypes.c_void_p(address))
+print("HARM")
+""",
+        ("memory", *FAILED),
+    ),
+    python("fills /dev/shm", "fill('/dev/shm', 40)", ("memory", "timeout", *FAILED)),
+    python("fills /tmp", "fill('/tmp', 40)", ("memory", "timeout", *FAILED)),
+    python("fills its folder", "fill('.', 40)", ("memory", "timeout", *FAILED)),
+    python("a huge hole", "open('x', 'w').truncate(1 << 40)\nprint('HARM')", ("output_limit", *FAILED)),
+    python("many files", "n = 0\nwhile True: open(f'f{n}', 'w'); n += 1", STOPPED),
+    python(
+        "many descriptors",
+        """
+held = []
+try:
+    while len(held) < 5000: held.append(os.open("/dev/null", os.O_RDONLY))
+    print("HARM")
+except OSError:
+    print("held")
+""",
+    ),
+    # --- output
+    python("floods stdout", "while True: os.write(1, b'x' * 65536)", ("output_limit",)),
+    python("floods stderr", "while True: os.write(2, b'x' * 65536)", ("output_limit",)),
+    python("closes everything", "os.closerange(0, 256)\ntime.sleep(0.2)\nos._exit(0)"),
+    # --- network
+    python("TCP", "attempt(socket.create_connection, ('127.0.0.1', @PORT@), 1)"),
+    python("UDP", "s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', @UDP@))"),
+    python("an abstract socket", "s = socket.socket(socket.AF_UNIX); attempt(s.connect, '\\0@ABSTRACT@')"),
+    python("the judge's socket", "s = socket.socket(socket.AF_UNIX); attempt(s.connect, '@SOCKET@')"),
+    # --- files
+    python("reads a file", "attempt(read, '@SECRET@')"),
+    python(
+        "reads the machine's", "for p in ('/etc/shadow', '/etc/passwd', '/root/.bashrc', '/dev/mem'): attempt(read, p)"
+    ),
+    python(
+        "reads environments",
+        """
+print(os.environ)
+for pid in (1, os.getppid(), os.getpid(), @JUDGE@, @TEST@):
+    try: print(read(f"/proc/{pid}/environ"))
+    except OSError: pass
+""",
+    ),
+    python("looks for the trainer", "attempt(os.listdir, '@VENV@')"),
+    python(
+        "looks everywhere",
+        """
+for folder, _, names in os.walk("/"):
+    if folder.startswith(("/proc", "/usr")): continue
+    for name in names:
+        if "canary" in name: print("HARM", folder, name)
+""",
+        ("timeout", *FAILED),
+    ),
+    python("writes a file", "attempt(lambda: open('@TARGET@', 'w').write('x'))"),
+    python(
+        "writes the system",
+        "for p in ('/usr/x', '/usr/bin/x', '/etc/x', '/proc/sys/kernel/core_pattern'): "
+        "attempt(lambda: open(p, 'w').write('x'))",
+    ),
+    python("the magic key", "attempt(lambda: open('/proc/sysrq-trigger', 'w').write('h'))"),
+    python("dumps core", "held = bytearray(32 << 20)\nos.abort()", ("runtime_error",)),
+    python("links its output", "os.symlink('@SECRET@', 'output.txt')", FAILED, files=True),
+    python("a pipe as its output", "os.mkfifo('output.txt')", FAILED, files=True),
+    python(
+        "a huge output file",
+        "fill_ = [open('output.txt', 'ab').write(bytes(1 << 20)) for _ in range(64)]",
+        ("output_limit", *FAILED),
+        files=True,
+    ),
+    # --- rights
+    python(
+        "setuid programs",
+        """
+for argv in (["/usr/bin/su", "-c", "id"], ["/usr/bin/mount", "-t", "tmpfs", "x", "/tmp"], ["/usr/bin/unshare", "-Ur", "id"]):
+    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    print("HARM" if done.returncode == 0 or "uid=0(" in done.stdout else "held")
+""",
+    ),
+    python("becomes root", "attempt(os.setuid, 0); attempt(os.setgroups, [0])"),
+    python("new namespaces", "for flag in (0x10000000, 0x10020000, 0x40000000): attempt(call, 272, flag)"),
+    python("mounts", "attempt(call, 165, b'x', b'/tmp', b'tmpfs', 0, 0); attempt(os.chroot, '/tmp')"),
+    python("odd system calls", "for n in (321, 298, 425, 323, 248, 250, 246, 304): attempt(call, n, 0, 0, 0, 0, 0)"),
+    python("types for others", "import fcntl\nfor fd in range(3): attempt(fcntl.ioctl, fd, 0x5412, b'x')"),
+    # --- forged verdicts
+    python(
+        "claims an exit code",
+        """
+for fd in range(3, 256):
+    try: os.write(fd, b'{"exit-code": 0}\\n0\\nexited with status: 0\\n')
+    except OSError: pass
+print("right", flush=True)
+os._exit(3)
+""",
+        ("runtime_error",),
+    ),
+    python("right and then an error", "print('right', flush=True)\nsys.exit(1)", ("runtime_error",)),
+    python("right and then a crash", "print('right', flush=True)\nctypes.string_at(0)", ("runtime_error",)),
+    python("right, too much", "print('right'); print('right')"),
+    # --- while it compiles
+    cpp("includes a secret", '#include "@SECRET@"\nint main() {}', COMPILING),
+    cpp("embeds a secret", 'asm(".incbin \\"@SECRET@\\"");\nint main() {}', COMPILING),
+    cpp("includes the environment", '#include "/proc/self/environ"\nint main() {}', ("compile_error", "wrong")),
+    cpp("includes without end", '#include "/dev/zero"\nint main() {}', COMPILING),
+    cpp("includes itself", "#include __FILE__\nint main() {}", COMPILING),
+    cpp("includes its input", '#include "/dev/stdin"\nint main() {}', ("compile_error", "wrong")),
+    cpp("a huge array", "int a[1 << 29] = {1};\nint main() { return a[0] - 1; }", ("compile_error", "memory", *FAILED)),
+    cpp(
+        "endless templates",
+        "template <int N> struct A { typedef typename A<N + 1>::T T; };\nA<0>::T x;\nint main() {}",
+        COMPILING,
+    ),
+    cpp(
+        "endless constants",
+        "constexpr int f() { for (;;) {} return 1; }\nconstexpr int x = f();\nint main() {}",
+        COMPILING,
+    ),
+    cpp(
+        "doubling macros",
+        "\n".join(["#define A0 1+1"] + [f"#define A{n} A{n - 1}+A{n - 1}" for n in range(1, 28)])
+        + "\nint x = A27;\nint main() {}",
+        COMPILING,
+    ),
+]
