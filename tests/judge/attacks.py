@@ -1,11 +1,13 @@
 """Hostile programs, as data. One says HARM where it got what it must not get; the test looks from outside as well.
 
-@NAMES@ are filled in by the test: SECRET a file, TARGET one that must not come to be, PORT and UDP of its listeners, ABSTRACT
-its unix socket, VICTIM a process of the judge's user, JUDGE and TEST processes, SOCKET the judge's, VENV the trainer's.
+@NAMES@ are filled in by the test: SECRET a file, TARGET one that must not come to be, PORT and UDP of its listeners,
+ABSTRACT its unix socket, VICTIM a process of the judge's user, JUDGE and TEST processes, SOCKET the judge's, VENV the
+trainer's.
 """
 
 from dataclasses import dataclass
 
+from sdzero.judge.types import Language
 from sdzero.types import Reason
 
 FAILED: tuple[Reason, ...] = ("wrong", "runtime_error")
@@ -20,7 +22,7 @@ class Attack:
     name: str
     source: str
     reasons: tuple[Reason, ...] = FAILED
-    language: str = "python"
+    language: Language = "python"
     files: bool = False
 
 
@@ -72,7 +74,7 @@ ATTACKS = [
     ),
     python("busy in many processes", "for _ in range(12): os.fork()\nwhile True: pass", STOPPED),
     python("sleeps for ever", "while True: time.sleep(99)", ("timeout",)),
-    python("stops itself", "os.kill(os.getpid(), signal.SIGSTOP)", ("timeout",)),
+    python("stops itself", "os.kill(os.getpid(), signal.SIGSTOP)", ("timeout", "wrong")),
     python(
         "ignores signals",
         "for s in (signal.SIGTERM, signal.SIGXCPU, signal.SIGALRM): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
@@ -97,12 +99,15 @@ for _ in range(3):
     python("stops its parents", "os.kill(os.getppid(), signal.SIGSTOP)", ("timeout", *FAILED)),
     python("ptraces", "for pid in (@VICTIM@, @JUDGE@, os.getppid()): attempt(call, 101, 16, pid, 0, 0)"),
     python("reads memory", "for pid in (@VICTIM@, @JUDGE@): attempt(read, f'/proc/{pid}/mem')"),
-    python("opens a process", "for pid in (@VICTIM@, @JUDGE@): attempt(call, 434, pid, 0)"),
+    python(
+        "signals through a descriptor",
+        "for pid in (@VICTIM@, @JUDGE@): attempt(call, 424, libc.syscall(434, pid, 0), signal.SIGKILL, 0, 0)",
+    ),
     # --- memory
     python("memory", "held = []\nwhile True: held.append(bytearray(b'x') * (8 << 20))", ("memory",)),
     python(
         "memory in many processes",
-        "for _ in range(10): os.fork()\nheld = bytearray(b'x') * (24 << 20)\ntime.sleep(9)",
+        "for _ in range(4): os.fork()\nheld = bytearray(b'x') * (24 << 20)\ntime.sleep(9)",
         ("memory", "timeout"),
     ),
     cpp(
@@ -261,3 +266,45 @@ os._exit(3)
         COMPILING,
     ),
 ]
+
+
+# --- calls that would have the last word on what they return
+FORGED = [
+    "class V(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return V(7)",
+    "class V:\n    def __eq__(self, other): return True\n    def __repr__(self): return '9'\ndef f(x): return V()",
+    "import os\nfor fd in range(256):\n    try: os.write(fd, b'9\\n')\n    except OSError: pass\nos._exit(0)\ndef f(x): pass",
+    "import builtins, json\njson.dumps = lambda *a, **k: '9'\nbuiltins.print = None\ndef f(x): return 7",
+    "import atexit, os\natexit.register(lambda: os.write(1, b'9\\n'))\ndef f(x): return 7",
+    "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for v in [*frame.f_locals.values()]:\n"
+    "            if isinstance(v, dict) and 'expected' in v: return v['expected']\n        frame = frame.f_back\n    return 7",
+]
+
+# --- programs that look odd, and must pass: name -> (language, source, input, output)
+LEGAL: dict[str, tuple[Language, str, str, str]] = {
+    "deep recursion in C++": ("cpp", "#include <cstdio>\nint f(int n) { volatile char x[64]; x[0] = n; return n ? f(n - 1) + 1 : "
+                              "x[0]; }\nint main() { printf(\"%d\", f(900000)); }", "", "900000"),
+    "deep recursion in Python": ("python", "import sys, threading\nsys.setrecursionlimit(200000)\n"
+                                 "threading.stack_size(128 << 20)\ndef f(n): return n and f(n - 1) + 1\n"
+                                 "t = threading.Thread(target=lambda: print(f(50000)))\nt.start(); t.join()", "", "50000"),
+    "unread input": ("python", "print('right')", "x" * (4 << 20), "right"),
+    "other bytes": ("python", "import sys; sys.stdout.buffer.write(b'\\xff\\xfe')", "", "\udcff\udcfe"),
+    "no final newline": ("python", "import sys; sys.stdout.write(input())", "right", "right\n"),
+    "line ends of Windows": ("cpp", "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b << \"\\r\\n\"; }",
+                             "1\r\n2\r\n", "3\r\n"),
+    "threads in C++": ("cpp", "#include <atomic>\n#include <cstdio>\n#include <thread>\n#include <vector>\nint main() { "
+                       "std::atomic<int> n{0}; std::vector<std::thread> t; for (int i = 0; i < 8; i++) t.emplace_back([&] { "
+                       "n++; }); for (auto& x : t) x.join(); printf(\"%d\", n.load()); }", "", "8"),
+    "threads in Python": ("python", "import threading\nd = []\nt = [threading.Thread(target=d.append, args=(1,)) for _ in range(8)]\n"
+                          "[x.start() for x in t]; [x.join() for x in t]\nprint(len(d))", "", "8"),
+    "nearly all memory": ("cpp", "#include <cstdio>\n#include <vector>\nint main() { std::vector<char> v(120 << 20, 1); "
+                          "printf(\"%d\", v[7]); }", "", "1"),
+    "scratch files": ("python", "import tempfile\nwith tempfile.TemporaryFile() as file: file.write(b'x')\nprint('right')",
+                      "", "right"),
+    "much output": ("python", "print('x ' * 900000)", "", "x " * 900000),
+    "a program of its own": ("python", "import subprocess; print(subprocess.run(['/bin/echo', 'right'], capture_output=True, "
+                             "text=True).stdout)", "", "right"),
+    "everything included": ("cpp", "#include <bits/stdc++.h>\nint main() { std::cout << std::gcd(6, 9); }", "", "3"),
+    "the standard library": ("python", "import asyncio, bisect, collections, decimal, fractions, functools, heapq, itertools, json,"
+                             " math, random, re, statistics, string, typing\nprint('right')", "", "right"),
+    "other alphabets": ("python", "größe = 'ñ'\nprint(größe, '✓')", "", "ñ ✓"),
+}  # fmt: skip

@@ -249,9 +249,9 @@ class Runs:
         return True
 
     async def _watch(self, run: _Run) -> None:
-        """Holds a run that no cgroup counts to its memory: the private pages of all its processes."""
+        """Holds a run that no cgroup counts to its memory: that of all its processes."""
         while not run.ended.is_set():
-            if sum(map(_private_mb, _tree(run.pid))) > run.job.limits.memory_mb:
+            if sum(map(_memory_mb, _tree(run.pid))) > run.job.limits.memory_mb:
                 run.stop("memory")
             with suppress(TimeoutError):
                 await asyncio.wait_for(run.ended.wait(), _WATCH_SECONDS)
@@ -309,9 +309,10 @@ def _tree(pid: int) -> Iterator[int]:
         return  # it has ended meanwhile
 
 
-def _private_mb(pid: int) -> float:
+def _memory_mb(pid: int) -> float:
+    """Memory that is no file's, in MiB; a page that processes share counts for each of them."""
     try:
-        resident, shared = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
-    except OSError:
+        rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return sum(int(rows[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1024
+    except (OSError, KeyError):  # it has ended meanwhile
         return 0.0
-    return (resident - shared) * resource.getpagesize() / 2**20
