@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sdzero.judge.client import Judge
 from sdzero.judge.types import Language, StdioTest, Submission
@@ -51,6 +52,11 @@ def judged(judge: Judge, language: Language, num_runs: int) -> float:
     return num_runs / (time.perf_counter() - started)
 
 
+def _line(row: dict[str, Any]) -> str:
+    rates = f"{row['judge']:5.0f}/s judged, {row['bare']:5.0f}/s bare, ratio {row['ratio']:.2f}"
+    return f"{row['language']:7} {row['in_flight']} at a time: {rates}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
@@ -81,12 +87,7 @@ def main() -> None:
                     row = {name: statistics.median(values) for name, values in rates.items()}
                     row = {"language": language, "in_flight": in_flight, "backend": judge.backend, **row}
                     rows.append({**row, "ratio": row["judge"] / row["bare"]})
-                    print(
-                        "{language:7} {in_flight} in flight: {judge:6.0f}/s judged, {bare:6.0f}/s bare, ratio {ratio:.2f}".format(
-                            **rows[-1]
-                        ),
-                        flush=True,
-                    )
+                    print(_line(rows[-1]), flush=True)
     result = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -1,3 +1,5 @@
 class Solution:
-    def double(self, numbers):
+    """An example for `sdzero judge`."""
+
+    def double(self, numbers: list[int]) -> list[int]:
         return [2 * number for number in numbers]

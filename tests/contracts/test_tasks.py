@@ -22,7 +22,7 @@ import sdzero.tasks
 from configs.recipes.own_data.verifier import LastDigit
 from runs import ROOT
 from sdzero.judge.types import CodeVerdict, StdioTest, Submission
-from sdzero.tasks import Chains, Code, Countdown, Math, MultipleChoice, ReasoningGym, Task
+from sdzero.tasks import Chains, Code, Countdown, Instructions, Math, MultipleChoice, ReasoningGym, Task
 from sdzero.types import Question, Split
 
 SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
@@ -52,6 +52,12 @@ def rows_file(kind: str) -> str:
             "answer": "A",
         },
         "code": lambda n: {"question": f"Write {n}.", "tests": [{"input": "", "output": str(n)}]},
+        "instructions": lambda n: {
+            "key": n,
+            "prompt": f"Say {n} and name a zebra.",
+            "instruction_id_list": ["keywords:existence"],
+            "kwargs": [{"keywords": ["zebra"]}],
+        },
     }
     rows = [{**columns[kind](n), "level": n} for n in range(2, 402)]
     path = Path(mkdtemp(prefix="sdzero-tasks-")) / f"{kind}.jsonl"
@@ -79,6 +85,7 @@ CASES = {
     "code": Case(code, lambda question: f"So:\n```cpp\n{question.meta['level']}\n```"),
     "countdown": Case(Countdown, boxed),
     "reasoning_gym": Case(lambda: ReasoningGym("chain_sum"), boxed),
+    "instructions": Case(lambda: Instructions(rows_file("instructions"), "ifeval"), lambda _: "A zebra."),
     "math": Case(lambda: Math(rows_file("math")), boxed),
     "multiple_choice": Case(lambda: MultipleChoice(rows_file("choice")), boxed),
     "rows": Case(

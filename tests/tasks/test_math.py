@@ -118,16 +118,16 @@ def test_rows_whose_gold_answer_cannot_be_graded_are_left_out(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         kept = [question for _, question in task._all]
     assert len(kept) == 58 and {q.answer for q in kept} == {r"\frac{1}{2}", r"\text{yes}"}
-    assert [(row.answer, row.reason) for row in task.dropped] == [
-        ("proof", "it is 'proof'"),
-        ("100 (i.e., all values)", "math-verify cannot parse it"),
+    assert [(where.rpartition(": ")[2], reason) for where, reason in task.dropped] == [
+        ("row 4", "gold answer 'proof': it is 'proof'"),
+        ("row 31", "gold answer '100 (i.e., all values)': math-verify cannot parse it"),
     ]
-    assert "2 of 60 gold answers" in caplog.text and "e.g. 'proof'" in caplog.text
+    assert "left out 2 of 60 questions" in caplog.text and "gold answer 'proof'" in caplog.text
 
 
 def test_too_many_such_rows_are_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "q.jsonl", [*rows_of(18), *({"problem": f"p{i}", "answer": "proof"} for i in range(2))])
-    with pytest.raises(ValueError, match=r"2 of 20 gold answers.*task.max_dropped_share=0.05.*'answer' the column"):
+    with pytest.raises(ValueError, match=r"2 of 20 questions.*gold answer 'proof'.*task.max_dropped_share=0.05"):
         Math(path).questions("eval", 1)
     assert Math(path, max_dropped_share=0.1).questions("eval", 1)
 
@@ -137,7 +137,7 @@ def test_a_gold_answer_that_takes_for_ever_is_left_out(tmp_path: Path) -> None:
     task = Math(jsonl(tmp_path / "q.jsonl", rows), max_dropped_share=0.5)
     task._pool.map = lambda items: [Failed("timeout") if gold == "x+1" else None for _, gold in items]
     assert len(task._all) == 3
-    assert [row.reason for row in task.dropped] == ["grading it ends in timeout"]
+    assert [reason for _, reason in task.dropped] == ["gold answer 'x+1': grading it ends in timeout"]
 
 
 @pytest.mark.parametrize("package", ["math_verify", "pebble"])

@@ -2,10 +2,8 @@ r"""Mathematics of one's own rows, answered in `\boxed{}` and compared with the 
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,17 +12,6 @@ from sdzero.judge.pool import Failed, GraderPool
 from sdzero.tasks.boxed import after_thought, last_boxed
 from sdzero.tasks.rows import Rows
 from sdzero.types import Question, Split, Verdict
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A row that is left out: no response to it could be graded."""
-
-    id: str
-    answer: str
-    reason: str
 
 
 class Math(Rows):
@@ -41,7 +28,7 @@ class Math(Rows):
         instruction: appended to every question after a blank line; empty leaves the question as it is.
         num_workers: processes that grade.
         deadline: seconds for one answer; one that takes longer is wrong (`timeout`).
-        max_dropped_share: raises where more than this share of the rows has to be left out.
+        max_dropped_share: as in Rows.
 
     Raises:
         ModuleNotFoundError: math-verify or pebble is not installed; names the extra.
@@ -58,10 +45,9 @@ class Math(Rows):
         deadline: float = 3.0,
         max_dropped_share: float = 0.05,
     ) -> None:
-        super().__init__(path, question_column, answer_column, id_column)
+        super().__init__(path, question_column, answer_column, id_column, max_dropped_share)
         mathematics.needs_math_verify()
-        self.instruction, self.max_dropped_share = instruction, max_dropped_share
-        self.dropped: list[Dropped] = []
+        self.instruction = instruction
         self._pool: GraderPool[mathematics.Job, Any] = GraderPool(
             mathematics.work, mathematics.WARM_UP, num_workers, deadline
         )
@@ -81,33 +67,14 @@ class Math(Rows):
             verdicts[number] = outcome
         return [verdict for verdict in verdicts if verdict is not None]
 
+    def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
+        reasons = self._reasons({question.answer for question in questions})
+        return {q.id: f"gold answer {q.answer!r}: {reasons[q.answer]}" for q in questions if q.answer in reasons}
+
     @cached_property
     def _all(self) -> list[tuple[Split, Question]]:
-        """Raises: ValueError where too many gold answers cannot be graded."""
-        questions = super()._all
-        reasons = self._reasons({question.answer for _, question in questions})
-        self.dropped = [
-            Dropped(question.id, question.answer, reasons[question.answer])
-            for _, question in questions
-            if question.answer in reasons
-        ]
-        if self.dropped:
-            said = (
-                f"{len(self.dropped)} of {len(questions)} gold answers in {self.path} cannot be graded: "
-                + "; ".join(
-                    f"{count} because {reason}"
-                    for reason, count in Counter(row.reason for row in self.dropped).most_common()
-                )
-            )
-            example = f", e.g. {self.dropped[0].answer!r} of {self.dropped[0].id}"
-            if len(self.dropped) > self.max_dropped_share * len(questions):
-                raise ValueError(
-                    f"{said}{example}. That is more than task.max_dropped_share={self.max_dropped_share}: "
-                    f"is {self.answer_column!r} the column of final answers?"
-                )
-            log.warning("left out rows: %s%s", said, example)
         end = f"\n\n{self.instruction}" if self.instruction else ""
-        return [(split, replace(q, text=q.text + end)) for split, q in questions if q.answer not in reasons]
+        return [(split, replace(question, text=question.text + end)) for split, question in super()._all]
 
     def _reasons(self, golds: set[str]) -> dict[str, str]:
         """Why gold answers cannot be graded, for those that cannot."""
