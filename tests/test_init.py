@@ -32,7 +32,9 @@ def test_a_recipe_and_its_parts_are_written_as_they_are_here(
     assert said.endswith("\nnext:\n" + "".join(f"  sdzero run configs/recipes/{each}\n" for each in names))
     assert f"configs/recipes/{name}/collect.yaml" in said
     recipes = tuple(f"recipes/{each}/" for each in names)
-    parts = {k: v for k, v in files(CONFIGS).items() if not k.startswith("recipes/") or k.startswith(recipes)}
+    parts = {
+        k: v for k, v in files(CONFIGS).items() if not k.startswith(("recipes/", "examples/")) or k.startswith(recipes)
+    }
     assert files(tmp_path / "configs") == parts and "model/tiny/tokenizer.json" in parts
     assert write(name, tmp_path) == []
 

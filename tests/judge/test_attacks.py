@@ -163,6 +163,17 @@ def test_a_daemon_that_holds_the_output_open_delays_nothing(judge: Judge) -> Non
     assert verdict.reward == 1 and verdict.tests[0].wall_seconds < 1.5
 
 
+def test_the_time_of_children_that_nobody_waits_for_counts(judge: Judge) -> None:
+    source = (
+        "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        end = time.process_time() + 0.6\n"
+        "        while time.process_time() < end: pass\n        os._exit(0)\n"
+        "ends = time.time() + 4\nwhile time.time() < ends: time.sleep(0.1)\nprint('right')"
+    )
+    limits = Limits(time=0.7, memory_mb=160, processes=24, wall=9)
+    verdict = judge.judge([Submission("python", source, (StdioTest("", "right"),), limits)])[0]
+    assert verdict.reason == "timeout" and verdict.tests[0].cpu_seconds > 0.7
+
+
 def test_runs_see_nothing_of_each_other(judge: Judge) -> None:
     places = ["/tmp/left", "/dev/shm/left", "left", "/work/left"]
     leaves = f"for p in {places}:\n    try: open(p, 'w').write('x')\n    except OSError: pass\nprint('right')"

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -284,8 +285,12 @@ def _end_remains(folder: Path) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
     with suppress(OSError, ValueError):
         if place := Found(**json.loads((folder / "found.json").read_text())).cgroup:
-            for group in (*Path(place).glob("*/"), Path(place)):
-                group.rmdir()
+            deadline = time.monotonic() + _END_SECONDS
+            while Path(place).exists() and time.monotonic() < deadline:  # what was killed may not have ended yet
+                for group in (*Path(place).glob("*/"), Path(place)):
+                    with suppress(OSError):
+                        group.rmdir()
+                time.sleep(0.001)
 
 
 def _remove(folder: Path) -> None:

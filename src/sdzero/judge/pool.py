@@ -33,13 +33,14 @@ Result = TypeVar("Result")
 
 STARTS = 5  # pools that are started for one batch without any outcome in between
 SPARE_LAUNCHES = 6  # workers, beyond a full set, that may die one after the other before one is ready
-STALL = 60.0  # seconds beyond the deadline in which something must come back, a fresh worker's imports included
+WALL = 10  # deadlines on the clock after which the parent ends a worker that does not compute, or not alone
+STALL = 30.0  # seconds beyond that in which something must come back, a fresh worker's imports included
 _NO_MEMORY = 77  # exit status of a worker that met its memory limit
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An item that has no result: it overran the deadline, or needs more memory than a worker has."""
+    """An item without a result: it overran the deadline, or needs more memory than a worker has."""
 
     reason: Literal["timeout", "memory"]
 
@@ -47,6 +48,7 @@ class Failed:
 @dataclass(frozen=True)
 class _Died:
     code: int
+    overdue: bool = False  # ended by the parent
 
 
 class _Fault(Exception):
@@ -63,7 +65,7 @@ class GraderPool(Generic[Item, Result]):
         function: importable by its name from any module but `__main__`; items and results are pickled.
         warm_up: an item that every worker runs before it takes any other; a worker that fails at it is a `JudgeError`.
         num_workers: processes.
-        deadline: seconds from when an item begins to run; then its worker is killed.
+        deadline: seconds of CPU time for one item, from when it begins to run; then its worker is killed.
         memory_mb: address space of a worker, in MiB.
 
     Raises:
@@ -119,7 +121,7 @@ class GraderPool(Generic[Item, Result]):
         (healthy,) = self._run([self.warm_up])
         if isinstance(healthy, _Died | Failed):
             raise JudgeError(f"grading workers die (exit status {first.code}, then {outcome.code}) whatever they grade")
-        return Failed("timeout" if outcome.code == -signal.SIGALRM else "memory")
+        return Failed("timeout" if outcome.overdue else "memory")
 
     def _run(self, items: Sequence[Item]) -> list[Any]:
         """Results, `Failed` and `_Died`. A pool that breaks or stalls is replaced; what was outstanding runs again."""
@@ -142,7 +144,7 @@ class GraderPool(Generic[Item, Result]):
         """Outcomes in order, until the pool breaks."""
         try:
             pool = self._started()
-            futures = [pool.schedule(_work, (item,), timeout=self.deadline) for item in items]
+            futures = [pool.schedule(_work, (item,), timeout=WALL * self.deadline) for item in items]
         except RuntimeError as error:  # pebble's own, where a pool has broken meanwhile
             log.warning("grading: %s", error)
             return
@@ -150,14 +152,15 @@ class GraderPool(Generic[Item, Result]):
         for future in futures:
             future.add_done_callback(self._note)
         for future in futures:
-            if not self._arrives(future):
+            if not self._arrives(future, pool):
                 return
             error = None if future.cancelled() else future.exception()
             name = type(error).__name__
-            if isinstance(error, TimeoutError):
-                yield Failed("timeout")
+            if isinstance(error, TimeoutError):  # so also where pebble has missed that the worker died
+                yield _Died(-signal.SIGKILL, overdue=True)
             elif name == "ProcessExpired":
-                yield _Died(getattr(error, "exitcode", 0))
+                code = getattr(error, "exitcode", 0)
+                yield Failed("timeout") if code == -signal.SIGPROF else _Died(code)
             elif future.cancelled() or name in ("BrokenProcessPool", "CancelledError"):
                 return
             elif error:
@@ -165,13 +168,15 @@ class GraderPool(Generic[Item, Result]):
             else:
                 yield future.result()
 
-    def _arrives(self, future: Future[Any]) -> bool:
-        """Waits for it. False: nothing at all has come back for too long."""
+    def _arrives(self, future: Future[Any], pool: ProcessPool) -> bool:
+        """Waits for it. False: the pool has broken, or nothing at all has come back for too long."""
         while not wait([future], timeout=0.5).done:
+            if not pool.active:  # pebble forgets what stood in line
+                return future.done()
             if self._context.launches > self.num_workers + SPARE_LAUNCHES:
                 self.close()
                 raise JudgeError("grading workers die before they are ready: see their messages above")
-            if time.monotonic() - self._progress > self.deadline + STALL:
+            if time.monotonic() - self._progress > WALL * self.deadline + STALL:
                 return False
         return True
 
@@ -186,7 +191,7 @@ class GraderPool(Generic[Item, Result]):
             from pebble import ProcessPool
 
             _fill_standard_descriptors()
-            arguments = (self.function, self.warm_up, self.memory_mb * 2**20, 2 * self.deadline + 1)
+            arguments = (self.function, self.warm_up, self.memory_mb * 2**20, self.deadline)
             self._context = context = _Context()
             self._pool = ProcessPool(self.num_workers, 0, _begin, arguments, cast(Any, context))
             self._finalizer = weakref.finalize(self, _stop, self._pool, os.getpid())
@@ -219,16 +224,16 @@ def _fill_standard_descriptors() -> None:
 
 _function: Callable[[Any], Any] | None = None
 _fault = ""
-_alarm = 0.0
+_deadline = 0.0
 
 
-def _begin(function: Callable[[Any], Any], warm_up: Any, memory: int, alarm: float) -> None:
-    global _function, _fault, _alarm
+def _begin(function: Callable[[Any], Any], warm_up: Any, memory: int, deadline: float) -> None:
+    global _function, _fault, _deadline
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it inside one long multiplication too
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _function, _alarm = function, alarm
+    _function, _deadline = function, deadline
     try:
         function(warm_up)
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
@@ -238,13 +243,15 @@ def _begin(function: Callable[[Any], Any], warm_up: Any, memory: int, alarm: flo
 def _work(item: Any) -> Any:
     if _fault or _function is None:
         raise _Fault(_fault)
-    signal.setitimer(signal.ITIMER_REAL, _alarm)  # for a worker whose parent is gone: it would compute for ever
+    # The kernel ends this process, inside one long multiplication too, and where the parent is gone. It counts the
+    # process's own CPU time: on a busy machine, a deadline on the clock would make a wrong answer of a slow one.
+    signal.setitimer(signal.ITIMER_PROF, _deadline)
     try:
         return _function(item)
     except MemoryError:
         os._exit(_NO_MEMORY)  # the next item gets a worker with all of its memory
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 # --- how a worker starts --------------------------------------------------------------------------

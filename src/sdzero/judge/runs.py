@@ -25,7 +25,8 @@ from sdzero.judge.slots import Slots
 
 KEPT = 2048  # bytes of standard error that are kept
 _CHUNK = 1 << 16
-_WATCH_SECONDS = 0.02  # between looks at the memory of a run that no cgroup counts
+_WATCH_SECONDS = 0.02  # between looks at the processes of a run
+_SLACK_SECONDS = 0.2  # beyond its limit, before a run is ended: the verdict holds it to the limit itself
 _LOOK_SECONDS = 0.005  # between looks at what is left of a run
 _REMAINS_SECONDS = 20.0  # that the remains of a run may take to go
 _PR_SET_CHILD_SUBREAPER = 36
@@ -67,6 +68,7 @@ class _Run:
     code: int = 0  # the sandbox's own
     stopped: Stop | None = None
     num_bytes: int = 0
+    cpu_seconds: float = 0.0  # of all its processes, when they were last looked at
     status: bytearray = field(default_factory=bytearray)
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
@@ -145,12 +147,11 @@ class Runs:
         run, pipes = self._start(job, stdin, group)
         try:
             timer = loop.call_later(job.limits.wall_seconds, run.stop, "timeout")
-            watch = None if group else loop.create_task(self._watch(run))
+            watch = loop.create_task(self._watch(run))
             await self._end(run)
             wall = time.monotonic() - started
             timer.cancel()
-            if watch:
-                await watch
+            await watch
             for descriptor, kept in pipes.items():  # what is left, not their end: a stray process may hold them open
                 while self._read(run, descriptor, kept):
                     pass
@@ -165,7 +166,7 @@ class Runs:
         code = -1 if stopped else self.backend.exit_code(bytes(run.status), run.code)
         if code is None:
             raise Fault(f"{self.backend.name}: {bytes(run.stderr).decode(errors='replace').strip() or 'no exit code'}")
-        cpu = usage.ru_utime + usage.ru_stime
+        cpu = max(run.cpu_seconds, usage.ru_utime + usage.ru_stime)
         memory = (group.peak_mb() if group else 0.0) or usage.ru_maxrss / 1024
         return Outcome(code, stopped, cpu, wall, memory, bytes(run.stdout), bytes(run.stderr))
 
@@ -184,7 +185,12 @@ class Runs:
         hold = None
         if self.backend.holds:  # a spawn takes a third of a fork's time
             theirs[HOLD], hold = os.pipe()
-            pid = self.backend.spawn(job, theirs)
+            try:
+                pid = self.backend.spawn(job, theirs)
+            except OSError as error:  # gone, or out of this user's reach
+                for descriptor in {*theirs.values(), hold, *(pair[0] for pair in pairs.values())} - {stdin}:
+                    os.close(descriptor)
+                raise Fault(f"{self.backend.name}: {error}") from error
         else:  # a process that enters its cgroup, and only then becomes the sandbox
             pid = os.fork()
             if pid == 0:
@@ -205,7 +211,8 @@ class Runs:
         """In the forked process. The judge keeps its own descriptors above those that a sandbox gets."""
         os.setsid()
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # Python ignores the latter two
         if group:
             group.add(os.getpid())
         for number, ours in descriptors.items():
@@ -249,9 +256,17 @@ class Runs:
         return True
 
     async def _watch(self, run: _Run) -> None:
-        """Holds a run that no cgroup counts to its memory: that of all its processes."""
+        """Holds all processes of a run together to its CPU time, and to its memory where no cgroup does.
+
+        What the kernel reports at the end leaves out children that nobody has waited for.
+        """
+        limits = run.job.limits
         while not run.ended.is_set():
-            if sum(map(_memory_mb, _tree(run.pid))) > run.job.limits.memory_mb:
+            processes = [*_tree(run.pid)]
+            run.cpu_seconds = max(run.cpu_seconds, sum(map(_cpu_seconds, processes)))
+            if run.cpu_seconds > limits.time + _SLACK_SECONDS:
+                run.stop("timeout")
+            if not run.group and sum(map(_memory_mb, processes)) > limits.memory_mb:
                 run.stop("memory")
             with suppress(TimeoutError):
                 await asyncio.wait_for(run.ended.wait(), _WATCH_SECONDS)
@@ -307,6 +322,15 @@ def _tree(pid: int) -> Iterator[int]:
                 yield from _tree(int(child))
     except OSError:
         return  # it has ended meanwhile
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process and of the children that it has waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:  # it has ended meanwhile
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory_mb(pid: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -101,7 +102,8 @@ class Backend(ABC):
     def spawn(self, job: Job, descriptors: dict[int, int]) -> int:
         """Starts a sandbox that holds. `descriptors`: its number -> ours. Returns its process."""
         argv, moves = self.command(job), [(os.POSIX_SPAWN_DUP2, ours, its) for its, ours in descriptors.items()]
-        return os.posix_spawn(argv[0], argv, {"PATH": ENVIRONMENT["PATH"]}, file_actions=moves, setsid=True)
+        environment, reset = {"PATH": ENVIRONMENT["PATH"]}, (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them
+        return os.posix_spawn(argv[0], argv, environment, file_actions=moves, setsid=True, setsigdef=reset)
 
     def execute(self, job: Job) -> None:
         """Becomes the sandbox. Runs in a process of its own, whose descriptors are set."""

@@ -45,6 +45,8 @@ _DENIED = {
 _CLONE3 = 435
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, AUDIT_ARCH, clone
+_SOCKET = (41, 198)
+_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: of others, no network namespace keeps vsock from the machine's
 
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _EPERM, _ENOSYS = 0x00050001, 0x00050026
@@ -59,7 +61,9 @@ def policy() -> str:
     column, _, _ = _ARCHITECTURES[platform.machine()]
     denied = ", ".join(f"SYSCALL[{numbers[column]}]" for numbers in _DENIED.values())
     spaces = f"clone(flags) {{ (flags & {_NEW_NAMESPACES:#x}) != 0 }}"
-    return f"ERRNO(1) {{ {denied}, {spaces} }} ERRNO(38) {{ SYSCALL[{_CLONE3}] }} DEFAULT ALLOW"
+    others = " && ".join(f"family != {family}" for family in _FAMILIES)
+    sockets = f"socket(family) {{ {others} }}"
+    return f"ERRNO(1) {{ {denied}, {spaces}, {sockets} }} ERRNO(38) {{ SYSCALL[{_CLONE3}] }} DEFAULT ALLOW"
 
 
 def program() -> bytes:
@@ -73,6 +77,9 @@ def program() -> bytes:
     for number in (numbers[column] for numbers in _DENIED.values()):
         lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]
     lines += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ENOSYS)]
+    lines += [(_EQUAL, 0, 2 + len(_FAMILIES), _SOCKET[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+    lines += [(_EQUAL, len(_FAMILIES) - number, 0, family) for number, family in enumerate(_FAMILIES)]
+    lines += [(_RETURN, 0, 0, _EPERM), (_LOAD, 0, 0, _NUMBER)]
     lines += [(_EQUAL, 0, 3, clone), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
     lines += [(_ANY_BIT, 0, 1, _NEW_NAMESPACES), (_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("<HBBI", *line) for line in lines)

@@ -27,7 +27,7 @@ class Math(Rows):
         id_column: as in Rows.
         instruction: appended to every question after a blank line; empty leaves the question as it is.
         num_workers: processes that grade.
-        deadline: seconds for one answer; one that takes longer is wrong (`timeout`).
+        deadline: seconds of CPU time for one answer; one that takes longer is wrong (`timeout`).
         max_dropped_share: as in Rows.
 
     Raises:

@@ -22,7 +22,7 @@ class Bubblewrap(Backend):
     @cached_property
     def _root(self) -> list[str]:
         """The system's programs and libraries, nothing of /usr/local, /etc or /home."""
-        mounts = ["--ro-bind", "/usr", "/usr", "--tmpfs", "/usr/local"]
+        mounts = ["--ro-bind", "/usr", "/usr", "--size", "4096", "--tmpfs", "/usr/local", "--remount-ro", "/usr/local"]
         for name in ("bin", "lib", "lib64", "sbin"):
             if os.path.islink(f"/{name}"):
                 mounts += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
