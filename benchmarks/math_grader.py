@@ -2,6 +2,8 @@
 
     python benchmarks/math_grader.py
 
+Two percent of hostile answers cost their share of deadlines: 12 of 600, by two workers, 18 s.
+
 Prints a table and writes benchmarks/results/math_grader.json. The floor is math-verify called for each answer without
 any guard, in one process; hostile answers would hang it, so it is given none. `all` goes through a task's own way,
 which settles numbers and words without algebra; `algebra` sends every answer to a worker.
@@ -24,10 +26,10 @@ from sdzero.judge.pool import Failed, GraderPool
 
 NUM_WORKERS, DEADLINE, REPEATS = 2, 3.0, 5
 RESULTS = Path(__file__).parent / "results/math_grader.json"
-HOSTILE = (  # what `decide` does not turn away
-    r"\sum_{k=1}^{\infty}\frac{1}{k^{k^k}}",
-    "(a+b+c+d+e+f)^{40}-(a+b+c+d+e+g)^{40}",
-    r"\prod_{k=1}^{10^9} k",
+HOSTILE = (  # what `decide` does not turn away, and a worker must be killed for
+    ("9^{9^{9^9}}", "5"),
+    ("(a+b+c+d+e+f)^{40}", "(a+b+c+d+e+g)^{40}"),
+    (r"\prod_{k=1}^{10^9} k", "5"),
 )
 Pair = tuple[str, str]
 
@@ -51,7 +53,7 @@ def ordinary(num: int, seed: int = 0) -> list[Pair]:
 
 def with_hostile(pairs: list[Pair], share: float = 0.02) -> list[Pair]:
     step = round(1 / share)
-    return [(HOSTILE[i // step % len(HOSTILE)], "x") if i % step == 0 else pair for i, pair in enumerate(pairs)]
+    return [HOSTILE[i // step % len(HOSTILE)] if i % step == 0 else pair for i, pair in enumerate(pairs)]
 
 
 def bare(pairs: list[Pair]) -> list[Any]:
