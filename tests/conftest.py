@@ -12,6 +12,7 @@ import pytest
 
 from runs import SMOKE, sdzero
 from sandboxes import lacks_sandbox
+from sdzero.judge.backends import SANDBOXES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -27,7 +28,8 @@ def lacks_browser() -> bool:
 
 def pytest_report_header() -> str:
     found = find_browser() or f"none of {', '.join(BROWSERS)}"
-    return f"browser: {found}{': its tests are deselected' if lacks_browser() else ''}"
+    sandboxes = "; ".join(f"{kind.name}: {kind().missing() or 'here'}" for kind in SANDBOXES)
+    return f"browser: {found}{': its tests are deselected' if lacks_browser() else ''}\nsandboxes: {sandboxes}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

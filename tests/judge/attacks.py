@@ -148,6 +148,7 @@ print("HARM")
     ),
     python("fills /dev/shm", "fill('/dev/shm', 40)", ("memory", "timeout", *FAILED)),
     python("fills /tmp", "fill('/tmp', 40)", ("memory", "timeout", *FAILED)),
+    python("fills /usr/local", "fill('/usr/local', 1)"),
     python("fills its folder", "fill('.', 40)", ("memory", "timeout", *FAILED)),
     python("a huge hole", "open('x', 'w').truncate(1 << 40)\nprint('HARM')", ("output_limit", *FAILED)),
     python("many files", "n = 0\nwhile True: open(f'f{n}', 'w'); n += 1", STOPPED),
@@ -170,6 +171,7 @@ except OSError:
     python("TCP", "attempt(socket.create_connection, ('127.0.0.1', @PORT@), 1)"),
     python("UDP", "s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', @UDP@))"),
     python("an abstract socket", "s = socket.socket(socket.AF_UNIX); attempt(s.connect, '\\0@ABSTRACT@')"),
+    python("a socket to the virtual machine's host", "attempt(socket.socket, 40, socket.SOCK_STREAM)"),
     python("the judge's socket", "s = socket.socket(socket.AF_UNIX); attempt(s.connect, '@SOCKET@')"),
     # --- files
     python("reads a file", "attempt(read, '@SECRET@')"),

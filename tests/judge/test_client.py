@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sdzero.judge import connection
 from sdzero.judge.client import Judge
 from sdzero.judge.types import AssertTest, CallTest, Checker, JudgeError, Limits, Refused, StdioTest, Submission
 
@@ -33,8 +34,8 @@ def judge() -> Iterator[Judge]:
 
 
 def judge_process(judge: Judge) -> int:
-    assert judge._connection._process
-    return judge._connection._process.pid
+    assert judge._connection.process
+    return judge._connection.process.pid
 
 
 @pytest.fixture
@@ -83,6 +84,11 @@ def test_the_verdict_of_each_test_up_to_the_first_failed_one(judge: Judge) -> No
         ("python", "x = [bytearray(1 << 24) for _ in range(99)]; print(3)", "memory"),
         ("cpp", "#include <vector>\nint main() { std::vector<char> x(900 << 20, 1); return x[7] - 1; }", "memory"),
         ("python", "while True: print('x' * 1000)", "output_limit"),
+        (
+            "cpp",
+            '#include <cstdio>\nint main() { FILE* f = fopen("x", "w"); for (;;) fputs("0123456789", f); }',
+            "output_limit",
+        ),
     ],
 )
 def test_why_a_program_fails(judge: Judge, language, source: str, reason: str) -> None:
@@ -106,6 +112,13 @@ def test_a_checker_decides_where_there_is_one(judge: Judge) -> None:
     programs = ["print(4)", "print(3)", "print('four')"]
     verdicts = judge.judge([Submission("python", text, (StdioTest("", "2"),), checker=checker) for text in programs])
     assert [verdict.reason for verdict in verdicts] == ["correct", "wrong", "wrong"]
+
+
+def test_a_checker_may_give_a_score(judge: Judge) -> None:
+    checker = Checker("python", "import sys\nprint(open(sys.argv[2]).read())")
+    programs = [f"print({score})" for score in ("1", "100", "0", "50", "0.5")]
+    verdicts = judge.judge([Submission("python", text, (StdioTest("", "2"),), checker=checker) for text in programs])
+    assert [verdict.reward for verdict in verdicts] == [1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("source", ["print('perhaps')", "import sys; sys.exit(0)"])
@@ -170,7 +183,19 @@ def test_a_judge_killed_within_a_batch_judges_the_rest_again(caplog: pytest.LogC
         assert "is started again" in caplog.text
 
 
+def cgroup_folders() -> list[Path]:
+    return [*Path("/sys/fs/cgroup").rglob("sdzero-judge-*")]
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def test_a_judge_that_always_dies_is_a_fault() -> None:
+    before = {*cgroup_folders()}
     with Judge(num_workers=2) as judge:
         with pytest.raises(JudgeError, match="died 3 times"):
             judge.judge(
@@ -178,6 +203,33 @@ def test_a_judge_that_always_dies_is_a_fault() -> None:
                 lambda done: os.kill(judge_process(judge), signal.SIGKILL),
             )
         assert judge.judge([slow_echo("again")])[0].reward == 1
+        folder = judge._connection.folder
+    named = [path for path in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(folder) in read_bytes(path)]
+    assert not named, "sandboxes outlived the judges that were killed"
+    assert not {*cgroup_folders()} - before, "cgroups outlived the judges that were killed"
+
+
+def test_a_judge_that_hangs_is_ended_and_judges_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 2.0)
+    with Judge(num_workers=2) as judge:
+        stopped = []
+
+        def stop(done: int) -> None:
+            if done == 2 and not stopped:
+                stopped.append(judge_process(judge))
+                os.kill(stopped[0], signal.SIGSTOP)
+
+        verdicts = judge.judge([slow_echo(str(number)) for number in range(6)], stop)
+        assert [verdict.reward for verdict in verdicts] == [1] * 6
+        assert judge_process(judge) != stopped[0] and not Path(f"/proc/{stopped[0]}").exists()
+
+
+def test_a_long_run_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 6.0)  # the judge says every 5 s that it is there
+    with Judge() as judge:
+        slow = Submission("python", "import time; time.sleep(8); print(1)", (StdioTest("", "1"),))
+        pid = judge_process(judge)
+        assert judge.judge([slow])[0].reward == 1 and judge_process(judge) == pid
 
 
 def test_a_sandbox_that_fails_is_tried_again_and_then_a_fault(breakable: Path) -> None:
@@ -229,7 +281,7 @@ def test_processes_of_one_job_share_one_judge(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"test-{os.getpid()}")
     script = (
         "from sdzero.judge.client import Judge\n"
-        "with Judge() as judge: print(judge._connection._process is None, judge.backend)"
+        "with Judge() as judge: print(judge._connection.process is None, judge.backend)"
     )
     with Judge() as judge:
         other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -240,7 +292,7 @@ def test_processes_of_one_job_share_one_judge(monkeypatch: pytest.MonkeyPatch) -
 def test_it_ends_with_the_trainer(tmp_path: Path) -> None:
     script = (
         "import os, signal\nfrom sdzero.judge.client import Judge\njudge = Judge()\n"
-        "print(judge._connection._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "print(judge._connection.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     deadline = time.monotonic() + 20

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdzero.judge.client import Judge
-from sdzero.judge.runs import _tree
+from sdzero.judge.processes import tree
 from sdzero.judge.types import Limits, StdioTest, Submission
 
 pytestmark = pytest.mark.sandbox
@@ -36,7 +36,7 @@ def eventually(holds: Callable[[], bool]) -> bool:
 @pytest.mark.timeout(900)
 def test_nothing_is_left_of_five_hundred_runs() -> None:
     with Judge(num_workers=4) as judge:
-        process = judge._connection._process
+        process = judge._connection.process
         assert process
         found = judge._connection.folder
         runs = Path(f"{found}-work/runs")
@@ -45,7 +45,7 @@ def test_nothing_is_left_of_five_hundred_runs() -> None:
             shared = subprocess.run(["ipcs", "-a"], capture_output=True, text=True, check=True).stdout
             group = Path(cgroup) if cgroup else None
             return (
-                {*_tree(process.pid)},
+                {*tree(process.pid)},
                 sorted(path.name for path in runs.iterdir()),
                 len([*Path(f"/proc/{process.pid}/fd").iterdir()]),
                 shared,

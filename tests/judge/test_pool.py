@@ -28,7 +28,7 @@ MODULES = "sorted({'torch', 'numpy', 'sympy', 'pytest'} & {*__import__('sys').mo
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[GraderPool[str, Any]]:
-    pool = GraderPool[str, Any](eval, "0", 2, 0.2, 512)
+    pool = GraderPool[str, Any](eval, ("0", 0), 2, 0.2, 512)
     yield pool
     pool.close()
 
@@ -77,7 +77,7 @@ def test_workers_hold_nothing_of_this_process(pool: GraderPool[str, Any]) -> Non
 
 
 def test_strings_hash_alike_in_all_workers() -> None:
-    hashes = [GraderPool[str, int](eval, "0", 1).map(["hash('x')"]) for _ in range(2)]
+    hashes = [GraderPool[str, int](eval, ("0", 0), 1).map(["hash('x')"]) for _ in range(2)]
     assert hashes[0] == hashes[1]
 
 
@@ -99,13 +99,19 @@ def test_it_starts_again_after_it_was_closed(pool: GraderPool[str, Any]) -> None
 
 def test_a_worker_that_fails_at_the_warm_up_is_a_fault() -> None:
     with pytest.raises(JudgeError, match="cannot be made ready: ZeroDivisionError"):
-        GraderPool[str, Any](eval, "1/0").map(["1"])
+        GraderPool[str, Any](eval, ("1/0", 0)).map(["1"])
+
+
+def test_a_worker_that_makes_something_else_of_the_warm_up_is_a_fault() -> None:
+    """A grader whose library is broken would find every answer wrong."""
+    with pytest.raises(JudgeError, match="makes 2 of '1 . 1', which is 3"):
+        GraderPool[str, Any](eval, ("1 + 1", 3)).map(["1"])
 
 
 @pytest.mark.parametrize("warm_up", ["__import__('os')._exit(3)", CRASH])
 def test_workers_that_die_before_they_are_ready_are_a_fault(warm_up: str) -> None:
     with pytest.raises(JudgeError, match="brought no result|die before they are ready"):
-        GraderPool[str, Any](eval, warm_up).map(["1"])
+        GraderPool[str, Any](eval, (warm_up, 0)).map(["1"])
 
 
 def test_workers_that_die_whatever_they_grade_are_a_fault(tmp_path: Path) -> None:
@@ -113,7 +119,7 @@ def test_workers_that_die_whatever_they_grade_are_a_fault(tmp_path: Path) -> Non
     mark = f"__import__('pathlib').Path({str(tmp_path / 'mark')!r})"
     warm_up = f"{DIE} if {mark}.exists() else 0"
     with pytest.raises(JudgeError):
-        GraderPool[str, Any](eval, warm_up).map([f"[{mark}.touch(), {DIE}]"])
+        GraderPool[str, Any](eval, (warm_up, 0)).map([f"[{mark}.touch(), {DIE}]"])
 
 
 def test_an_error_of_the_function_is_a_fault_and_the_pool_goes_on(pool: GraderPool[str, Any]) -> None:
@@ -125,7 +131,7 @@ def test_an_error_of_the_function_is_a_fault_and_the_pool_goes_on(pool: GraderPo
 def test_a_pool_that_stalls_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that is stopped neither answers nor ends."""
     monkeypatch.setattr(pool_module, "STALL", 1.0)
-    pool = GraderPool[str, Any](eval, "0", 1, 300.0)
+    pool = GraderPool[str, Any](eval, ("0", 0), 1, 300.0)
     (worker,) = pool.map(["__import__('os').getpid()"])
     assert isinstance(worker, int)
     os.kill(worker, signal.SIGSTOP)
@@ -137,20 +143,20 @@ def test_a_pool_that_stalls_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("settings", [{"num_workers": 0}, {"deadline": 0}, {"memory_mb": 0}])
 def test_settings_below_their_least_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
-        GraderPool(eval, "0", **settings)
+        GraderPool(eval, ("0", 0), **settings)
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pebble", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "sdzero\[math\]"'):
-        GraderPool(eval, "0")
+        GraderPool(eval, ("0", 0))
 
 
 SCRIPT = """
 import sys
 print("the script ran", flush=True)
 from sdzero.judge.pool import GraderPool
-pool = GraderPool(eval, "0", 2, 1.0)
+pool = GraderPool(eval, ("0", 0), 2, 1.0)
 print(pool.map(["1", "hasattr(__import__('sys').modules['__main__'], 'pool')"]), flush=True)
 """
 

@@ -34,7 +34,7 @@ class Followed:
     problem: str = ""
 
 
-WARM_UP = Job("ifeval", "", ("punctuation:no_comma",), ({},), False, "warm")
+WARM_UP = (Job("ifeval", "", ("punctuation:no_comma",), ({},), False, "warm"), Followed())
 
 
 def needs_if_verifiable() -> None:

@@ -124,10 +124,12 @@ class Judging:
                 (Path(folder) / name).write_bytes(text)
             argv = (*program.argv, *(f"{_DATA}/{name}" for name in ("input", "output", "correct")))
             outcome = await self.runs.run(Job(argv, _CHECKING, (*program.binds, (folder, _DATA))))
+        if outcome.stopped or outcome.code:
+            return False
         said = outcome.stdout.split()
-        if not outcome.stopped and outcome.code == 0 and said not in ([b"0"], [b"1"], [b"100"]):
-            raise JudgeError(f"the checker printed {outcome.stdout[:80]!r}; a checker prints 1 or 100, or 0")
-        return not outcome.stopped and outcome.code == 0 and said != [b"0"]
+        if len(said) != 1 or not said[0].replace(b".", b"", 1).isdigit():
+            raise JudgeError(f"the checker printed {outcome.stdout[:80]!r}; a checker prints a score: 1 or 100 passes")
+        return said[0] in (b"1", b"100")
 
 
 def to_bytes(text: str) -> bytes:

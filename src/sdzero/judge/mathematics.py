@@ -14,7 +14,9 @@ from typing import Any, cast
 from sdzero.types import Verdict
 
 Job = tuple[str | None, str]  # (answer, gold): compare them; (None, gold): can it be graded?
-WARM_UP: Job = (r"\frac{x+1}{2}", r"\frac{1}{2}(1+x)")  # an answer and its gold that load what grading loads
+_ANSWER = r"\frac{x+1}{2}"
+# a pair that loads what grading loads, and its verdict
+WARM_UP: tuple[Job, Verdict] = ((_ANSWER, r"\frac{1}{2}(1+x)"), Verdict(1, "correct", _ANSWER))
 
 _SPACE = r"(?:\\[,;:! ]|~|\{,\}|\\thinspace\b|\\quad\b)"
 _REPLACED = (
@@ -215,7 +217,7 @@ def _parse(text: str) -> list[Any]:
         return parse(
             f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=cast(Any, None), raise_on_error=True
         )
-    except MemoryError:
+    except (MemoryError, ImportError):  # nothing of the text's
         raise
     except Exception:  # noqa: BLE001 - ANTLR and sympy raise nearly everything on a text that they cannot read
         return []
@@ -226,7 +228,7 @@ def _equal(gold: list[Any], answer: list[Any]) -> bool:
 
     try:
         return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
-    except MemoryError:
+    except (MemoryError, ImportError):  # nothing of the text's
         raise
     except Exception:  # noqa: BLE001 - as in _parse
         return False

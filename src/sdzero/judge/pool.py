@@ -6,7 +6,6 @@ without an item being to blame is a `JudgeError`.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import resource
@@ -17,10 +16,9 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn, util
-from multiprocessing.context import SpawnContext, SpawnProcess, set_spawning_popen
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
+from sdzero.judge.spawning import Context
 from sdzero.judge.types import JudgeError
 
 if TYPE_CHECKING:
@@ -63,7 +61,8 @@ class GraderPool(Generic[Item, Result]):
 
     Args:
         function: importable by its name from any module but `__main__`; items and results are pickled.
-        warm_up: an item that every worker runs before it takes any other; a worker that fails at it is a `JudgeError`.
+        warm_up: an item that every worker runs before it takes any other, and the result that it must have; a worker
+            that fails at it is a `JudgeError`.
         num_workers: processes.
         deadline: seconds of CPU time for one item, from when it begins to run; then its worker is killed.
         memory_mb: address space of a worker, in MiB.
@@ -75,7 +74,7 @@ class GraderPool(Generic[Item, Result]):
     def __init__(
         self,
         function: Callable[[Item], Result],
-        warm_up: Item,
+        warm_up: tuple[Item, Result],
         num_workers: int = 2,
         deadline: float = 3.0,
         memory_mb: int = 2048,
@@ -87,7 +86,7 @@ class GraderPool(Generic[Item, Result]):
         self.num_workers, self.deadline, self.memory_mb = num_workers, deadline, memory_mb
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
-        self._context, self._owner, self._progress = _Context(), os.getpid(), 0.0
+        self._context, self._owner, self._progress = Context(), os.getpid(), 0.0
         self._finalizer: Callable[[], None] | None = None
 
     def map(self, items: Sequence[Item]) -> list[Result | Failed]:
@@ -118,7 +117,7 @@ class GraderPool(Generic[Item, Result]):
         (outcome,) = self._run([item])
         if not isinstance(outcome, _Died):
             return outcome
-        (healthy,) = self._run([self.warm_up])
+        (healthy,) = self._run([self.warm_up[0]])
         if isinstance(healthy, _Died | Failed):
             raise JudgeError(f"grading workers die (exit status {first.code}, then {outcome.code}) whatever they grade")
         return Failed("timeout" if outcome.overdue else "memory")
@@ -192,7 +191,7 @@ class GraderPool(Generic[Item, Result]):
 
             _fill_standard_descriptors()
             arguments = (self.function, self.warm_up, self.memory_mb * 2**20, self.deadline)
-            self._context = context = _Context()
+            self._context = context = Context()
             self._pool = ProcessPool(self.num_workers, 0, _begin, arguments, cast(Any, context))
             self._finalizer = weakref.finalize(self, _stop, self._pool, os.getpid())
         return self._pool
@@ -227,15 +226,17 @@ _fault = ""
 _deadline = 0.0
 
 
-def _begin(function: Callable[[Any], Any], warm_up: Any, memory: int, deadline: float) -> None:
+def _begin(function: Callable[[Any], Any], warm_up: tuple[Any, Any], memory: int, deadline: float) -> None:
     global _function, _fault, _deadline
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it inside one long multiplication too
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _function, _deadline = function, deadline
+    item, expected = warm_up
     try:
-        function(warm_up)
+        if (result := function(item)) != expected:  # e.g. a library that reads nothing here would fail every answer
+            _fault = f"a grading worker makes {result!r} of {item!r}, which is {expected!r}"
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
         _fault = f"a grading worker cannot be made ready: {type(error).__name__}: {error}"
 
@@ -252,53 +253,3 @@ def _work(item: Any) -> Any:
         os._exit(_NO_MEMORY)  # the next item gets a worker with all of its memory
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-# --- how a worker starts --------------------------------------------------------------------------
-
-
-class _Popen(cast(Any, popen_spawn_posix).Popen):
-    """multiprocessing's spawn without its second run of the main script, which may lack a guard and import torch.
-
-    Strings hash alike in all workers: sympy's choices follow the order of sets.
-    """
-
-    def _launch(self, process_obj: Any) -> None:
-        prepared = spawn.get_preparation_data(process_obj._name)
-        prepared = {key: value for key, value in prepared.items() if not key.startswith("init_main")}
-        sent = io.BytesIO()
-        set_spawning_popen(cast(Any, self))
-        try:
-            reduction.dump(prepared, sent)
-            reduction.dump(process_obj, sent)
-        finally:
-            set_spawning_popen(None)
-        sentinel, child_end = os.pipe()
-        child_reads, parent_writes = os.pipe()
-        self.finalizer = util.Finalize(self, cast(Any, util).close_fds, (sentinel, parent_writes))
-        try:
-            tracker = cast(int, resource_tracker.getfd())
-            command = spawn.get_command_line(tracker_fd=tracker, pipe_handle=child_reads)
-            command = [b"/usr/bin/env", b"PYTHONHASHSEED=0", *map(os.fsencode, command)]
-            self._fds += [tracker, child_reads, child_end]
-            self.pid = util.spawnv_passfds(command[0], command, self._fds)
-            self.sentinel = sentinel
-            with open(parent_writes, "wb", closefd=False) as pipe:
-                pipe.write(sent.getbuffer())
-        finally:
-            os.close(child_reads)
-            os.close(child_end)
-
-
-class _Process(SpawnProcess):
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:
-        return _Popen(process_obj)
-
-
-class _Context(SpawnContext):
-    launches = 0  # workers started since something came back
-
-    def Process(self, *args: Any, **kwargs: Any) -> _Process:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.launches += 1
-        return _Process(*args, **kwargs)

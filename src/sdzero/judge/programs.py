@@ -58,11 +58,13 @@ class Programs:
         if key not in self._made:
             self._made[key] = asyncio.ensure_future(self._make(language, source, self.folder / key))
         self._made.move_to_end(key)
+        made = self._made[key]
         try:
-            return await asyncio.shield(self._made[key])
+            return await asyncio.shield(made)
         except (JudgeError, Fault):
-            self._made.pop(key, None)  # it may be tried again
-            shutil.rmtree(self.folder / key, ignore_errors=True)
+            if self._made.get(key) is made:  # the first of those who wait for it
+                del self._made[key]  # it may be tried again
+                shutil.rmtree(self.folder / key, ignore_errors=True)
             raise
 
     def forget(self) -> None:

@@ -12,7 +12,6 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Literal
 
 from sdzero.judge import seccomp
 from sdzero.judge.cgroups import Cgroup, Cgroups
+from sdzero.judge.processes import cpu_seconds, memory_mb, tree
 from sdzero.judge.sandbox import FILTER, HOLD, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
 from sdzero.judge.slots import Slots
 
@@ -183,23 +183,17 @@ class Runs:
         pairs = {number: os.pipe() for number in (STDOUT, STDERR, STATUS)}
         theirs = {STDIN: stdin, FILTER: sealed(self._filter), **{number: pair[1] for number, pair in pairs.items()}}
         hold = None
-        if self.backend.holds:  # a spawn takes a third of a fork's time
+        if self.backend.holds:
             theirs[HOLD], hold = os.pipe()
-            try:
-                pid = self.backend.spawn(job, theirs)
-            except OSError as error:  # gone, or out of this user's reach
-                for descriptor in {*theirs.values(), hold, *(pair[0] for pair in pairs.values())} - {stdin}:
-                    os.close(descriptor)
-                raise Fault(f"{self.backend.name}: {error}") from error
-        else:  # a process that enters its cgroup, and only then becomes the sandbox
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    self._become(job, theirs, group)
-                finally:
-                    os._exit(126)
-        for descriptor in {*theirs.values()} - {stdin}:
-            os.close(descriptor)
+        try:
+            pid = self.backend.start(job, theirs, group.add if group else None)
+        except OSError as error:  # the sandbox's program is gone, or out of this user's reach
+            for descriptor in {hold, *(ours for ours, _ in pairs.values())} - {None}:
+                os.close(descriptor)
+            raise Fault(f"{self.backend.name}: {error}") from error
+        finally:
+            for descriptor in {*theirs.values()} - {stdin}:
+                os.close(descriptor)
         run = self._runs[pid] = _Run(pid, job, group, hold)
         pipes = {pairs[STDOUT][0]: run.stdout, pairs[STDERR][0]: run.stderr, pairs[STATUS][0]: run.status}
         for descriptor, kept in pipes.items():
@@ -207,23 +201,11 @@ class Runs:
             asyncio.get_running_loop().add_reader(descriptor, self._read, run, descriptor, kept)
         return run, pipes
 
-    def _become(self, job: Job, descriptors: dict[int, int], group: Cgroup | None) -> None:
-        """In the forked process. The judge keeps its own descriptors above those that a sandbox gets."""
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)  # Python ignores the latter two
-        if group:
-            group.add(os.getpid())
-        for number, ours in descriptors.items():
-            os.dup2(ours, number)
-        os.closerange(HOLD, 1 << 16)
-        self.backend.execute(job)
-
     def _release(self, run: _Run) -> None:
         """Lets a sandbox that holds begin, once it is known which process of its is to be counted."""
         child = self.backend.child(bytes(run.status))
         if child is not None and run.hold is not None:
+            self._gone.pop(child, None)  # it waits for the byte: who had its number before is somebody else
             with suppress(ProcessLookupError):
                 if run.group:
                     run.group.add(child)
@@ -242,17 +224,15 @@ class Runs:
         if not data:
             asyncio.get_running_loop().remove_reader(descriptor)
             return False
-        if kept is not run.status:
-            run.num_bytes += len(data)
-            if run.num_bytes > run.job.limits.output_mb * 2**20:
-                run.stop("output_limit")
-                run.stopped = run.stopped or "output_limit"  # found in what was left
-                return False
-        else:
-            kept += data
+        kept += data[: max(KEPT - len(kept), 0)] if kept is run.stderr else data
+        if kept is run.status:
             self._release(run)
             return True
-        kept += data[: max(KEPT - len(kept), 0)] if kept is run.stderr else data
+        run.num_bytes += len(data)
+        if run.num_bytes > run.job.limits.output_mb * 2**20:
+            run.stop("output_limit")
+            run.stopped = run.stopped or "output_limit"  # found in what was left
+            return False
         return True
 
     async def _watch(self, run: _Run) -> None:
@@ -262,11 +242,11 @@ class Runs:
         """
         limits = run.job.limits
         while not run.ended.is_set():
-            processes = [*_tree(run.pid)]
-            run.cpu_seconds = max(run.cpu_seconds, sum(map(_cpu_seconds, processes)))
+            processes = [*tree(run.pid)]
+            run.cpu_seconds = max(run.cpu_seconds, sum(map(cpu_seconds, processes)))
             if run.cpu_seconds > limits.time + _SLACK_SECONDS:
                 run.stop("timeout")
-            if not run.group and sum(map(_memory_mb, processes)) > limits.memory_mb:
+            if not run.group and sum(map(memory_mb, processes)) > limits.memory_mb:
                 run.stop("memory")
             with suppress(TimeoutError):
                 await asyncio.wait_for(run.ended.wait(), _WATCH_SECONDS)
@@ -311,32 +291,3 @@ class Runs:
     def _left(self, run: _Run, inner: int | None) -> set[int]:
         left = {*run.group.processes()} if run.group else set()
         return left | {inner} if inner and inner not in self._gone else left
-
-
-def _tree(pid: int) -> Iterator[int]:
-    """A process and all below it."""
-    yield pid
-    try:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                yield from _tree(int(child))
-    except OSError:
-        return  # it has ended meanwhile
-
-
-def _cpu_seconds(pid: int) -> float:
-    """CPU time of a process and of the children that it has waited for."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    except OSError:  # it has ended meanwhile
-        return 0.0
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def _memory_mb(pid: int) -> float:
-    """Memory that is no file's, in MiB; a page that processes share counts for each of them."""
-    try:
-        rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return sum(int(rows[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1024
-    except (OSError, KeyError):  # it has ended meanwhile
-        return 0.0

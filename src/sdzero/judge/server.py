@@ -26,7 +26,7 @@ from sdzero.judge.runs import Runs
 from sdzero.judge.sandbox import HOLD
 from sdzero.judge.slots import Slots
 from sdzero.judge.types import Checker, JudgeError, Limits, Submission, read_test
-from sdzero.judge.wire import LENGTH, Found, Options, frame
+from sdzero.judge.wire import ALIVE_SECONDS, LENGTH, Found, Options, frame
 
 UID = 61_357  # whom root becomes: a number that no user has
 _SHARE = 0.8  # of the free memory that all runs may have together
@@ -46,6 +46,7 @@ class Server:
         """One client, to its end; what it asked for and will not hear is stopped."""
         self._num_clients += 1
         tasks: set[asyncio.Task[None]] = set()
+        alive = asyncio.ensure_future(_say_alive(writer, tasks))
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(LENGTH), "big")
@@ -58,9 +59,9 @@ class Server:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            for task in tasks:
+            for task in (alive, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(alive, *tasks, return_exceptions=True)
             writer.close()
             self._num_clients -= 1
             if not self._num_clients:
@@ -84,6 +85,15 @@ class Server:
         finally:
             self._num_running -= 1
         await writer.drain()
+
+
+async def _say_alive(writer: asyncio.StreamWriter, tasks: set[asyncio.Task[None]]) -> None:
+    """Empty messages to a client that waits for answers."""
+    while True:
+        await asyncio.sleep(ALIVE_SECONDS)
+        if tasks:
+            writer.write(frame({}))
+            await writer.drain()
 
 
 def _submission(row: dict[str, Any], tests: list[tuple[Any, ...]]) -> Submission:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 LENGTH = 8  # bytes before each message: its length, big-endian
+ALIVE_SECONDS = 5.0  # between the empty messages that say that the judge is there
+SILENCE_SECONDS = 60.0  # after which it hangs
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 
-from sdzero.judge.sandbox import ENVIRONMENT, FILTER, HOLD, STATUS, WORK, Backend, Job
+from sdzero.judge.sandbox import (
+    ENVIRONMENT,
+    FILTER,
+    HOLD,
+    IGNORED,
+    START_ENVIRONMENT,
+    STATUS,
+    WORK,
+    Backend,
+    Job,
+)
 
 
 class Bubblewrap(Backend):
     name = "bubblewrap"
     holds = True
+    _program: str | None = None
 
     def missing(self) -> str | None:
-        if not shutil.which("bwrap"):
+        self._program = shutil.which("bwrap")
+        if not self._program:
             return "bwrap is not installed: apt install bubblewrap (Fedora: dnf install bubblewrap)"
         return None
 
@@ -32,7 +45,7 @@ class Bubblewrap(Backend):
 
     def command(self, job: Job) -> list[str]:
         size = str(job.limits.files_mb * 2**20)
-        argv = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
+        argv = [self._program or "bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
         argv += ["--json-status-fd", str(STATUS), "--seccomp", str(FILTER), "--block-fd", str(HOLD)]
         argv += ["--cap-drop", "ALL", "--clearenv", *self._root, "--proc", "/proc", "--dev", "/dev"]
         argv += ["--size", "1048576", "--tmpfs", "/dev/shm", "--size", size, "--tmpfs", "/tmp"]
@@ -43,6 +56,10 @@ class Bubblewrap(Backend):
         for name, value in ENVIRONMENT.items():
             argv += ["--setenv", name, value]
         return [*argv, "--", *job.limited(self.counted, nproc=job.limits.processes)]
+
+    def start(self, job: Job, descriptors: dict[int, int], enter: Callable[[int], None] | None) -> int:
+        argv, moves = self.command(job), [(os.POSIX_SPAWN_DUP2, ours, its) for its, ours in descriptors.items()]
+        return os.posix_spawn(argv[0], argv, START_ENVIRONMENT, file_actions=moves, setsid=True, setsigdef=IGNORED)
 
     def child(self, status: bytes) -> int | None:
         return _value(status, "child-pid")

@@ -12,14 +12,16 @@ from sdzero.judge.sandbox import ENVIRONMENT, STATUS, WORK, Backend, Job
 
 class Nsjail(Backend):
     name = "nsjail"
+    _program: str | None = None
 
     def missing(self) -> str | None:
-        if not shutil.which("nsjail"):
+        self._program = shutil.which("nsjail")
+        if not self._program:
             return "nsjail is not installed: build it from source, or take a distribution that packages it"
         return None
 
     def command(self, job: Job) -> list[str]:
-        argv = [shutil.which("nsjail") or "nsjail", "--mode", "o", "--log_fd", str(STATUS), "--hostname", "judge"]
+        argv = [self._program or "nsjail", "--mode", "o", "--log_fd", str(STATUS), "--hostname", "judge"]
         argv += ["--disable_proc", "--cwd", WORK, "--time_limit", "0", "--rlimit_nproc", "max"]
         argv += ["--rlimit_as", "max", "--rlimit_cpu", "max", "--rlimit_fsize", "max", "--rlimit_stack", "max"]
         argv += ["--rlimit_nofile", "max", "--iface_no_lo"]
@@ -41,10 +43,6 @@ class Nsjail(Backend):
         for name, value in ENVIRONMENT.items():
             argv += ["--env", f"{name}={value}"]
         return [*argv, "--", *job.limited(self.counted, nproc=job.limits.processes)]
-
-    def child(self, status: bytes) -> int | None:
-        found = re.search(rb"\[STANDALONE MODE\].*?|pid=(\d+)", status)
-        return int(found[1]) if found and found[1] else None
 
     def exit_code(self, status: bytes, code: int) -> int | None:
         if found := re.search(rb"exited with status: (\d+)", status):
