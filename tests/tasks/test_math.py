@@ -91,7 +91,7 @@ def test_an_answer_that_takes_for_ever_is_told_from_a_wrong_one(task: Math) -> N
 
 def test_a_fault_of_the_grader_is_no_reward() -> None:
     task = Math("unread.jsonl")
-    task._pool = GraderPool[Any, Any](eval, "1/0")
+    task._pool = GraderPool[Any, Any](eval, ("1/0", 0))
     with pytest.raises(JudgeError):
         task.verify(Question("", "", "x"), r"\boxed{y}")
 

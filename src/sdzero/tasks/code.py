@@ -56,6 +56,7 @@ class Code(Rows):
             training finds out; without it they are for evaluation only.
         backend: the judge's sandbox; `auto` takes the first that holds.
         num_workers: programs that run at a time; null takes one per core.
+        python: interpreter in the sandbox, below /usr; null takes the system's python3.
 
     Raises:
         sdzero.judge.types.Refused: no sandbox holds here.
@@ -74,6 +75,7 @@ class Code(Rows):
         allow_assertions: bool = False,
         backend: str = "auto",
         num_workers: int | None = None,
+        python: str | None = None,
     ) -> None:
         super().__init__(path, question_column, None, id_column, max_dropped_share)
         if language not in _NAMES:
@@ -83,7 +85,9 @@ class Code(Rows):
         self.tests_column, self.limits, self.allow_assertions = tests_column, limits, allow_assertions
         self._rows: dict[str, Mapping[str, Any]] = {}
         self._submissions: dict[str, Submission] = {}
-        self._judge = Judge(backend, num_workers)  # now: its process must not be forked from one that holds CUDA
+        self._judge = Judge(
+            backend, num_workers, python
+        )  # now: its process must not be forked from one that holds CUDA
 
     def questions(self, split: Split, num_questions: int) -> list[Question]:
         questions = super().questions(split, num_questions)

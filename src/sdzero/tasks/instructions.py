@@ -26,7 +26,7 @@ class Instructions(Rows):
         loose: also takes a response that would do without its first or last line, or without asterisks.
         id_column: as in Rows.
         num_workers: processes that grade.
-        deadline: seconds for one response; one that takes longer is wrong (`timeout`).
+        deadline: seconds of CPU time for one response; one that takes longer is wrong (`timeout`).
         max_dropped_share: as in Rows.
 
     Raises:
