@@ -156,8 +156,8 @@ def test_verdicts(tmp_path: Path, response: str, reason: str) -> None:
 
 
 def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[FakeJudge]) -> None:
-    task = Code(jsonl(tmp_path / "q.jsonl", rows_of(3)), backend="nsjail", num_workers=3)
-    assert judge[0].args == ("nsjail", 3)
+    task = Code(jsonl(tmp_path / "q.jsonl", rows_of(3)), backend="nsjail", num_workers=3, python="/usr/bin/python3")
+    assert judge[0].args == ("nsjail", 3, "/usr/bin/python3")
     questions = [question for _, question in task._all]
     answers = [
         (questions[i % 3], f"```\n{word}\n```") for i, word in enumerate(["correct", "wrong", "timeout", "correct"])
@@ -182,7 +182,7 @@ def test_a_fault_is_no_reward(tmp_path: Path) -> None:
 
 def test_the_judge_starts_with_the_task_before_the_file_is_read(judge: list[FakeJudge]) -> None:
     Code("absent.jsonl")
-    assert judge[0].args == ("auto", None)
+    assert judge[0].args == ("auto", None, None)
 
 
 # --- what a row becomes ---------------------------------------------------------------------------
