@@ -308,6 +308,12 @@ def test_programs_are_looked_up_on_the_path(tmp_path: Path, monkeypatch: pytest.
     assert "no C++ compiler" not in machine.compiler_row().found
 
 
+def test_it_speaks_where_there_is_no_judge() -> None:
+    """Windows has none of the modules that the judge is made of."""
+    script = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import sdzero.doctor"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_sandbox_is_the_one_that_the_judge_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "sandlock.py").write_text("def landlock_abi_version(): return -1\ndef min_landlock_abi(): return 6\n")

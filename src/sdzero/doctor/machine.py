@@ -16,8 +16,6 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from sdzero.doctor.rows import Row
-from sdzero.judge.client import Judge
-from sdzero.judge.types import JudgeError
 
 GIB = 2**30
 HUB_SECONDS = 2.5
@@ -41,6 +39,9 @@ def machine_rows() -> Iterator[Row]:
 
 def sandbox_row() -> Row:
     """Starts the judge, which tries the sandboxes."""
+    from sdzero.judge.client import Judge  # not every platform that doctor speaks to has its modules
+    from sdzero.judge.types import JudgeError
+
     try:
         with Judge(num_workers=1) as judge:
             memory = "counted by a cgroup" if judge.counted else "watched, since no cgroup is ours to divide"

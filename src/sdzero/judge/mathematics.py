@@ -189,12 +189,6 @@ def work(job: Job) -> Any:
     return check(gold) if answer is None else compare((answer, gold))
 
 
-def grade(answer: str | None, gold: str) -> Verdict:
-    """`decide`, else `compare`: in this process, without any guard."""
-    verdict = decide(answer, gold)
-    return compare((answer or "", gold)) if verdict is None else verdict
-
-
 def needs_math_verify() -> None:
     """Raises: ModuleNotFoundError naming the extra, where math-verify is not installed."""
     try:
