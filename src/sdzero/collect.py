@@ -1,7 +1,7 @@
 """Phase 1 data (section 2.1, appendix C.1): sample, verify, ask for a revision, verify, keep.
 
 A killed collection continues: finished generate calls are kept in OUT/journal. OUT then holds traces.jsonl
-(D_revision), questions.json (the ids of all questions asked) and statistics.json.
+(D_revision), questions.json (the identities of all questions asked) and statistics.json.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Collect:
         finally:
             self.engine.close()
         statistics = _statistics(counts, kept, chosen, journal.num_started)
-        write_text(self.out / "questions.json", json.dumps([q.id for q in questions]))
+        write_text(self.out / "questions.json", json.dumps([q.identity for q in questions]))
         write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         print(json.dumps(statistics, indent=2), flush=True)
         if not chosen:

@@ -31,12 +31,22 @@ Reason = Literal[
 
 @dataclass(frozen=True)
 class Question:
-    """A question `x` with its gold answer `a`; `meta` holds what only the task understands."""
+    """A question `x` with its gold answer `a`; `meta` holds what only the task understands.
+
+    Questions of one `family` ask for the same in other words, or in another language: a split has all of them or
+    none. Empty: the question stands alone.
+    """
 
     id: str
     text: str
     answer: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    family: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What two splits must not share."""
+        return self.family or self.id
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_ids_of_a_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [None, "A. red", {"A": "red"}, [["red"]], [None, "red"]])
 def test_a_column_without_a_list_is_an_error(tmp_path: Path, options: Any) -> None:
     rows = [{"question": "q", "options": options, "answer": "A"}]
-    with pytest.raises(ValueError, match=r"row 1: task.options_column: column 'options' holds no list of options"):
+    with pytest.raises(ValueError, match=r"row 1: column 'options' holds no list of options"):
         MultipleChoice(jsonl(tmp_path / "q.jsonl", rows)).questions("eval", 1)
 
 

@@ -136,8 +136,10 @@ def test_a_file_for_each_split(tmp_path: Path) -> None:
     jsonl(tmp_path / "eval.jsonl", [*rows_of(6, "eval"), *rows_of(1, "phase2")])
     with pytest.raises(ValueError, match=r"eval.jsonl: row 7 asks what .*phase2.jsonl: row 1 asks"):
         Equal(paths).questions("phase1", 1)
-    with pytest.raises(ValueError, match=r"task.path: needs one file, or a file for each of .*got \['phase1'\]"):
-        Equal({"phase1": paths["phase1"]})
+    paths.pop("eval")
+    assert len(Equal(paths).questions("phase1", None)) == 6 and Equal(paths).questions("eval", None) == []
+    with pytest.raises(ValueError, match=r"task.path: needs one source, or one for each of .*got \['train'\]"):
+        Equal({"train": paths["phase1"]})  # pyright: ignore[reportArgumentType]
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def test_repeated_questions_are_left_out_and_counted(tmp_path: Path, caplog: pyt
 
 class NoEights(Equal):
     def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
-        self.asked = [question.text for question in questions]
+        self.looked_at = [question.text for question in questions]
         return {question.id: "eights are odd" for question in questions if "8" in question.answer}
 
 
@@ -160,7 +162,7 @@ def test_ungradable_questions_are_left_out_and_counted(tmp_path: Path, caplog: p
     task = NoEights(path, max_dropped_share=0.1)
     assert task.dropped == []
     assert [q.answer for q in everything(task)] == [str(i) for i in range(30) if i not in (8, 18, 28)]
-    assert task.asked == [f"q{i}" for i in range(30)]  # all at once, and repeats only once
+    assert task.looked_at == [f"q{i}" for i in range(30)]  # all at once, and repeats only once
     assert task.dropped == [(f"{path}: row {n}", "eights are odd") for n in (9, 19, 29)]
     assert f"left out 3 of 30 questions that cannot be graded, e.g. {path}: row 9: eights are odd" in caplog.text
 
@@ -183,8 +185,13 @@ def test_a_row_without_a_value_is_named_and_all_are_counted(tmp_path: Path, colu
     for i in (4, 6):
         rows[i] = {k: v for k, v in rows[i].items() if k != column} | ({} if value == "absent" else {column: value})
     path = jsonl(tmp_path / "q.jsonl", rows)
-    with pytest.raises(ValueError, match=rf"2 of 9 rows lack a value, the first is row 5 \(column '{column}'\)"):
+    with pytest.raises(
+        ValueError, match=rf"2 of 9 rows that lack something, e.g. .*: row 5: column '{column}' is empty"
+    ):
         Equal(path).questions("eval", 1)
+    task = Equal(path, max_dropped_share=0.3)
+    assert [q.text for q in everything(task)] == [f"q{i}" for i in (0, 1, 2, 3, 5, 7, 8)]
+    assert task.dropped == [(f"{path}: row {n}", f"column '{column}' is empty") for n in (5, 7)]
 
 
 def test_columns_that_are_not_there(tmp_path: Path) -> None:
@@ -238,7 +245,7 @@ def test_a_config_names_the_subclass(tmp_path: Path) -> None:
     paths = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(3, split)) for split in SPLITS}
     task = parse({"class_path": "configs.recipes.own_data.verifier.LastDigit", "init_args": {"path": paths}})
     assert isinstance(task, LastDigit) and len(task.questions("eval", 3)) == 3
-    with pytest.raises(ValueError, match=r"task.path: needs one file.*got \['dev'\]"):
+    with pytest.raises(ValueError, match=r"task.path: needs one source.*got \['dev'\]"):
         parse({"class_path": f"{LastDigit.__module__}.LastDigit", "init_args": {"path": {"dev": "q.jsonl"}}})
 
 

@@ -78,7 +78,7 @@ class RolloutDataModule(StepDataModule):
         self.check_length(self.questions, self.sampling.max_new_tokens, extra, f"phase 2 ({self.split})")
 
     def _check_disjoint(self) -> None:
-        own, held_out = {q.id for q in self.questions}, {q.id for q in self.eval_questions}
+        own, held_out = {q.identity for q in self.questions}, {q.identity for q in self.eval_questions}
         if self.disjoint_from is not None and not self.disjoint_from.is_file():
             raise FileNotFoundError(f"disjoint_from: no file {self.disjoint_from}; `sdzero collect` writes it")
         phase1 = set(json.loads(self.disjoint_from.read_text())) if self.disjoint_from is not None else set()

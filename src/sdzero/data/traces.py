@@ -75,7 +75,7 @@ class TraceDataModule(StepDataModule):
         if stage != "fit":
             return
         self.traces = list(self.source.traces(self.policy.builder))
-        if shared := sorted({t.question.id for t in self.traces} & {q.id for q in self.eval_questions}):
+        if shared := sorted({t.question.identity for t in self.traces} & {q.identity for q in self.eval_questions}):
             raise ValueError(f"{len(shared)} questions of the traces are also in the evaluation, e.g. {shared[:3]}")
         longest = max(len(t.prompt_ids + t.init_ids + t.bridge_ids + t.revised_ids) for t in self.traces)
         if longest > self.max_positions:

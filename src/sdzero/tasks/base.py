@@ -16,13 +16,13 @@ class Task(ABC):
     """One domain. Add a task by adding a file with a subclass; `class_path` is the registry."""
 
     @abstractmethod
-    def questions(self, split: Split, num_questions: int) -> list[Question]:
-        """The first `num_questions` of a split, always the same ones in the same order.
+    def questions(self, split: Split, num_questions: int | None) -> list[Question]:
+        """The first `num_questions` of a split, None: all of it; always the same ones in the same order.
 
-        Splits never share a question id or a question text.
+        Splits never share a question's identity, nor its text. An id begins with the task's name and a slash.
 
         Raises:
-            ValueError: the split holds fewer questions than asked for.
+            ValueError: the split holds fewer questions than asked for, or has no end and was asked for all.
         """
 
     @abstractmethod
@@ -36,6 +36,10 @@ class Task(ABC):
     def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
         """The verdicts on many (question, response), in order: override it where they can be had side by side."""
         return [self.verify(question, response) for question, response in answers]
+
+    def statement(self, question: Question) -> str:
+        """What a question asks, without what the task adds to each of its questions: for comparing questions."""
+        return question.text
 
 
 class TraceSource(ABC):

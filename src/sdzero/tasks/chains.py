@@ -60,7 +60,7 @@ class Chains(Task):
             answer = str(solve(first, steps)[-1])
             yield Question(f"chains/{text}", text, answer), first, steps
 
-    def questions(self, split: Split, num_questions: int) -> list[Question]:
+    def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         stream = ((question.text, question) for question, _, _ in self.stream("questions"))
         return take(split, num_questions, stream, "chains")
 

@@ -2,16 +2,13 @@ r"""Multiple choice, as in MMLU and MMLU-Pro: the answer is a letter, and nothin
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
 from string import ascii_uppercase
 
 from sdzero.tasks.boxed import after_thought, last_boxed
 from sdzero.tasks.rows import Rows
+from sdzero.tasks.sources import HubDataset, Row
 from sdzero.types import Question, Split, Verdict
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|boldsymbol)\s*\{([^{}]*)\}")
@@ -51,18 +48,20 @@ class MultipleChoice(Rows):
         answer_column: column of the right option: its letter, or its index from 0 on.
         id_column: as in Rows; null takes a hash of the question and its options.
         instruction: appended after the options and a blank line; empty leaves it out.
+        max_dropped_share: as in Rows.
     """
 
     def __init__(
         self,
-        path: str | dict[Split, str],
+        path: str | HubDataset | dict[Split, str | HubDataset],
         question_column: str = "question",
         options_column: str = "options",
         answer_column: str = "answer",
         id_column: str | None = None,
         instruction: str = r"Please reason step by step, and put the letter of your final answer within \boxed{}.",
+        max_dropped_share: float = 0.05,
     ) -> None:
-        super().__init__(path, question_column, answer_column, id_column)
+        super().__init__(path, question_column, answer_column, id_column, max_dropped_share)
         self.options_column, self.instruction = options_column, instruction
 
     def verify(self, question: Question, response: str) -> Verdict:
@@ -71,40 +70,33 @@ class MultipleChoice(Rows):
             return Verdict(0, "unparseable")
         return Verdict(1, "correct", letter) if letter == question.answer else Verdict(0, "wrong", letter)
 
-    @cached_property
-    def _all(self) -> list[tuple[Split, Question]]:
-        end = f"\n\n{self.instruction}" if self.instruction else ""
-        return [(split, replace(question, text=question.text + end)) for split, question in super()._all]
+    def asked(self, question: Question) -> str:
+        return f"{question.text}\n\n{self.instruction}" if self.instruction else question.text
 
-    def _read(self, path: Path) -> Iterator[tuple[str, Question]]:
-        """Raises: ValueError naming the row whose options or answer are none."""
-        for row, question in super()._read(path):
-            listed = question.meta.get(self.options_column)
-            if not isinstance(listed, list) or not all(isinstance(option, str | int | float) for option in listed):
-                raise ValueError(
-                    f"{row}: task.options_column: column {self.options_column!r} holds no list of options: {listed!r}; "
-                    f"the row has {sorted(question.meta)}"
-                )
-            kept = [i for i, option in enumerate(listed) if str(option).strip() != "N/A"]
-            right = _index(question.answer)
-            if right not in kept or not 2 <= len(kept) <= len(ascii_uppercase):
-                raise ValueError(
-                    f"{row}: the answer {question.answer!r} is none of its {len(kept)} options: {listed!r}"
-                )
-            options = [str(listed[i]).strip() for i in kept]
-            lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-            text = "\n".join([question.text, "", *lines])
-            digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()  # many ask "Which of these is true?"
-            yield (
-                row,
-                replace(
-                    question,
-                    id=question.id if self.id_column else f"{question.id.partition('/')[0]}/{digest}",
-                    text=text,
-                    answer=ascii_uppercase[kept.index(right)],
-                    meta={**question.meta, self.options_column: options},
-                ),
-            )
+    def columns(self) -> dict[str, str]:
+        return {**super().columns(), "task.options_column": self.options_column}
+
+    def prepare(self, row: Row) -> Sequence[Row]:
+        """The question with its options below, and the letter of the right one."""
+        listed, answer = row.get(self.options_column), row.get(str(self.answer_column))
+        if not isinstance(listed, list) or not all(isinstance(option, str | int | float) for option in listed):
+            raise ValueError(f"column {self.options_column!r} holds no list of options: {listed!r}")
+        kept = [i for i, option in enumerate(listed) if str(option).strip() != "N/A"]
+        right = _index("" if answer is None else str(answer).strip())
+        if right not in kept or not 2 <= len(kept) <= len(ascii_uppercase):
+            raise ValueError(f"the answer {str(answer)!r} is none of its {len(kept)} options: {listed!r}")
+        options = [str(listed[i]).strip() for i in kept]
+        lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+        asked = str(row.get(self.question_column) or "").strip()
+        return [
+            {
+                **row,
+                # many ask "Which of these is true?": the options are part of the question
+                self.question_column: "\n".join([asked, "", *lines]) if asked else "",
+                str(self.answer_column): ascii_uppercase[kept.index(right)],
+                self.options_column: options,
+            }
+        ]
 
 
 def _index(answer: str) -> int | None:

@@ -6,8 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from sdzero.judge.client import Judge, check
@@ -23,6 +21,8 @@ from sdzero.judge.types import (
 )
 from sdzero.tasks.boxed import after_thought
 from sdzero.tasks.rows import Rows
+from sdzero.tasks.sources import HubDataset, Row
+from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split, Verdict
 
 LIMITS = Limits()
@@ -57,6 +57,7 @@ class Code(Rows):
         backend: the judge's sandbox; `auto` takes the first that holds.
         num_workers: programs that run at a time; null takes one per core.
         python: interpreter in the sandbox, below /usr; null takes the system's python3.
+        sizes: as in Rows.
 
     Raises:
         sdzero.judge.types.Refused: no sandbox holds here.
@@ -64,7 +65,7 @@ class Code(Rows):
 
     def __init__(
         self,
-        path: str | dict[Split, str],
+        path: str | HubDataset | dict[Split, str | HubDataset],
         question_column: str = "question",
         tests_column: str = "tests",
         id_column: str | None = None,
@@ -76,8 +77,9 @@ class Code(Rows):
         backend: str = "auto",
         num_workers: int | None = None,
         python: str | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
-        super().__init__(path, question_column, None, id_column, max_dropped_share)
+        super().__init__(path, question_column, None, id_column, max_dropped_share, sizes)
         if language not in _NAMES:
             raise ValueError(f"task.language must be one of {[*_NAMES]}, got {language!r}")
         self.language: Language = language
@@ -89,7 +91,7 @@ class Code(Rows):
             backend, num_workers, python
         )  # now: its process must not be forked from one that holds CUDA
 
-    def questions(self, split: Split, num_questions: int) -> list[Question]:
+    def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         questions = super().questions(split, num_questions)
         forgeable = [q.id for q in questions if isinstance(self._submissions[q.id].tests[0], AssertTest)]
         if forgeable and split != "eval" and not self.allow_assertions:
@@ -133,20 +135,15 @@ class Code(Rows):
                 reasons[question.id] = str(error)
         return reasons
 
-    @cached_property
-    def _all(self) -> list[tuple[Split, Question]]:
-        questions = super()._all  # dealt out by what they ask, whatever the language
-        return [(split, replace(question, text=self._text(question))) for split, question in questions]
+    def _question(self, row: Row) -> Question:
+        question = super()._question(row)
+        meta = dict(question.meta)
+        self._rows.setdefault(question.id, dict(meta))
+        for column in (self.tests_column, "generated_checker"):
+            meta.pop(column, None)  # each trace of a question carries its meta, and tests have megabytes
+        return replace(question, meta=meta)
 
-    def _read(self, path: Path) -> Iterator[tuple[str, Question]]:
-        for where, question in super()._read(path):
-            meta = dict(question.meta)
-            self._rows.setdefault(question.id, dict(meta))
-            for column in (self.tests_column, "generated_checker"):
-                meta.pop(column, None)  # each trace of a question carries its meta, and tests have megabytes
-            yield where, replace(question, meta=meta)
-
-    def _text(self, question: Question) -> str:
+    def asked(self, question: Question) -> str:
         """Statement, limits, then one fenced block: the form in which the field asks for programs."""
         submission = self._submissions[question.id]
         limits = submission.limits

@@ -96,7 +96,7 @@ class Countdown(Task):
             meta = {"numbers": numbers, "target": int(target)}
             yield identity, Question(f"countdown/{identity}", text, expression, meta)
 
-    def questions(self, split: Split, num_questions: int) -> list[Question]:
+    def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         return take(split, num_questions, self._stream(), "countdown")
 
     def verify(self, question: Question, response: str) -> Verdict:

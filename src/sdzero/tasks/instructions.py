@@ -12,6 +12,7 @@ from sdzero.judge.pool import Failed, GraderPool
 from sdzero.judge.types import JudgeError
 from sdzero.tasks.boxed import after_thought
 from sdzero.tasks.rows import Rows
+from sdzero.tasks.sources import HubDataset
 from sdzero.types import Question, Split, Verdict
 
 
@@ -35,7 +36,7 @@ class Instructions(Rows):
 
     def __init__(
         self,
-        path: str | dict[Split, str],
+        path: str | HubDataset | dict[Split, str | HubDataset],
         benchmark: instructions.Benchmark,
         loose: bool = False,
         id_column: str | None = "key",

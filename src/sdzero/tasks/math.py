@@ -3,14 +3,14 @@ r"""Mathematics of one's own rows, answered in `\boxed{}` and compared with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from sdzero.judge import mathematics
 from sdzero.judge.pool import Failed, GraderPool
 from sdzero.tasks.boxed import after_thought, last_boxed
 from sdzero.tasks.rows import Rows
+from sdzero.tasks.sources import HubDataset, Row
+from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split, Verdict
 
 
@@ -23,12 +23,13 @@ class Math(Rows):
     Args:
         path: as in Rows.
         question_column: as in Rows.
-        answer_column: as in Rows.
+        answer_column: as in Rows; of a whole solution the last `\boxed{}` is taken.
         id_column: as in Rows.
         instruction: appended to every question after a blank line; empty leaves the question as it is.
         num_workers: processes that grade.
         deadline: seconds of CPU time for one answer; one that takes longer is wrong (`timeout`).
         max_dropped_share: as in Rows.
+        sizes: as in Rows.
 
     Raises:
         ModuleNotFoundError: math-verify or pebble is not installed; names the extra.
@@ -36,7 +37,7 @@ class Math(Rows):
 
     def __init__(
         self,
-        path: str | dict[Split, str],
+        path: str | HubDataset | dict[Split, str | HubDataset],
         question_column: str = "problem",
         answer_column: str = "answer",
         id_column: str | None = None,
@@ -44,8 +45,9 @@ class Math(Rows):
         num_workers: int = 2,
         deadline: float = 3.0,
         max_dropped_share: float = 0.05,
+        sizes: Sizes | None = None,
     ) -> None:
-        super().__init__(path, question_column, answer_column, id_column, max_dropped_share)
+        super().__init__(path, question_column, answer_column, id_column, max_dropped_share, sizes)
         mathematics.needs_math_verify()
         self.instruction = instruction
         self._pool: GraderPool[mathematics.Job, Any] = GraderPool(
@@ -71,10 +73,14 @@ class Math(Rows):
         reasons = self._reasons({question.answer for question in questions})
         return {q.id: f"gold answer {q.answer!r}: {reasons[q.answer]}" for q in questions if q.answer in reasons}
 
-    @cached_property
-    def _all(self) -> list[tuple[Split, Question]]:
-        end = f"\n\n{self.instruction}" if self.instruction else ""
-        return [(split, replace(question, text=question.text + end)) for split, question in super()._all]
+    def prepare(self, row: Row) -> Sequence[Row]:
+        gold = row.get(str(self.answer_column))
+        if isinstance(gold, str) and (boxed := last_boxed(gold)) is not None:
+            return [{**row, str(self.answer_column): boxed}]
+        return [row]
+
+    def asked(self, question: Question) -> str:
+        return f"{question.text}\n\n{self.instruction}" if self.instruction else question.text
 
     def _reasons(self, golds: set[str]) -> dict[str, str]:
         """Why gold answers cannot be graded, for those that cannot."""

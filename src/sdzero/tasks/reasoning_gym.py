@@ -79,7 +79,7 @@ class ReasoningGym(Task):
             text = f"{asked}\n\n{self.instruction}"
             yield identity, Question(identity, text, entry["answer"], entry["metadata"])
 
-    def questions(self, split: Split, num_questions: int) -> list[Question]:
+    def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         return take(split, num_questions, self._stream(), f"reasoning_gym/{self.dataset}")
 
     def verify(self, question: Question, response: str) -> Verdict:
