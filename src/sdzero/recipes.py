@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "configs"
-PARTS = ("model", "trainer", "data")
+PARTS = ("model", "trainer", "data", "overlays")
 """Folders of `configs` that recipes refer to or are overlaid with."""
 
 

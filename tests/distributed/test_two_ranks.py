@@ -1,4 +1,4 @@
-"""Two gloo ranks on the CPU do what one rank does: FSDP2 through ModelParallelStrategy, and DDP."""
+"""Two gloo ranks on the CPU do what one rank does: FSDP2 through FullShard, and DDP."""
 
 from __future__ import annotations
 

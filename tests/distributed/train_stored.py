@@ -12,13 +12,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, TokenKLRecorder
 from sdzero.data.base import stream_loader
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models import ModelConfig, full_weights
+from sdzero.strategies import FullShard
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
 
 NUM_STEPS, ITEMS = 3, (7, 6, 1)  # odd numbers: the ranks' shares differ, and once one rank has nothing
@@ -89,7 +90,7 @@ def main() -> None:
     method = (SRT if kind == "srt" else SelfDistill)(ModelConfig(model), **options)
     strategy = "auto"
     if ranks > 1:
-        strategy = DDPStrategy() if "ddp" in sys.argv else ModelParallelStrategy(ranks, 1)
+        strategy = DDPStrategy() if "ddp" in sys.argv else FullShard()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,
