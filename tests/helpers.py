@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from sdzero.data.base import stream_loader
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import SyncReport
+from sdzero.engines.base import OnFinished, SyncReport, ignore
 from sdzero.methods import Method
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import Task
@@ -46,9 +46,16 @@ class Notes(ScriptedEngine):
         self.weights = {name: tensor.clone() for name, tensor in weights}
         return super().sync(self.weights.items(), policy_version)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
         self.calls.append((policy_version, list(prompts)))
-        return super().generate(prompts, sampling, seed, policy_version)
+        return super().generate(prompts, sampling, seed, policy_version, on_finished)
 
 
 class Stored(L.LightningDataModule):

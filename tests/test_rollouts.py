@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import Toy
+from sdzero import rollouts
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import EngineSpec
+from sdzero.engines.base import EngineSpec, OnFinished, RolloutEngine, ignore
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler, read_jsonl, read_traces, score, write_text, write_traces
 from sdzero.seeds import derive_seed
@@ -37,13 +41,63 @@ class Seeds(ScriptedEngine):
         super().__init__(lambda prompt, seed: str(seed)[:5])
         self.calls: list[tuple[int, list[str]]] = []
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
         self.calls.append((seed, [prompt.question.id for prompt in prompts]))
-        return super().generate(prompts, sampling, seed, policy_version)
+        return super().generate(prompts, sampling, seed, policy_version, on_finished)
 
 
-def sampler(builder: PromptBuilder, folder: Path, call_size: int = 2, rank: int = 0, seed: int = 7) -> Sampler:
-    engine = Seeds()
+class Killed(BaseException):
+    """What no code is there to catch."""
+
+
+class OneByOne(Seeds):
+    """Finishes its requests one by one in an order of its own, as vLLM does, and is killed after `lives` of them."""
+
+    keeps_finished = True
+
+    def __init__(self, lives: int = 1000) -> None:
+        super().__init__()
+        self.lives = lives
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
+        drawn = super().generate(prompts, sampling, seed, policy_version)
+        for place in random.Random(seed).sample(range(len(prompts)), len(prompts)):
+            if self.lives == 0:
+                raise Killed
+            self.lives -= 1
+            on_finished(place, drawn[place])
+        return drawn
+
+
+class ByBatches(OneByOne):
+    """Like the transformers engine: a call that broke off is redone."""
+
+    keeps_finished = False
+
+
+def sampler(
+    builder: PromptBuilder,
+    folder: Path,
+    call_size: int = 2,
+    rank: int = 0,
+    seed: int = 7,
+    engine: RolloutEngine | None = None,
+) -> Sampler:
+    engine = engine or Seeds()
     engine.start(EngineSpec("", 512, load_weights=True), builder)
     return Sampler(engine, Toy(), CallJournal(folder), call_size, seed, rank, weights="w")
 
@@ -129,6 +183,148 @@ def test_ranks_that_share_an_engine_make_every_call_together(builder: PromptBuil
     journal = tmp_path / "1/g.jsonl"
     journal.write_text(journal.read_text().splitlines(keepends=True)[0])
     assert together(5, 2) == [[ids[2:4], ids[4:]], [[], []]]
+
+
+# --- calls that broke off -------------------------------------------------------------------------
+
+
+def killed(builder: PromptBuilder, folder: Path, engine: OneByOne, num: int = 6, **options: Any) -> None:
+    """A draw of `num` prompts in one call that does not come to its end."""
+    with pytest.raises(Killed):
+        sampler(builder, folder, num, engine=engine).sample(prompts(builder, num), SAMPLING, "g", 0, **options)
+
+
+def partial(folder: Path) -> dict[int, dict[str, Any]]:
+    return {row["place"]: row["response"] for row in map(json.loads, (folder / "call.partial").open())}
+
+
+def test_a_call_that_broke_off_keeps_its_finished_responses(
+    builder: PromptBuilder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed(builder, tmp_path, OneByOne(2))
+    kept = partial(tmp_path)
+    assert len(kept) == 2
+    engine = OneByOne()
+    again = sampler(builder, tmp_path, 6, engine=engine)
+    scored = again.sample(prompts(builder, 6), SAMPLING, "g", 0)
+    ids = [f"phase1-{i}" for i in range(6)]
+    assert [s.rollout.prompt.question.id for s in scored] == ids
+    [(seed, asked)] = engine.calls
+    assert asked == [ids[place] for place in range(6) if place not in kept]
+    first_seed = derive_seed(7, "g", 0, 0)
+    assert seed != first_seed, "a redrawn answer must not meet the noise that a kept one to its question was drawn with"
+    texts = [str(first_seed if place in kept else seed)[:5] for place in range(6)]
+    assert [s.rollout.text for s in scored] == texts
+    assert caplog.messages == ["g, call 0: 2 of 6 responses were made before a stop, and are kept"]
+    assert again.journal.num_started == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["calls.log", "g.jsonl"]
+    [row] = read_jsonl(tmp_path / "g.jsonl")
+    assert {place: row["responses"][place] for place in kept} == kept
+    assert sampler(builder, tmp_path, 6, engine=OneByOne(0)).sample(prompts(builder, 6), SAMPLING, "g", 0) == scored
+
+
+@pytest.mark.parametrize("change", ["sampling", "weights", "prompts", "seed", "group", "engine"])
+def test_the_rest_of_a_call_of_another_identity_is_no_use(builder: PromptBuilder, tmp_path: Path, change: str) -> None:
+    killed(builder, tmp_path, OneByOne(2))
+    engine = type("Another", (OneByOne,), {})() if change == "engine" else OneByOne()
+    again = sampler(builder, tmp_path, 6, seed=8 if change == "seed" else 7, engine=engine)
+    again.weights = "other" if change == "weights" else "w"
+    asked = prompts(builder, 6)[::-1] if change == "prompts" else prompts(builder, 6)
+    sampling = Sampling(0.5, 1.0, 8) if change == "sampling" else SAMPLING
+    scored = again.sample(asked, sampling, "h" if change == "group" else "g", 0)
+    assert [len(ids) for _, ids in engine.calls] == [6] and len({s.rollout.text for s in scored}) == 1
+    assert not (tmp_path / "call.partial").exists() and again.journal.num_started == 2
+
+
+@pytest.mark.parametrize(("kind", "options"), [(ByBatches, {}), (OneByOne, {"keep_finished": False})])
+def test_other_calls_that_broke_off_are_made_anew(
+    builder: PromptBuilder, tmp_path: Path, kind: type[OneByOne], options: dict[str, Any]
+) -> None:
+    """Of an engine that repeats to the bit, and of a training step, which must not lean towards short responses."""
+    killed(builder, tmp_path, kind(2), **options)
+    assert [f.name for f in tmp_path.iterdir()] == ["calls.log"]
+    again = sampler(builder, tmp_path, 6, engine=kind())
+    scored = again.sample(prompts(builder, 6), SAMPLING, "g", 0, **options)
+    assert calls(again) == [(derive_seed(7, "g", 0, 0), [f"phase1-{i}" for i in range(6)])]
+    assert len({s.rollout.text for s in scored}) == 1 and again.journal.num_started == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400)), max_size=4), st.integers(1, 5))
+def test_every_prompt_is_answered_once_whatever_the_kills(
+    builder: PromptBuilder, tmp_path_factory: pytest.TempPathFactory, kills: list[tuple[int, int]], call_size: int
+) -> None:
+    """Each kill comes after some responses, and may cut bytes off the file as a lost machine does."""
+    folder, kept, num_asked, finished = tmp_path_factory.mktemp("kills"), {}, 0, False
+    for lives, num_cut in kills:
+        engine = OneByOne(lives)
+        try:
+            sampler(builder, folder, call_size, engine=engine).sample(prompts(builder), SAMPLING, "g", 0)
+            finished = True
+        except Killed:
+            pass
+        num_asked += lives - engine.lives
+        if (file := folder / "call.partial").exists():
+            whole = file.read_bytes()
+            file.write_bytes(whole[: max(0, len(whole) - num_cut)])
+            lines = file.read_bytes().split(b"\n")[:-1]
+            num_asked -= whole.count(b"\n") - len(lines)
+            kept = {row["place"]: row["response"] for row in map(json.loads, lines)}
+        else:
+            kept = {}
+    before = read_jsonl(folder / "g.jsonl") if (folder / "g.jsonl").exists() else []
+    engine = OneByOne()
+    scored = sampler(builder, folder, call_size, engine=engine).sample(prompts(builder), SAMPLING, "g", 0)
+    assert [s.rollout.prompt.question.id for s in scored] == [f"phase1-{i}" for i in range(5)]
+    assert num_asked + sum(len(ids) for _, ids in engine.calls) == 5
+    after = read_jsonl(folder / "g.jsonl")
+    assert after[: len(before)] == before and [row["key"] for row in after] == [str(i) for i in range(len(after))]
+    assert [r["text"] for row in after for r in row["responses"]] == [s.rollout.text for s in scored]
+    if not finished and kept:
+        assert {place: after[len(before)]["responses"][place] for place in kept} == kept
+
+
+def test_responses_are_on_disk_within_a_second_without_an_fsync_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, synced = [100.0], []
+    monkeypatch.setattr(rollouts.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(now[0]))
+    journal = CallJournal(tmp_path)
+    for place in range(100):
+        now[0] += 0.03125
+        journal.add("f", place, {"text": "x"})
+    assert len(journal.finished("f")) == 100 and synced == [101.0, 102.0, 103.0]
+
+
+def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBuilder, tmp_path: Path) -> None:
+    """One rank kept three of five responses, the other has all of its two: both make the call, from new seeds."""
+    said: list[list[int]] = []
+
+    def run(rank: int, others: list[int]) -> OneByOne:
+        """What `largest` hears of the other rank: its number of calls, whether it lacks the call, how many it has."""
+        engine, heard = OneByOne(), iter(others)
+        one = sampler(builder, tmp_path / str(rank), 5, rank, engine=engine)
+
+        def largest(value: int) -> int:
+            said[rank].append(value)
+            return max(value, next(heard))
+
+        said.append([])
+        one.largest = largest
+        one.sample(prompts(builder, (5, 2)[rank]), SAMPLING, "g", 0)
+        return engine
+
+    with pytest.raises(Killed):
+        sampler(builder, tmp_path / "0", 5, engine=OneByOne(3)).sample(prompts(builder, 5), SAMPLING, "g", 0)
+    sampler(builder, tmp_path / "1", 5, 1, engine=OneByOne()).sample(prompts(builder, 2), SAMPLING, "g", 0)
+    [(seed, first)], [(other_seed, second)] = run(0, [1, 0, 2]).calls, run(1, [1, 1, 3]).calls
+    assert (len(first), second) == (2, []) and said == [[1, 1, 3], [1, 0, 2]]
+    assert [seed, other_seed] == [derive_seed(derive_seed(7, "g", 0, rank), "rest", 3) for rank in (0, 1)]
+    for rank, num in ((0, 5), (1, 2)):
+        assert [len(row["responses"]) for row in read_jsonl(tmp_path / f"{rank}/g.jsonl")][-1] == num
+
+
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def test_a_cut_response_is_truncated_whatever_it_holds(builder: PromptBuilder, tmp_path: Path) -> None:

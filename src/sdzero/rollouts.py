@@ -7,17 +7,20 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdzero.engines.base import RolloutEngine
+from sdzero.engines.base import RolloutEngine, ignore
 from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Trace, Verdict
 
 log = logging.getLogger(__name__)
+
+FSYNC_SECONDS = 1.0  # while a call is made: its hundreds of short responses must not cost as many of them
 
 
 def score(rollouts: Sequence[Rollout], task: Task) -> list[ScoredRollout]:
@@ -102,6 +105,8 @@ class CallJournal:
 
     A call is reused only under the same key and fingerprint (prompts, sampling, seed, policy weights).
     `calls.log` holds a line per call that was started, also the ones that a kill cut short.
+    `call.partial` holds the responses of the call that is being made, where its engine `keeps_finished`: one JSON line
+    each, on disk within about a second. A restart's first new call is the one that was cut short, so one file will do.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,6 +114,8 @@ class CallJournal:
         folder.mkdir(parents=True, exist_ok=True)
         self._group = ""
         self._rows: dict[str, dict[str, Any]] = {}
+        self._partial = folder / "call.partial"
+        self._synced = time.monotonic()
 
     def _file(self, group: str) -> Path:
         return self.folder / f"{group}.jsonl"
@@ -131,8 +138,26 @@ class CallJournal:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._partial.unlink(missing_ok=True)
         if group == self._group:
             self._rows[key] = row
+
+    def finished(self, fingerprint: str) -> dict[int, dict[str, Any]]:
+        """What an unfinished call has so far: place in the call -> response. Another call's file is removed."""
+        rows = read_jsonl(self._partial) if self._partial.exists() else []
+        if rows and rows[0]["fingerprint"] == fingerprint:
+            return {row["place"]: row["response"] for row in rows}
+        self._partial.unlink(missing_ok=True)
+        return {}
+
+    def add(self, fingerprint: str, place: int, response: dict[str, Any]) -> None:
+        """Keeps one response of the call that is being made; `finished` was asked for the others before."""
+        with self._partial.open("a") as file:
+            file.write(json.dumps({"fingerprint": fingerprint, "place": place, "response": response}) + "\n")
+            file.flush()
+            if time.monotonic() - self._synced >= FSYNC_SECONDS:
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
 
     @property
     def num_started(self) -> int:
@@ -175,30 +200,56 @@ class Sampler:
         group: str,
         policy_version: int,
         progress: Callable[[int], None] = lambda done: None,
+        keep_finished: bool = True,
     ) -> list[ScoredRollout]:
-        """One scored response per prompt, in order. `group` names the draw, e.g. "train-000012"."""
+        """One scored response per prompt, in order. `group` names the draw, e.g. "train-000012".
+
+        With `keep_finished`, an engine that allows it makes only the rest of a call that was cut short. It is the long
+        responses that were not finished: drawn anew, some come out short, so such a call leans towards short ones.
+        """
+        keep = keep_finished and self.engine.keeps_finished
         scored: list[ScoredRollout] = []
         for call in range(self.largest(-(-len(prompts) // self.call_size))):
             mine = prompts[call * self.call_size : (call + 1) * self.call_size]
-            rollouts = self._call(mine, sampling, group, call, policy_version)
+            rollouts = self._call(mine, sampling, group, call, policy_version, keep)
             scored += score(rollouts, self.task)
             progress(len(rollouts))
         return scored
 
     def _call(
-        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call: int, policy_version: int
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call: int, policy_version: int, keep: bool
     ) -> list[Rollout]:
         key, seed = str(call), derive_seed(self.seed, group, call, self.rank)
         identity = [type(self.engine).__name__, seed, repr(sampling), self.weights, [p.token_ids for p in prompts]]
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        stored = self.journal.get(group, key, fingerprint)
-        missing = self.largest(int(stored is None))
-        if stored is not None and not missing:
-            return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, stored, strict=True)]
-        self.journal.start(group, key)
-        rollouts = self.engine.generate(prompts, sampling, seed, policy_version)
-        self.journal.put(group, key, fingerprint, [_encode(rollout) for rollout in rollouts])
-        return rollouts
+        responses = self.journal.get(group, key, fingerprint)
+        missing = self.largest(int(responses is None))
+        if responses is None or missing:
+            made: dict[int, dict[str, Any]] = {}
+            if keep:
+                made = self.journal.finished(fingerprint) if responses is None else dict(enumerate(responses))
+                seed = self._seed_of_rest(seed, len(made))
+            if made:
+                what = "%s, call %s: %d of %d responses were made before a stop, and are kept"
+                log.warning(what, group, key, len(made), len(prompts))
+            else:
+                self.journal.start(group, key)
+            rest = [place for place in range(len(prompts)) if place not in made]
+
+            def on_finished(place: int, rollout: Rollout) -> None:
+                self.journal.add(fingerprint, rest[place], _encode(rollout))
+
+            asked = [prompts[place] for place in rest]
+            drawn = self.engine.generate(asked, sampling, seed, policy_version, on_finished if keep else ignore)
+            made |= {place: _encode(rollout) for place, rollout in zip(rest, drawn, strict=True)}
+            responses = [made[place] for place in range(len(prompts))]
+            self.journal.put(group, key, fingerprint, responses)
+        return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, responses, strict=True)]
+
+    def _seed_of_rest(self, seed: int, num_made: int) -> int:
+        """Another seed where a part was made: from the same one, an answer's noise could be that of a kept one."""
+        num_made = self.largest(num_made)
+        return derive_seed(seed, "rest", num_made) if num_made else seed
 
 
 def _encode(rollout: Rollout) -> dict[str, Any]:

@@ -138,6 +138,18 @@ def test_one_response_per_prompt_in_order(engine: RolloutEngine, builder: Prompt
     assert reasons == {"stop", "length"} or isinstance(engine, ScriptedEngine)
 
 
+def test_each_response_is_handed_out_once(engine: RolloutEngine, builder: PromptBuilder) -> None:
+    handed: list[tuple[int, Rollout]] = []
+    rollouts = engine.generate(
+        prompts(builder, 40), Sampling(1.0, 1.0, 30), 5, 1, lambda place, rollout: handed.append((place, rollout))
+    )
+    assert sorted(place for place, _ in handed) == list(range(40))
+    assert all(rollouts[place] is rollout for place, rollout in handed)
+    as_they_finish = [len(rollout.token_ids) for _, rollout in handed]
+    assert as_they_finish == sorted(as_they_finish) or not isinstance(engine, VLLMEngine)
+    assert engine.keeps_finished == isinstance(engine, VLLMEngine), "the others repeat a call to the bit"
+
+
 @pytest.mark.parametrize("limit", [1, 2, 7])
 def test_max_new_tokens_counts_the_end_token(engine: RolloutEngine, builder: PromptBuilder, limit: int) -> None:
     rollouts = engine.generate(prompts(builder, 10), Sampling(1.0, 1.0, limit), seed=5, policy_version=1)

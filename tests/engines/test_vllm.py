@@ -158,6 +158,22 @@ def test_a_step_that_raises_is_the_engines_death(start: Any) -> None:
         engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 0)
 
 
+def test_responses_are_handed_out_as_they_finish_and_a_taker_that_fails_leaves_no_engine(start: Any) -> None:
+    engine, llm = start()
+    handed: list[tuple[int, int]] = []
+
+    def take(place: int, rollout: Any) -> None:
+        handed.append((place, len(llm.waiting)))
+        if place == 1:
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):  # not "vLLM died"
+        engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 0, take)
+    assert handed == [(3, 3), (2, 2), (1, 1)]
+    with pytest.raises(EngineError, match="holds None"):
+        engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 0)
+
+
 def test_the_deadline_ends_a_slow_call_and_tells_how_far_it_came(start: Any) -> None:
     engine, llm = start(deadline_seconds=0.2)
 

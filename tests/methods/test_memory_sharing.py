@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import Notes, Toy, fit, make_batch, make_scored
 from sdzero.data import Evaluation, RolloutDataModule
-from sdzero.engines.base import SyncReport
+from sdzero.engines.base import OnFinished, SyncReport, ignore
 from sdzero.methods import SelfDistill
 from sdzero.models import ModelConfig
 from sdzero.prompts import FinalAnswer, PromptBuilder
@@ -37,9 +37,16 @@ class Sleeper(Notes):
         assert not self.asleep
         return super().sync(weights, policy_version)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
         assert not self.asleep
-        return super().generate(prompts, sampling, seed, policy_version)
+        return super().generate(prompts, sampling, seed, policy_version, on_finished)
 
     def sleep(self) -> None:
         self.asleep = True

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +46,14 @@ class SyncReport:
     checksum: str
 
 
+OnFinished = Callable[[int, Rollout], None]
+"""Takes a response when it is finished: its prompt's place in the call, and the response."""
+
+
+def ignore(place: int, rollout: Rollout) -> None:
+    """Does nothing with a finished response."""
+
+
 class RolloutEngine(ABC):
     """Life: `start`, then any number of `sync` and `generate`, then `close`.
 
@@ -53,6 +62,10 @@ class RolloutEngine(ABC):
 
     policy_version: int | None = None
     """Version of the last completed sync (0 after a start with `load_weights`); None: no weights yet."""
+
+    keeps_finished: ClassVar[bool] = False
+    """Whether the finished responses of a call that broke off may be kept, and only the rest made: an engine that draws
+    each request by itself, and would not repeat the call to the bit anyway."""
 
     @abstractmethod
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
@@ -73,8 +86,17 @@ class RolloutEngine(ABC):
         """
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
         """One response per prompt, in order. The unit of durability: same call, same seed, same weights.
+
+        `on_finished` is handed each response once, as the engine has it.
 
         Raises:
             ValueError: a prompt with its new tokens is longer than the engine's `max_model_len`; nothing is cut.

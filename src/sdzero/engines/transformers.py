@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sdzero.engines.base import EngineSpec, RolloutEngine, SyncReport, preserved_rng
+from sdzero.engines.base import EngineSpec, OnFinished, RolloutEngine, SyncReport, ignore, preserved_rng
 from sdzero.engines.checks import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
@@ -59,13 +59,22 @@ class TransformersEngine(RolloutEngine):
         self.policy_version = policy_version
         return SyncReport(perf_counter() - started, checksum)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
         rollouts: list[Rollout] = []
         with preserved_rng(seed), torch.inference_mode():
             for start in range(0, len(prompts), self.max_batch_size):
                 rollouts += self._sample(prompts[start : start + self.max_batch_size], sampling)
+                for place in range(start, len(rollouts)):
+                    on_finished(place, rollouts[place])
         return rollouts
 
     def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:

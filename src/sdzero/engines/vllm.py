@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any
 from uuid import uuid4
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine, SyncReport, preserved_rng
+from sdzero.engines.base import EngineError, EngineSpec, OnFinished, RolloutEngine, SyncReport, ignore, preserved_rng
 from sdzero.engines.checks import SyncCheck, WeightLayout
+from sdzero.engines.vllm_requests import logprobs, run_requests, sampling_params, shared_requests
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
@@ -43,6 +44,8 @@ class VLLMEngine(RolloutEngine):
         deadline_seconds: limit of one generate call; passing it raises EngineError. A start, sync or generate that
             hangs in native code ends the process a minute later, with the stacks of all threads on stderr.
     """
+
+    keeps_finished = True
 
     def __init__(
         self,
@@ -139,43 +142,33 @@ class VLLMEngine(RolloutEngine):
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM could not drop its cached prefixes, which belong to older weights")
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
-        requests, first, seed = _shared_requests([p.token_ids for p in prompts], seed, self.tensor_parallel_size)
+        requests, first, seed = shared_requests([p.token_ids for p in prompts], seed, self.tensor_parallel_size)
+        rollouts: dict[int, Rollout] = {}
         with preserved_rng(seed), self._guarded():
             self._forget_prefixes()  # what a call returns must not depend on the calls before it
-            outputs = self._run(requests, _sampling_params(sampling, self._builder))
-        mine = outputs[first : first + len(prompts)]
-        return [
-            self._rollout(self._builder, prompt, output.token_ids, _logprobs(output), sampling.max_new_tokens)
-            for prompt, output in zip(prompts, mine, strict=True)
-        ]
-
-    def _run(self, requests: Sequence[Sequence[int]], params: Any) -> list[Any]:
-        """vLLM's `CompletionOutput` of each request, in order; steps the engine itself to watch the clock."""
-        engine, deadline = self._llm.llm_engine, monotonic() + self.deadline_seconds
-        finished: dict[int, Any] = {}
-        try:
-            for index, token_ids in enumerate(requests):
-                engine.add_request(str(index), {"prompt_token_ids": list(token_ids)}, params)
-            while engine.has_unfinished_requests():
-                if monotonic() > deadline:
-                    raise EngineError(
-                        f"vLLM finished {len(finished)} of {len(requests)} responses in deadline_seconds "
-                        f"{self.deadline_seconds}: raise it, or sample fewer prompts per call"
-                    )
-                for output in engine.step():
-                    if output.finished:
-                        _add_once(finished, int(output.request_id), output)
-        except Exception as error:  # whatever vLLM raises: its scheduler's state is unknown from here on
-            self.policy_version = None
-            if isinstance(error, EngineError):
+            params = sampling_params(sampling, self._builder)
+            try:
+                for index, output in run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds):
+                    place = index - first
+                    if 0 <= place < len(prompts):  # the others are those of the ranks that share the engine
+                        ids, values = output.token_ids, logprobs(output)
+                        rollout = self._rollout(self._builder, prompts[place], ids, values, sampling.max_new_tokens)
+                        rollouts[place] = rollout
+                        on_finished(place, rollout)
+            except BaseException:  # requests may be left in vLLM: its scheduler's state is unknown from here on
+                self.policy_version = None
                 raise
-            raise EngineError(f"vLLM died with {len(finished)} of {len(requests)} responses finished") from error
-        if finished.keys() != set(range(len(requests))):
-            raise EngineError(f"vLLM returned {len(finished)} of {len(requests)} responses and called itself done")
-        return [finished[index] for index in range(len(requests))]
+        return [rollouts[place] for place in range(len(prompts))]
 
     def sleep(self) -> None:
         if not self._is_cpu and not self._asleep:
@@ -318,45 +311,3 @@ def _repack_heads(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():
             module.quant_method.process_weights_after_loading(module)
-
-
-def _sampling_params(sampling: Sampling, builder: PromptBuilder) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=0,
-        max_tokens=sampling.max_new_tokens,
-        stop_token_ids=sorted(builder.end_ids),
-        ignore_eos=True,  # the builder's end-of-turn tokens are the only ones
-        logprobs=0,  # of the sampled token alone
-        detokenize=False,
-    )
-
-
-def _shared_requests(
-    token_ids: Sequence[Sequence[int]], seed: int, tensor_parallel_size: int
-) -> tuple[Sequence[Sequence[int]], int, int]:
-    """The requests of all ranks of one engine, where this rank's begin, and the seed all of them use."""
-    if tensor_parallel_size == 1:
-        return token_ids, 0, seed
-    from vllm.distributed.parallel_state import get_tp_group
-
-    group = get_tp_group()
-    gathered: list[Any] = [None] * group.world_size
-    dist.all_gather_object(gathered, (list(token_ids), seed), group=group.cpu_group)
-    first = sum(len(ids) for ids, _ in gathered[: group.rank_in_group])
-    return [row for ids, _ in gathered for row in ids], first, gathered[0][1]
-
-
-def _add_once(finished: dict[int, Any], index: int, output: Any) -> None:
-    if index in finished:
-        raise EngineError(f"vLLM returned request {index} twice")
-    if len(output.outputs) != 1 or output.outputs[0].finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM gave up request {index}: {[o.finish_reason for o in output.outputs]}")
-    finished[index] = output.outputs[0]
-
-
-def _logprobs(output: Any) -> list[float]:
-    return [values[token].logprob for token, values in zip(output.token_ids, output.logprobs, strict=True)]
