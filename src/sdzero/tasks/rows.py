@@ -74,6 +74,10 @@ class Rows(Task):
         keys = ("question_column", "answer_column", "id_column")
         return {f"task.{key}": column for key in keys if (column := getattr(self, key)) is not None}
 
+    def rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
+        """The rows of a source in order, as `read` says."""
+        return read(source, columns)
+
     def prepare(self, row: Row) -> Sequence[Row]:
         """The row as the task reads it, or as several questions.
 
@@ -135,7 +139,7 @@ class Rows(Task):
             dealt = deal(all_, self.sizes, self._gradable)
         else:
             kept = {question.id for question in self._gradable(all_)}
-            by_hash = zip((of for of, _ in splits), all_, strict=True)
+            by_hash: list[tuple[Split | None, Question]] = [(of, q) for (of, _), q in zip(splits, all_, strict=True)]
             dealt = [(of or split_of(q.family or q.text), q) for of, q in by_hash if q.id in kept]
         reasons = {id: reason for id, reason in self._problems.items() if reason}
         self._drop(
@@ -189,7 +193,7 @@ class Rows(Task):
         """(where it stands, question) of every row. Raises: ValueError naming the column, or too many faulty rows."""
         columns = self.columns()
         try:
-            rows = read(source, [*columns.values()])
+            rows = self.rows(source, [*columns.values()])
         except ValueError as error:
             key = next((key for key, column in columns.items() if f"no column {column!r}" in str(error)), "task.path")
             raise ValueError(f"{key}: {error}") from None

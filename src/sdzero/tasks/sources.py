@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 Row = dict[str, Any]
 Result = TypeVar("Result")
 
+PACKAGE = "package:"
 _JSONL = "expected one JSON object a line, or one list of objects"
 
 
@@ -59,11 +61,28 @@ def read(source: str | HubDataset, columns: Sequence[str]) -> list[Row]:
         FileNotFoundError: there is no such file, or the data set cannot be had; one line that says why.
         ValueError: it is no table, or lacks a column; names it, and what was found.
     """
-    rows = read_hub(source, columns) if isinstance(source, HubDataset) else read_rows(Path(source))
+    if isinstance(source, HubDataset):
+        rows = read_hub(source, columns)
+    else:
+        rows = read_rows(package_file(source) if source.startswith(PACKAGE) else Path(source))
     found = sorted({column for row in rows for column in row})
     if missing := [column for column in columns if column not in found]:
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {found}")
     return rows
+
+
+def package_file(source: str) -> Path:
+    """Where `package:NAME/FILE` lies: a file that an installed package brings along.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; names the extra.
+    """
+    name, _, file = source.removeprefix(PACKAGE).partition("/")
+    if (spec := find_spec(name)) is None:
+        raise ModuleNotFoundError(
+            f'{source}: the package is not installed: pip install "sdzero[benchmarks]"', name=name
+        )
+    return Path(str(spec.origin)).parent / file
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,0 +1,202 @@
+"""`sdzero decontaminate RECIPE_DIR`: which benchmark questions a recipe trains on, word for word or in long passages.
+
+It reads questions and no model, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdzero.tasks.base import Task
+from sdzero.types import Question
+
+N = 13
+"""Words of a passage that two questions hardly share by chance: the most that GPT-3's analysis takes (Brown et al.,
+2020, appendix C)."""
+
+Texts = Mapping[str, str]
+"""Question id -> statement."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A benchmark's question and a training question that share text.
+
+    Attributes:
+        benchmark: id of the benchmark's question.
+        training: id of the training question.
+        exact: they are the same but for case, spaces and signs.
+        passages: different 13-grams of words that both have.
+    """
+
+    benchmark: str
+    training: str
+    exact: bool
+    passages: int
+
+
+def letters(text: str) -> str:
+    """A text's letters and digits, without case."""
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
+def passages(text: str) -> Iterator[str]:
+    """Every N words in a row of a text; none where it has fewer."""
+    words = re.findall(r"[^\W_]+", text.casefold())
+    return (" ".join(words[start : start + N]) for start in range(len(words) - N + 1))
+
+
+def overlaps(benchmark: Texts, training: Texts) -> list[Overlap]:
+    """Every pair that shares text, in the order of the training questions.
+
+    The benchmark's passages are indexed, so the time is that of reading both.
+    """
+    same: dict[str, list[str]] = {}
+    having: dict[str, list[str]] = {}
+    for id, text in benchmark.items():
+        same.setdefault(letters(text), []).append(id)
+        for passage in {*passages(text)}:
+            having.setdefault(passage, []).append(id)
+    same.pop("", None)  # a text of signs only
+    found: list[Overlap] = []
+    for id, text in training.items():
+        exact = same.get(letters(text), ())
+        shared = Counter(other for passage in {*passages(text)} for other in having.get(passage, ()))
+        found += [Overlap(other, id, other in exact, shared[other]) for other in sorted({*exact, *shared})]
+    return found
+
+
+def report(benchmarks: Mapping[str, Texts], training: Mapping[str, Texts]) -> dict[str, Any]:
+    """What stands in the JSON.
+
+    Args:
+        benchmarks: name -> questions.
+        training: phase -> questions.
+    """
+    everything = {id: text for texts in training.values() for id, text in texts.items()}
+    rows: dict[str, Any] = {}
+    for name, texts in benchmarks.items():
+        pairs = overlaps(texts, everything)
+        exact, long = ({pair.benchmark for pair in pairs if kind(pair)} for kind in (_exact, _long))
+        rows[name] = {
+            "questions": len(texts),
+            "short": sum(not any(passages(text)) for text in texts.values()),
+            "exact": len(exact),
+            "passages": len(long),
+            "overlapping": len(exact | long),
+            "share": len(exact | long) / len(texts) if texts else 0.0,
+            "pairs": [asdict(pair) for pair in pairs],
+        }
+    return {"n": N, "training": {phase: len(texts) for phase, texts in training.items()}, "benchmarks": rows}
+
+
+def _exact(pair: Overlap) -> bool:
+    return pair.exact
+
+
+def _long(pair: Overlap) -> bool:
+    return pair.passages > 0
+
+
+# --- a recipe's questions -------------------------------------------------------------------------
+
+
+def read_recipe(recipe: Path) -> tuple[dict[str, Texts], dict[str, Texts]]:
+    """(benchmarks, training) of a recipe: name -> id -> statement.
+
+    Raises:
+        FileNotFoundError: it lacks collect.yaml, self_distill.yaml or eval.yaml.
+        ValueError: one of them names no task.
+    """
+    collect, distill, evaluation = (_Config(recipe, name) for name in ("collect", "self_distill", "eval"))
+    first = collect.task("task")
+    data = "data.init_args."
+    # most recipes train both phases on one task, which is read once
+    second = first if distill.value(f"{data}task") == collect.value("task") else distill.task(f"{data}task")
+    held_out = evaluation.task(f"{data}task")
+    phases = {
+        "phase1": _texts(first, _asked(first, collect, "", "phase1")),
+        "phase2": _texts(second, _asked(second, distill, data, "phase2")),
+    }
+    questions = held_out.questions("eval", evaluation.value(f"{data}evaluation.num_questions"))
+    names = dict.fromkeys(question.benchmark for question in questions)
+    return {name: _texts(held_out, [q for q in questions if q.benchmark == name]) for name in names}, phases
+
+
+def _asked(task: Task, config: _Config, prefix: str, split: Any) -> list[Question]:
+    return task.questions(config.value(f"{prefix}split") or split, config.value(f"{prefix}num_questions"))
+
+
+def _texts(task: Task, questions: Sequence[Question]) -> Texts:
+    return {question.id: task.statement(question) for question in questions}
+
+
+class _Config:
+    """One file of a recipe."""
+
+    def __init__(self, recipe: Path, name: str) -> None:
+        self.path = recipe / f"{name}.yaml"
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{recipe} is not a recipe: it has no {name}.yaml")
+        self.values = yaml.safe_load(self.path.read_text())
+
+    def value(self, key: str) -> Any:
+        """What stands under a dotted key; None: nothing."""
+        value = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def task(self, key: str) -> Task:
+        """The task under a key. Raises: ValueError where there is none."""
+        from jsonargparse import ArgumentParser
+
+        given = self.value(key)
+        if given is None:
+            raise ValueError(f"{self.path}: {key} is missing: there are no questions to compare")
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--task", type=Task, sub_configs=True)
+        with chdir(self.path.parent):  # a file that it names lies beside it
+            config = parser.parse_object({"task": given})
+        return parser.instantiate(config).task
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sdzero decontaminate",
+        description="Counts the benchmark questions of eval.yaml that phase 1 or phase 2 trains on.",
+    )
+    parser.add_argument("recipe", type=Path, help="folder with collect.yaml, self_distill.yaml and eval.yaml")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all pairs of ids")
+    given = parser.parse_args(arguments)
+    figures = report(*read_recipe(given.recipe))
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print_table(figures)
+
+
+def print_table(figures: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    said = " and ".join(f"{num} of {phase}" for phase, num in figures["training"].items())
+    table = Table(title=f"Benchmark questions that share text with the training's: {said}")
+    table.add_column("benchmark", no_wrap=True)
+    for heading in ("questions", "same text", f"{N} words in a row", "either", "share", f"under {N} words"):
+        table.add_column(heading, justify="right")
+    for name, row in figures["benchmarks"].items():
+        counts = [row[key] for key in ("questions", "exact", "passages", "overlapping")]
+        table.add_row(name, *map(str, counts), f"{row['share']:.1%}", str(row["short"]))
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    console.print(f"Questions with under {N} words are compared as a whole only: the same letters and digits.")
