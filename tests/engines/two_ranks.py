@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sdzero.engines import VLLMEngine
 from sdzero.engines.base import EngineSpec
 from sdzero.prompts import PromptBuilder
-from sdzero.types import Question, Sampling
+from sdzero.types import Question, Rollout, Sampling
 
 
 def main(rank: int, model_path: str, store: str) -> None:
@@ -40,8 +40,10 @@ def main(rank: int, model_path: str, store: str) -> None:
         prompts = [builder.prompt(Question(f"{rank}-{i}", f"{rank} {i} ?", "")) for i in range(3 + 2 * rank)]
         # engines of their own may draw unlike numbers of tokens; one engine over both ranks draws alike on both
         length = 8 + 12 * rank if tensor_parallel_size == 1 else 10
-        rollouts = engine.generate(prompts, Sampling(1.0, 1.0, length), 5 + rank, 1)
+        handed: dict[int, Rollout] = {}
+        rollouts = engine.generate(prompts, Sampling(1.0, 1.0, length), 5 + rank, 1, handed.__setitem__)
         assert [rollout.prompt for rollout in rollouts] == prompts
+        assert handed == dict(enumerate(rollouts))  # a rank is handed its own, whoever shares the engine
         for rollout in rollouts:
             row = torch.tensor([rollout.prompt.token_ids + rollout.token_ids])
             with torch.no_grad():
