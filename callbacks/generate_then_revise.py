@@ -26,7 +26,7 @@ class GenerateThenRevise(ResponseTracker):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(data, StepDataModule) and data.evaluation.num_questions and not data.evaluation.num_revised:
+        if isinstance(data, StepDataModule) and data.evaluation.asks and not data.evaluation.num_revised:
             raise ValueError("GenerateThenRevise has nothing to read: set data.evaluation.num_revised to 1 or more")
 
     def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.keywords import count_keywords
 from sdzero.methods import Method
-from sdzero.metrics import KeywordRate, Ratio, Scalars, count_keywords
+from sdzero.metrics import KeywordRate, Ratio, Scalars
 from sdzero.types import EvalBatch, RolloutBatch
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -12,7 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.callbacks.base import EvaluationReader
 from sdzero.methods import Method
-from sdzero.rollouts import write_text
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 
 Row = dict[str, Any]
@@ -20,52 +21,90 @@ Row = dict[str, Any]
 
 class SampleWriter(EvaluationReader):
     """Writes `samples/train-STEP-rankR.jsonl` and `samples/eval-STEP-rankR.jsonl` into the stage's folder, a response a
-    line. A step that is taken again after a restart replaces its file. Evaluations are always written: the first answer
-    to each of the first questions, with its revision where data.evaluation.num_revised asks for one.
+    line; `sample` tells the responses to a question apart. A step that is taken again after a restart replaces its
+    file. Evaluations are always written, whole or not at all: the first answer to each of the first questions, or all
+    answers to all, with their revisions where data.evaluation.num_revised asks for some.
 
     Args:
         every_n_steps: training steps between two files.
-        num_samples: responses in a file, per rank.
+        num_samples: responses in a file, per rank; null keeps all of them.
     """
 
-    def __init__(self, every_n_steps: int = 10, num_samples: int = 16) -> None:
-        if every_n_steps < 1 or num_samples < 1:
-            raise ValueError("SampleWriter: every_n_steps and num_samples must be at least 1")
+    def __init__(self, every_n_steps: int = 10, num_samples: int | None = 16) -> None:
+        if every_n_steps < 1 or (num_samples is not None and num_samples < 1):
+            raise ValueError("SampleWriter: every_n_steps and num_samples must be at least 1 (num_samples: or null)")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
-        self.rows: list[Row] = []
+        self._file: RowFile | None = None  # of the evaluation that is under way
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(batch, RolloutBatch) and batch.policy_version % self.every_n_steps == 0:
-            rows = [_row(scored, batch.policy_version) for scored in batch.scored[: self.num_samples]]
-            self._write(trainer, "train", batch.policy_version, rows)
+            seen: Counter[str] = Counter()
+            file = RowFile(_path(trainer, "train", batch.policy_version))
+            for scored in batch.scored[: self.num_samples]:
+                question = scored.rollout.prompt.question.id
+                file.add(_row(scored, batch.policy_version, seen[question]))
+                seen[question] += 1
+            self._finish(trainer, "train", batch.policy_version, file)
 
     def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
+        if self._file is None:
+            self._file = RowFile(_path(trainer, "eval", batch.policy_version))
         revisions = {id(first): revision for first, revision in batch.revised}
-        for first in (group[0] for group in batch.groups[: self.num_samples - len(self.rows)]):
-            self.rows.append(_row(first, batch.policy_version, revisions.get(id(first))))
+        for group in batch.groups:
+            for i, scored in enumerate(group if self.num_samples is None else group[:1]):
+                if self.num_samples is None or self._file.num_rows < self.num_samples:
+                    self._file.add(_row(scored, batch.policy_version, i, revisions.get(id(scored))))
 
     def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
-        self._write(trainer, "eval", pl_module.policy_version, self.rows)
-        self.rows = []
+        if self._file is not None:
+            self._finish(trainer, "eval", pl_module.policy_version, self._file)
+            self._file = None
 
-    def _write(self, trainer: L.Trainer, kind: str, step: int, rows: list[Row]) -> None:
-        folder = Path(trainer.default_root_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"{kind}-{step:06d}-rank{trainer.global_rank}.jsonl"
-        write_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+    def _finish(self, trainer: L.Trainer, kind: str, step: int, file: RowFile) -> None:
+        file.close()
+        shown = "\n\n---\n\n".join(map(_as_text, file.first))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text(f"samples/{kind}", "\n\n---\n\n".join(map(_as_text, rows)), step)
+                logger.experiment.add_text(f"samples/{kind}", shown, step)
 
 
-def _row(scored: ScoredRollout, step: int, revision: ScoredRollout | None = None) -> Row:
+class RowFile:
+    """A JSONL file that gets its name once it is whole: rows go to the disk as they come, for all may not fit into
+    memory. `first` are the first few."""
+
+    NUM_FIRST = 16
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.file = self.partial.open("w")
+        self.num_rows = 0
+        self.first: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.num_rows += 1
+        if len(self.first) < self.NUM_FIRST:
+            self.first.append(row)
+
+    def close(self) -> None:
+        self.file.close()
+        os.replace(self.partial, self.path)
+
+
+def _path(trainer: L.Trainer, kind: str, step: int) -> Path:
+    return Path(trainer.default_root_dir) / "samples" / f"{kind}-{step:06d}-rank{trainer.global_rank}.jsonl"
+
+
+def _row(scored: ScoredRollout, step: int, sample: int, revision: ScoredRollout | None = None) -> Row:
     question = scored.rollout.prompt.question
     return {
         "step": step,
         "question": question.id,
+        "sample": sample,
         "text": question.text,
         "answer": question.answer,
         **_judged(scored),

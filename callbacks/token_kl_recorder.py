@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from sdzero.callbacks.base import EvaluationReader, defined
+from sdzero.estimates import top_share
 from sdzero.fused import Projection
 from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head
 from sdzero.methods import Method
-from sdzero.metrics import Ratio, top_share
+from sdzero.metrics import Ratio
 from sdzero.prompts import collate, micro_batches
 from sdzero.types import EvalBatch, Example, RolloutBatch, ScoredRollout
 

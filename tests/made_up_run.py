@@ -62,7 +62,7 @@ def sample_row(question: str, response: str, reward: int = 0, revision: str | No
     """A row as SampleWriter writes it."""
     judged = {"response": response, "reward": reward, "reason": "correct" if reward else "wrong", "num_tokens": 7}
     revised = None if revision is None else {**judged, "response": revision, "reward": 1, "reason": "correct"}
-    about = {"step": 0, "question": question, "text": f"What is {question}?", "answer": "42"}
+    about = {"step": 0, "question": question, "sample": 0, "text": f"What is {question}?", "answer": "42"}
     return {**about, **judged, "parsed": None if reward else "41", "finish_reason": "stop", "revision": revised}
 
 

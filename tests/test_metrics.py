@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import statistics
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -12,19 +13,17 @@ from hypothesis import strategies as st
 from torchmetrics import Metric
 
 from sdzero.metrics import (
-    KEYWORDS,
     AvgAtK,
     CorrectionRate,
     KeywordRate,
     LengthDistribution,
     PassAtK,
     Ratio,
+    ReasonShares,
     ResponseLength,
-    count_keywords,
-    paired_difference,
-    pass_at_k,
-    top_share,
+    averaged,
 )
+from sdzero.types import Reason
 
 rewards = st.integers(0, 1)
 groups_of = st.lists(st.lists(rewards, min_size=3, max_size=8), min_size=2, max_size=12)
@@ -46,13 +45,6 @@ def test_avg_at_k(groups: list[list[int]]) -> None:
     assert floats(metric) == pytest.approx(
         {"avg_at_k": statistics.fmean(means), "avg_at_k_se": standard_error(means)}, abs=1e-7
     )
-
-
-@given(st.lists(rewards, min_size=1, max_size=8), st.data())
-def test_pass_at_k_against_every_draw(group: list[int], data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, len(group)))
-    draws = [max(draw) for draw in itertools.combinations(group, k)]
-    assert pass_at_k(len(group), sum(group), k) == pytest.approx(statistics.fmean(draws))
 
 
 @given(groups_of)
@@ -100,44 +92,28 @@ def test_a_rank_without_questions_measures_nan_and_adds_nothing() -> None:
 
 def test_response_length() -> None:
     metric = ResponseLength()
-    metric.update([10, 20], [False, True])
-    metric.update([60], [False])
-    assert floats(metric) == pytest.approx({"response_tokens": 30.0, "truncated": 1 / 3})
+    metric.update([10, 20])
+    metric.update([60])
+    assert floats(metric) == {"response_tokens": 30.0}
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Wait, this response is not correct, let me start over.", 2),
-        ("Let me rephrase the above solution.", 0),
-        ("await the waiter, incorrectly", 0),
-        ("WAIT! wait. (wait)", 3),
-        ("Wait a minute.", 1),
-        ("Let’s recheck; let's recheck; LET‘S RECHECK", 3),
-        ("Let's re-evaluate this", 1),
-        ("we re-evaluate this", 1),
-        ("hold on second thought", 1),  # the longer "on second thought" overlaps "hold on"
-        ("let me\n double check", 1),
-        ("that’s wrong: incorrect. Oops, I made a mistake, my mistake", 5),
-        ("wait2 wait_ _wait", 0),
-        ("", 0),
-    ],
-)
-def test_keywords(text: str, expected: int) -> None:
-    assert count_keywords(text) == expected
+def test_reason_shares() -> None:
+    metric = ReasonShares()
+    metric.update(["correct", "truncated", "correct"])
+    metric.update(["timeout"])
+    assert floats(metric) == {reason: 0.0 for reason in get_args(Reason)} | {
+        "correct": 0.5,
+        "truncated": 0.25,
+        "timeout": 0.25,
+    }
 
 
-def test_every_keyword_counts_once_alone() -> None:
-    assert len(KEYWORDS) == 27
-    for keyword in KEYWORDS:
-        assert count_keywords(keyword) == 1, keyword
-        assert count_keywords(keyword.upper().replace("'", "’")) == 1
-        assert count_keywords(f"x{keyword}") == 0 or " " in keyword or "-" in keyword
-
-
-@given(st.lists(st.sampled_from(KEYWORDS), max_size=6))
-def test_separated_keywords_add_up(keywords: list[str]) -> None:
-    assert count_keywords(" ... ".join(keywords)) == len(keywords)
+def test_averaged_over_benchmarks_by_hand() -> None:
+    one, two = AvgAtK(), AvgAtK()
+    one.update([[1, 1], [0, 0], [1, 1], [1, 1]])  # 0.75, error 0.25
+    two.update([[1, 0], [0, 0]])  # 0.25, error 0.25
+    figures = {name: float(value) for name, value in averaged([one.compute(), two.compute()]).items()}
+    assert figures == pytest.approx({"avg_at_k": 0.5, "avg_at_k_se": math.sqrt(0.25**2 + 0.25**2) / 2})
 
 
 def test_keyword_rate() -> None:
@@ -208,13 +184,14 @@ def updates(rng: random.Random) -> list[tuple[Metric, tuple]]:
     return [
         (AvgAtK(), (groups,)),
         (PassAtK(2), (groups,)),
-        (ResponseLength(), (lengths, [length > 50 for length in lengths])),
+        (ResponseLength(), (lengths,)),
+        (ReasonShares(), (rng.choices(get_args(Reason), k=len(groups)),)),
         (KeywordRate(), (texts, lengths)),
         (CorrectionRate(), (first, second)),
     ]
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 @pytest.mark.parametrize("seed", range(4))
 def test_two_halves_reduce_to_the_whole(index: int, seed: int) -> None:
     """`merge_state` reduces by dist_reduce_fx, as a sync over ranks does."""
@@ -227,16 +204,6 @@ def test_two_halves_reduce_to_the_whole(index: int, seed: int) -> None:
     whole.update(*two)
     left.merge_state(right)
     assert floats(left) == pytest.approx(floats(whole), rel=1e-12, nan_ok=True)
-
-
-def test_paired_difference() -> None:
-    a, b = {"q1": 0.75, "q2": 0.5, "q3": 1.0}, {"q3": 0.5, "q1": 0.5, "q2": 0.5}
-    difference, error = paired_difference(a, b)
-    assert difference == pytest.approx(0.25)
-    assert error == pytest.approx(standard_error([0.25, 0.0, 0.5]))
-    with pytest.raises(ValueError, match="2 question ids"):
-        paired_difference(a, {"q1": 1.0, "q2": 1.0, "q4": 1.0})
-    assert math.isnan(paired_difference({"q": 1.0}, {"q": 0.0})[1])
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), rewards), min_size=1, max_size=30), st.integers(0, 30))
@@ -269,10 +236,3 @@ def test_ratio() -> None:
     empty = Ratio()
     empty.update(0, 0)
     assert empty.compute().isnan()
-
-
-def test_top_share() -> None:
-    assert top_share([4.0, 1, 1, 1, 1, 1, 1, 0, 0, 0]) == pytest.approx(0.4)
-    assert top_share([1.0] * 20) == pytest.approx(0.1)
-    assert top_share([1.0, 3.0]) == pytest.approx(0.75)  # at least one token
-    assert math.isnan(top_share([0.0, 0.0]))

@@ -20,7 +20,7 @@ from runs import exit_code, read_json, refusal, sdzero
 from sdzero.analysis import RunFolder
 from sdzero.analysis.plots import COLORS, INK
 from sdzero.analysis.style import label, new_figure
-from sdzero.metrics import count_keywords
+from sdzero.keywords import count_keywords
 from sdzero.report import render, results, samples, tokens
 from sdzero.report.svg import inline_svg
 

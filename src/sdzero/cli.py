@@ -8,7 +8,9 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from sdzero.judge.types import JudgeError
 
@@ -27,6 +29,8 @@ USAGE = """usage: sdzero COMMAND ...
   grade --task NAME FILE     stored responses through a task's verifier: a verdict per row, a summary by reason
   init [NAME]                a shipped recipe, written into this folder to be edited
   import-gguf FILE FOLDER    a model folder out of a GGUF file
+  compare RUN RUN ...        avg@k per benchmark and averaged, with paired differences to the first
+  decontaminate RECIPE_DIR   which benchmark questions share text with the training's
   report RUN_DIR             one HTML page about a run, finished or not
   doctor                     what is installed here, what is missing, and what to do about it
 
@@ -68,6 +72,18 @@ def report(arguments: list[str]) -> None:
     main(arguments)
 
 
+def compare(arguments: list[str]) -> None:
+    from sdzero.compare import main
+
+    main(arguments)
+
+
+def decontaminate(arguments: list[str]) -> None:
+    from sdzero.decontaminate import main
+
+    main(arguments)
+
+
 def doctor(arguments: list[str]) -> None:
     from sdzero.doctor import main
 
@@ -98,19 +114,25 @@ def import_gguf(arguments: list[str]) -> None:
     main(arguments)
 
 
-def _check(command: str, arguments: Sequence[str]) -> None:
-    """Parses a stage's arguments and does nothing else. Raises: ArgumentError naming the key that is wrong."""
-    if command == "collect":
-        _collect_parser().parse_args([*arguments])
-    else:
-        from sdzero.lightning_cli import SDZeroCLI
+def _check(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Parses a stage's arguments and builds nothing; returns its config with all defaults in it.
 
-        SDZeroCLI.check([command, *arguments])
+    Raises:
+        ArgumentError: names the key that is wrong.
+    """
+    if command == "collect":
+        parser = _collect_parser()
+        return yaml.safe_load(parser.dump(parser.parse_args([*arguments])))
+    from sdzero.lightning_cli import SDZeroCLI
+
+    return SDZeroCLI.check([command, *arguments])
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": run,
     "collect": collect,
+    "compare": compare,
+    "decontaminate": decontaminate,
     "report": report,
     "doctor": doctor,
     "judge": judge,

@@ -12,12 +12,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
 from sdzero.rollouts import write_text
+from sdzero.summary import print_evaluation
 
 # Lightning's advice that does not hold here
 _NOISE = (
@@ -40,7 +42,7 @@ LAYOUT = {
         "revision keywords per response, rollouts": ["Multiline", ["rollout/keywords_per_response$"]],
     },
     "Figure 5: accuracy and teacher synchronisation": {
-        "avg@k, evaluation": ["Multiline", ["eval/avg_at_k$"]],
+        "avg@k, evaluation": ["Multiline", [r"eval/([\w-]+/)?avg_at_k$"]],  # averaged, and per benchmark
         "reward, rollouts": ["Multiline", ["rollout/reward$"]],
         "teacher generation": ["Multiline", ["teacher/generation$"]],
     },
@@ -80,10 +82,22 @@ class SDZeroCLI(LightningCLI):
         )
 
     @classmethod
-    def check(cls, arguments: list[str]) -> None:
-        """Parses `arguments` and builds nothing. Raises: ArgumentError naming the key that is wrong."""
-        with redirect_stdout(StringIO()), suppress(SystemExit):
+    def check(cls, arguments: list[str]) -> dict[str, Any]:
+        """Parses `arguments` and builds nothing; returns the config with all defaults in it.
+
+        Raises:
+            ArgumentError: names the key that is wrong.
+        """
+        printed = StringIO()
+        with redirect_stdout(printed), suppress(SystemExit):
             cls.main([*arguments, "--print_config"])
+        return yaml.safe_load(printed.getvalue())
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":  # after_test prints a table of its own: Lightning's has a line per figure
+            parser.set_defaults(verbose=False)
+        return parser
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
@@ -104,11 +118,13 @@ class SDZeroCLI(LightningCLI):
         rewards = self._gather(self.model.eval_rewards)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
-            write_text(folder / "rewards.json", json.dumps({k: v for part in rewards for k, v in part.items()}))
+            by_question = {question: answers for part in rewards for question, answers in part.items()}
+            write_text(folder / "rewards.json", json.dumps(by_question))
             figures = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
             # an error of too few questions is not a number, which JSON does not have
             results = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+            print_evaluation(results, by_question)
 
     @staticmethod
     def _gather(value: Any) -> list[Any]:

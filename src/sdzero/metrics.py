@@ -6,84 +6,32 @@ Standard errors are over questions; they are nan where a single question (or non
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from sdzero.estimates import pass_at_k
+from sdzero.keywords import count_keywords
+from sdzero.types import Reason
+
 Scalars = dict[str, Tensor]
 
-KEYWORDS = (
-    "wait",
-    "hold on",
-    "actually",
-    "on second thought",
-    "let me recheck",
-    "let's recheck",
-    "let me check",
-    "let's check",
-    "let me recalculate",
-    "let's recalculate",
-    "let me correct",
-    "my mistake",
-    "i made a mistake",
-    "this is wrong",
-    "that is wrong",
-    "that's wrong",
-    "incorrect",
-    "re-evaluate",
-    "let's re-evaluate",
-    "let me rethink",
-    "let's rethink",
-    "let me double check",
-    "let's double check",
-    "wait a minute",
-    "let me start over",
-    "let me try again",
-    "oops",
-)
-"""Self-revision keywords, appendix E.1."""
 
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (sample standard deviation / sqrt(n)); nan where undefined."""
-    n = len(values)
-    if n == 0:
-        return math.nan, math.nan
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
-
-
-def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[float, float]:
-    """Mean of a - b over the questions of two runs, and its standard error.
+def averaged(figures: Sequence[Scalars]) -> Scalars:
+    """The plain mean over benchmarks of each figure (table 1's last column); of a standard error (`_se`) the error of
+    that mean, sqrt(sum of se^2) / n: benchmarks are independent.
 
     Args:
-        a: mean reward by question id.
-        b: the same for the run to compare with.
-
-    Raises:
-        ValueError: the runs answered different questions.
+        figures: the same names for each benchmark.
     """
-    if a.keys() != b.keys():
-        raise ValueError(
-            f"the two runs differ in {len(a.keys() ^ b.keys())} question ids: evaluate both on the same questions"
-        )
-    return mean_and_error([a[key] - b[key] for key in a])
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that k of the n samples, drawn without replacement, hold a correct one."""
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
-def top_share(values: Sequence[float], share: float = 0.1) -> float:
-    """What the largest values hold of the sum of all: of 10 tokens' KL with share 0.1, the largest one's part."""
-    ordered = sorted(values, reverse=True)
-    return math.fsum(ordered[: max(1, round(share * len(ordered)))]) / (math.fsum(ordered) or math.nan)
+    columns = {name: torch.stack([of_one[name] for of_one in figures]) for name in figures[0]}
+    return {
+        name: values.square().sum().sqrt() / len(figures) if name.endswith("_se") else values.mean()
+        for name, values in columns.items()
+    }
 
 
 class _QuestionMean(Metric):
@@ -170,19 +118,32 @@ class _Sums(Metric):
 
 
 class ResponseLength(_Sums):
-    """`response_tokens`: mean tokens of a response; `truncated`: share of responses cut at the limit."""
+    """`response_tokens`: mean tokens of a response."""
 
     def __init__(self) -> None:
-        super().__init__(3)
+        super().__init__(2)
 
-    def update(self, lengths: Sequence[int], truncated: Sequence[bool]) -> None:
-        """Adds responses by their number of tokens and whether they were cut."""
-        assert len(lengths) == len(truncated)
-        self._add(len(lengths), sum(lengths), sum(truncated))
+    def update(self, lengths: Sequence[int]) -> None:
+        """Adds responses by their number of tokens."""
+        self._add(len(lengths), sum(lengths))
 
     def compute(self) -> Scalars:
-        count, tokens, truncated = self.sums
-        return {"response_tokens": tokens / count, "truncated": truncated / count}
+        count, tokens = self.sums
+        return {"response_tokens": tokens / count}
+
+
+class ReasonShares(_Sums):
+    """The share of responses with each `Reason`, under the reason's name; they add up to 1."""
+
+    def __init__(self) -> None:
+        super().__init__(len(get_args(Reason)))
+
+    def update(self, reasons: Sequence[Reason]) -> None:
+        """Adds responses by the reason of their verdict."""
+        self._add(*(reasons.count(reason) for reason in get_args(Reason)))
+
+    def compute(self) -> Scalars:
+        return dict(zip(get_args(Reason), self.sums / self.sums.sum(), strict=True))
 
 
 class Ratio(_Sums):
@@ -223,29 +184,6 @@ class LengthDistribution(Metric):
         least = [torch.searchsorted(seen, torch.ceil(share * seen[-1]).long()) for share in (0.5, 0.9, 1.0)]
         quantiles = dict(zip(("length_p50", "length_p90", "length_max"), least, strict=True))
         return {"length_r0": means[0], "length_r1": means[1], **{k: v.double() for k, v in quantiles.items()}}
-
-
-_PATTERNS = [
-    re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, keyword.split())) + r"(?!\w)", re.IGNORECASE)
-    for keyword in KEYWORDS
-]
-
-
-def keyword_spans(text: str) -> list[tuple[int, int]]:
-    """Where a text has keywords, the longest first: any case, straight and curly apostrophes, whole words; of two that
-    overlap, the longer."""
-    plain = text.replace("’", "'").replace("‘", "'")
-    spans = [match.span() for pattern in _PATTERNS for match in pattern.finditer(plain)]
-    kept: list[tuple[int, int]] = []
-    for begin, end in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
-        if all(end <= other_begin or begin >= other_end for other_begin, other_end in kept):
-            kept.append((begin, end))
-    return kept
-
-
-def count_keywords(text: str) -> int:
-    """Number of keywords in a text."""
-    return len(keyword_spans(text))
 
 
 class KeywordRate(_Sums):

@@ -1,11 +1,17 @@
-"""The figures of a run: one row per model, from the evaluations, the exports and collect's statistics."""
+"""The figures of a run: one row per model, from the evaluations, the exports and collect's statistics; and those of one
+evaluation: one row per benchmark."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sdzero.estimates import average, paired_differences
+from sdzero.types import benchmark_of
 
 BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 
@@ -35,7 +41,9 @@ def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
                 "accuracy": results["eval/avg_at_k"],
                 "accuracy_se": results["eval/avg_at_k_se"],
                 **_gain(rewards, before),
-                **{key.removeprefix("eval/"): value for key, value in results.items() if "pass_at" in key},
+                **{
+                    key.removeprefix("eval/"): value for key, value in results.items() if key.startswith("eval/pass_at")
+                },
                 "mean_response_tokens": results["eval/response_tokens"],
                 "keyword_rate": results["eval/keywords_per_response"],
                 "wrong_to_right": results.get("eval/revise_wrong_to_right"),
@@ -51,13 +59,11 @@ def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _gain(rewards: dict[str, list[int]], before: dict[str, list[int]]) -> dict[str, float | None]:
-    """Accuracy over the model before, paired by question, with its standard error; None for the first."""
+    """Accuracy over the model before, paired by question and averaged over benchmarks, with its standard error; None
+    for the first."""
     if not before:
         return {"accuracy_gain": None, "accuracy_gain_se": None}
-    from sdzero.metrics import paired_difference  # brings torch
-
-    means = [{question: sum(r) / len(r) for question, r in model.items()} for model in (rewards, before)]
-    gain, error = paired_difference(*means)
+    gain, error = average(paired_differences(rewards, before).values())
     return {"accuracy_gain": gain, "accuracy_gain_se": error if math.isfinite(error) else None}
 
 
@@ -79,6 +85,36 @@ def print_table(summary: list[dict[str, Any]]) -> None:
             f"{row['mean_response_tokens']:.1f}",
             f"{row['keyword_rate']:.2f}",
             *(_figure(flip, ".0f") for flip in flips),
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def print_evaluation(results: Mapping[str, float | None], rewards: Mapping[str, Sequence[int]]) -> None:
+    """The table of one evaluation: a row per benchmark, and their average.
+
+    Args:
+        results: figures as results.json has them.
+        rewards: of each question's answers, by its id.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    k = max(map(len, rewards.values()))
+    table = Table(title=f"{k} answers to each question; ± is the standard error over questions")
+    table.add_column("benchmark", no_wrap=True)
+    for heading in ("questions", f"avg@{k}", f"pass@{k}", "tokens", "truncated", "unparseable", "timeout"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    counts = Counter(map(benchmark_of, rewards))
+    several = len(counts) > 1
+    rows = [(name, num, f"eval/{name}/" if several else "eval/") for name, num in counts.items()]
+    for name, num_questions, prefix in [*rows, *([("average", len(rewards), "eval/")] if several else [])]:
+        table.add_row(
+            name,
+            str(num_questions),
+            f"{_figure(results[f'{prefix}avg_at_k'], '.3f')} ± {_figure(results[f'{prefix}avg_at_k_se'], '.3f')}",
+            _figure(results[f"{prefix}pass_at_{k}"], ".3f"),
+            _figure(results[f"{prefix}response_tokens"], ".1f"),
+            *(_figure(results[f"{prefix}{reason}"], ".3f") for reason in ("truncated", "unparseable", "timeout")),
         )
     Console(width=None if Console().is_terminal else 120).print(table)
 

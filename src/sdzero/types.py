@@ -29,9 +29,17 @@ Reason = Literal[
 ]
 
 
+def benchmark_of(question_id: str) -> str:
+    """What stands before the first slash of a question's id; empty where there is none."""
+    name, slash, _ = question_id.partition("/")
+    return name if slash else ""
+
+
 @dataclass(frozen=True)
 class Question:
     """A question `x` with its gold answer `a`; `meta` holds what only the task understands.
+
+    An id begins with the name of its task, or of its benchmark, and a slash: figures are told apart by it.
 
     Questions of one `family` ask for the same in other words, or in another language: a split has all of them or
     none. Empty: the question stands alone.
@@ -47,6 +55,11 @@ class Question:
     def identity(self) -> str:
         """What two splits must not share."""
         return self.family or self.id
+
+    @property
+    def benchmark(self) -> str:
+        """Whose figures the question counts for."""
+        return benchmark_of(self.id)
 
 
 @dataclass(frozen=True)
@@ -179,14 +192,16 @@ class TraceBatch:
 class EvalBatch:
     """One generate call of an evaluation: `groups[i]` are the k = `num_samples` scored responses of one question.
 
-    `revised` are pairs (a response of `groups`, one revision of it); `num_unrevised` counts the responses whose
-    revision would not have fitted the model.
+    `benchmarks` names all benchmarks of the evaluation, also those without a question in this call. `revised` are pairs
+    (a response of `groups`, one revision of it); `num_unrevised` counts the responses whose revision would not have
+    fitted the model.
     """
 
     groups: list[list[ScoredRollout]]
     policy_version: int
     counter: int
     num_samples: int
+    benchmarks: tuple[str, ...]
     revised: list[tuple[ScoredRollout, ScoredRollout]] = field(default_factory=list)
     num_unrevised: int = 0
 

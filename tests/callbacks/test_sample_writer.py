@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
 from runs import rows
+from sdzero.analysis import RunFolder
 from sdzero.callbacks import SampleWriter
 from sdzero.data import Evaluation, EvaluationDataModule
 from sdzero.methods import Method, SelfDistill
@@ -44,6 +47,7 @@ def test_training_steps(path: Path, tmp_path: Path) -> None:
         {
             "step": 3,
             "question": f"q{i}",
+            "sample": 0,
             "text": f"{i}+1=",
             "answer": "2",
             "response": text,
@@ -87,6 +91,52 @@ def test_evaluations(path: Path, tmp_path: Path, call_size: int) -> None:
         assert {row["revision"]["reward"] for row in written} == {1}
 
 
+def test_all_answers_are_kept_as_they_come(path: Path, tmp_path: Path) -> None:
+    """Every answer once, with its number among the question's; the file has its name only once it is whole."""
+    folder, on_the_way, said = tmp_path / "samples", list[str](), count()
+
+    def say(prompt: Prompt, seed: int) -> str:
+        if folder.exists():
+            on_the_way.extend(file.name for file in folder.iterdir())
+        return f"so {next(said)}"
+
+    settings = Evaluation(num_questions=20, num_samples=3, sampling=Sampling(max_new_tokens=40), call_size=9)
+    data = EvaluationDataModule(Toy(), Notes(say), settings, max_logprob_gap=99)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer = make_trainer(tmp_path, SampleWriter(num_samples=None), logger=logger)
+    trainer.test(Method(ModelConfig(str(path))), datamodule=data, verbose=False)
+    written = rows(folder / "eval-000000-rank0.jsonl")
+    expected = [(f"eval-{i}", k) for i in range(20) for k in range(3)]
+    assert [(row["question"], row["sample"]) for row in written] == expected
+    assert [row["response"] for row in written] == [f"so {i}" for i in range(60)]
+    assert {*on_the_way} == {".eval-000000-rank0.jsonl.partial"}
+    ((_, shown),) = text_of(tmp_path, "samples/eval")
+    assert shown.count("(answer: ") == 16
+
+
+def test_training_steps_keep_all_and_tell_the_responses_to_a_question_apart(path: Path, tmp_path: Path) -> None:
+    builder = PromptBuilder.from_pretrained(path)
+    scored = [make_scored(builder, Question(f"q{i % 2}", "1+1=", "2"), f"so {i}", 0) for i in range(20)]
+    fit(SelfDistill(ModelConfig(str(path))), [make_batch(scored)], tmp_path, SampleWriter(num_samples=None))
+    written = rows(tmp_path / "samples/train-000000-rank0.jsonl")
+    assert [(r["question"], r["sample"], r["response"]) for r in written] == [
+        (f"q{i % 2}", i // 2, f"so {i}") for i in range(20)
+    ]
+
+
+def test_the_report_reads_first_answers(tmp_path: Path) -> None:
+    (tmp_path / "base/eval/samples").mkdir(parents=True)
+    kept = [{"question": f"q{i}", "sample": k} for i in range(2) for k in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    for kind in ("eval", "train"):
+        (tmp_path / f"base/eval/samples/{kind}-000000-rank0.jsonl").write_text(lines)
+    run = RunFolder(tmp_path)
+    assert run.samples("base/eval") == [kept[0], kept[3]]
+    assert run.samples("base/eval", "train") == kept
+
+
 def test_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="every_n_steps and num_samples"):
         SampleWriter(every_n_steps=0)
+    with pytest.raises(ValueError, match="or null"):
+        SampleWriter(num_samples=0)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sdzero.metrics import mean_and_error
+from sdzero.estimates import mean_and_error
 from sdzero.tasks.chains import apply, solve, working
 
 QUESTION = re.compile(r"(\d)((?:[-+*]\d)+)=")

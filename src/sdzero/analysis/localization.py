@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sdzero.metrics import mean_and_error, top_share
+from sdzero.estimates import mean_and_error, top_share
 
 NUM_BUCKETS = 20  # section 4.1
 

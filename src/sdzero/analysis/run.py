@@ -74,9 +74,13 @@ class RunFolder:
         return read_traces(file) if file.is_file() else []
 
     def samples(self, stage: str, kind: Literal["train", "eval"] = "eval") -> list[dict[str, Any]]:
-        """What SampleWriter left in a stage, in the order of the steps."""
-        files = sorted((self.path / stage / "samples").glob(f"{kind}-*.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        """What SampleWriter left in a stage, in the order of the steps; of an evaluation the first answers to its
+        questions, for all of them may not fit into memory."""
+        rows: list[dict[str, Any]] = []
+        for path in sorted((self.path / stage / "samples").glob(f"{kind}-*.jsonl")):
+            with path.open() as file:
+                rows += (row for row in map(json.loads, file) if kind == "train" or not row.get("sample"))
+        return rows
 
     def token_kl(self, stage: str = "self_distill", kind: Literal["train", "eval", "*"] = "*") -> pd.DataFrame:
         """What TokenKLRecorder left in a stage, one row a response: of evaluations, of training, in order of steps."""

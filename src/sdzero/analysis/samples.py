@@ -6,7 +6,7 @@ from textwrap import indent
 from typing import Any
 
 from sdzero.analysis.run import MODELS, RunFolder
-from sdzero.metrics import count_keywords
+from sdzero.keywords import count_keywords
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What both data modules share: the order of items, the rollout engine, and the evaluation stream."""
+"""What both data modules share: the order of items, the rollout engine, and the evaluation."""
 
 from __future__ import annotations
 
@@ -7,74 +7,22 @@ import random
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from sdzero.data.answers import AnswerStream, Evaluation, Policy
 from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
-from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler
 from sdzero.seeds import derive_seed, run_seed
 from sdzero.tasks.base import Task
-from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, ScoredRollout, Split
+from sdzero.types import Prompt, Question, Sampling, ScoredRollout
 
 NUM_CHECKED = 4
 """Responses scored by the trainer after each sync, to compare log-probabilities."""
-
-
-class Policy(Protocol):
-    """What a data module needs of the LightningModule it samples from."""
-
-    builder: PromptBuilder
-    policy_version: int
-    model_config: Any
-    hf_config: Any
-
-    def policy_weights(self) -> Iterator[tuple[str, Tensor]]: ...
-    def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]: ...
-
-
-def at_least_one(**values: int) -> None:
-    """Raises: ValueError naming the first key whose value is below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"data.{name} must be at least 1, got {value}")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What validation and test sample.
-
-    Args:
-        split: split of the task.
-        num_questions: held-out questions; 0 evaluates nothing.
-        num_samples: k answers per question (avg@k, pass@k).
-        sampling: how they are drawn.
-        call_size: answers per generate call; part of the run's identity.
-        num_revised: of a question's k answers, how many are revised once, told their reward (Generate-then-Revise).
-    """
-
-    split: Split = "eval"
-    num_questions: int = 0
-    num_samples: int = 8
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=32768))
-    call_size: int = 512
-    num_revised: int = 0
-
-    def __post_init__(self) -> None:
-        at_least_one(**{"evaluation.num_samples": self.num_samples, "evaluation.call_size": self.call_size})
-        if self.num_questions < 0:
-            raise ValueError(f"data.evaluation.num_questions must be at least 0, got {self.num_questions}")
-        if not 0 <= self.num_revised <= self.num_samples:
-            raise ValueError(
-                f"data.evaluation.num_revised must lie in 0..num_samples ({self.num_samples}), got {self.num_revised}"
-            )
 
 
 class _Stream(IterableDataset[Any]):
@@ -190,11 +138,13 @@ class StepDataModule(L.LightningDataModule):
     # --- sampling -----------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        needs = self.evaluation.num_questions or stage != "fit"
-        if needs and (self.task is None or self.engine is None or not self.evaluation.num_questions):
+        needs = self.evaluation.asks or stage != "fit"
+        if needs and (self.task is None or self.engine is None or not self.evaluation.asks):
             raise ValueError("evaluation needs data.task, data.engine and data.evaluation.num_questions above 0")
-        if self.task is not None and self.evaluation.num_questions:
+        if self.task is not None and self.evaluation.asks:
             self.eval_questions = self.task.questions(self.evaluation.split, self.evaluation.num_questions)
+            if not self.eval_questions:
+                raise ValueError(f"data.evaluation.split: {self.evaluation.split!r} of data.task holds no question")
             self.check_length(self.eval_questions, self.evaluation.sampling.max_new_tokens, 0, "evaluation")
 
     @property
@@ -275,57 +225,34 @@ class StepDataModule(L.LightningDataModule):
         return {"logprob_gap": gap}
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_finished: bool = True
     ) -> tuple[list[ScoredRollout], dict[str, float]]:
         """Scored responses of the current policy, and figures of the sampling. Collective over ranks."""
         stats = self.sync_policy()
         started = time.monotonic()
         self.sampler.call_size = call_size
-        scored = self.sampler.sample(prompts, sampling, group, self.policy.policy_version)
+        version = self.policy.policy_version
+        scored = self.sampler.sample(prompts, sampling, group, version, keep_finished=keep_finished)
         stats |= {"generate_seconds": time.monotonic() - started, **self.check_policy(scored)}
         return scored, stats
 
     # --- evaluation ---------------------------------------------------------------------------
 
-    def _evaluation_stream(self) -> tuple[int, Callable[[], Iterator[EvalBatch]]]:
-        questions, k = self.eval_questions[self.rank :: self.world_size], self.evaluation.num_samples
-        per_call = max(1, self.evaluation.call_size // k)
-        # every rank makes the same number of calls, so that none waits for another in a collective
-        num_calls = math.ceil(math.ceil(len(self.eval_questions) / self.world_size) / per_call)
-
-        def batches() -> Iterator[EvalBatch]:
-            for call in range(num_calls):
-                chosen = questions[call * per_call : (call + 1) * per_call]
-                prompts = [self.policy.builder.prompt(q) for q in chosen for _ in range(k)]
-                group = f"eval-{self.policy.policy_version:06d}-{call:05d}"
-                scored, _ = self.sample(prompts, self.evaluation.sampling, group, per_call * k)
-                groups = [scored[i * k : (i + 1) * k] for i in range(len(chosen))]
-                batch = EvalBatch(groups, self.policy.policy_version, call, k)
-                if self.evaluation.num_revised:
-                    self._revise(batch)
-                yield batch
-
-        return num_calls, batches
-
-    def _revise(self, batch: EvalBatch) -> None:
-        """Samples one revision of the first answers to each question, from the prefix of collection. Collective."""
-        sampling, limit = self.evaluation.sampling, self.max_model_len()
-        firsts = [scored for group in batch.groups for scored in group[: self.evaluation.num_revised]]
-        prompts = [self.policy.builder.revision_prompt(first) for first in firsts]
-        fits = [len(prompt.token_ids) + sampling.max_new_tokens <= limit for prompt in prompts]
-        group = f"revise-{batch.policy_version:06d}-{batch.counter:05d}"
-        revised, _ = self.sample(list(compress(prompts, fits)), sampling, group, self.evaluation.call_size)
-        batch.revised = list(zip(compress(firsts, fits), revised, strict=True))
-        batch.num_unrevised = fits.count(False)
+    def _answers(self) -> DataLoader[Any]:
+        limit = self.max_model_len()
+        stream = AnswerStream(
+            self.evaluation, self.eval_questions, self.policy, self.sample, limit, self.rank, self.world_size
+        )
+        return stream_loader(len(stream), stream.__iter__)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return stream_loader(*self._evaluation_stream()) if self.eval_questions else []
+        return self._answers() if self.eval_questions else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return stream_loader(*self._evaluation_stream())
+        return self._answers()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return stream_loader(*self._evaluation_stream())
+        return self._answers()
 
     def teardown(self, stage: str) -> None:
         if self._sampler is not None:

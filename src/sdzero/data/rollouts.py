@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdzero.data.base import Evaluation, StepDataModule, at_least_one
+from sdzero.data.answers import Evaluation, at_least_one
+from sdzero.data.base import StepDataModule
 from sdzero.engines.base import RolloutEngine
 from sdzero.tasks.base import Task
 from sdzero.types import Question, RolloutBatch, Sampling, Split
@@ -95,7 +96,8 @@ class RolloutDataModule(StepDataModule):
     def make_batch(self, counter: int, indices: Sequence[int]) -> RolloutBatch:
         questions = [self.questions[i] for i in indices for _ in range(self.rollouts_per_prompt)]
         prompts = [self.policy.builder.prompt(question) for question in questions]
-        scored, stats = self.sample(prompts, self.sampling, f"train-{counter:06d}", self.call_size)
+        # whole calls: what a kill leaves finished are the short responses, and a step must not lean towards them
+        scored, stats = self.sample(prompts, self.sampling, f"train-{counter:06d}", self.call_size, keep_finished=False)
         return RolloutBatch(scored, self.policy.policy_version, counter, stats)
 
     def state_dict(self) -> dict[str, Any]:

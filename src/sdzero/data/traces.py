@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdzero.data.base import Evaluation, StepDataModule, at_least_one
+from sdzero.data.answers import Evaluation, at_least_one
+from sdzero.data.base import StepDataModule
 from sdzero.engines.base import RolloutEngine
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import read_traces

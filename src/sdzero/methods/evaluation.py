@@ -1,15 +1,17 @@
-"""Evaluation, the same for every method: answers come in scored, metrics go out under eval/."""
+"""Evaluation, the same for every method: answers come in scored, metrics go out under eval/, as table 1 reports them:
+per benchmark, and averaged over the benchmarks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from torch import nn
 from torchmetrics import Metric
 
-from sdzero.metrics import AvgAtK, KeywordRate, PassAtK, ResponseLength
-from sdzero.types import EvalBatch
+from sdzero.metrics import AvgAtK, KeywordRate, PassAtK, ReasonShares, ResponseLength, Scalars, averaged
+from sdzero.types import EvalBatch, ScoredRollout
 
 
 class Evaluated(L.LightningModule):
@@ -17,34 +19,30 @@ class Evaluated(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.eval_metrics = nn.ModuleDict()
+        self.eval_benchmarks: tuple[str, ...] = ()
+        self.eval_metrics = nn.ModuleList()  # one for each of the benchmarks
         self.eval_rewards: dict[str, list[int]] = {}
 
     def _evaluate(self, batch: EvalBatch) -> None:
         if not self.eval_metrics:
-            # not the length of a group: a rank that ran out of questions has none, and must know k all the same
-            self.eval_metrics = _metrics(batch.num_samples).to(self.device)
-        rewards = [[s.verdict.reward for s in group] for group in batch.groups]
-        rollouts = [s.rollout for s in batch.scored]
-        questions = [group[0].rollout.prompt.question.id for group in batch.groups]
-        self.eval_rewards |= dict(zip(questions, rewards, strict=True))
-        lengths, texts = [len(r.token_ids) for r in rollouts], [r.text for r in rollouts]
-        updates: dict[str, tuple[Any, ...]] = {
-            "accuracy": (rewards,),
-            "pass": (rewards,),
-            "length": (lengths, [r.finish_reason == "length" for r in rollouts]),
-            "keywords": (texts, lengths),
-        }
-        for name, arguments in updates.items():
-            metric = self.eval_metrics[name]
-            assert isinstance(metric, Metric)
-            metric.update(*arguments)
+            # not what this rank was asked: all ranks reduce the same figures, the one without a question too
+            self.eval_benchmarks = batch.benchmarks
+            self.eval_metrics = nn.ModuleList(BenchmarkFigures(batch.num_samples) for _ in batch.benchmarks)
+            self.eval_metrics.to(self.device)
+        for group in batch.groups:
+            self.eval_rewards[group[0].rollout.prompt.question.id] = [s.verdict.reward for s in group]
+        for name, figures in zip(self.eval_benchmarks, self.eval_metrics, strict=True):
+            assert isinstance(figures, BenchmarkFigures)
+            figures.update([group for group in batch.groups if group[0].rollout.prompt.question.benchmark == name])
 
     def _log_evaluation(self) -> None:
-        for metric in self.eval_metrics.values():
-            assert isinstance(metric, Metric)
-            self.log_dict({f"eval/{k}": v for k, v in metric.compute().items()}, rank_zero_only=True)
-            metric.reset()
+        each = [figures.compute() for figures in self.eval_metrics if isinstance(figures, BenchmarkFigures)]
+        several = len(each) > 1
+        logged = dict(averaged(each) if several else each[0])
+        for name, figures in zip(self.eval_benchmarks, each, strict=True):
+            logged |= {f"{name}/{figure}": value for figure, value in figures.items() if several}
+        self.log_dict({f"eval/{name}": value for name, value in logged.items()}, rank_zero_only=True)
+        self.eval_metrics = nn.ModuleList()
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         self._evaluate(batch)
@@ -74,12 +72,33 @@ class Evaluated(L.LightningModule):
         ]
 
 
-def _metrics(num_samples: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "accuracy": AvgAtK(),
-            "pass": PassAtK(k=num_samples),
-            "length": ResponseLength(),
-            "keywords": KeywordRate(),
-        }
-    )
+class BenchmarkFigures(nn.Module):
+    """The figures of one benchmark.
+
+    Args:
+        num_samples: k answers to each question.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__()
+        self.accuracy = AvgAtK()
+        self.passed = PassAtK(num_samples)
+        self.length = ResponseLength()
+        self.keywords = KeywordRate()
+        self.reasons = ReasonShares()
+
+    def update(self, groups: Sequence[Sequence[ScoredRollout]]) -> None:
+        """Adds the k answers to each of some questions."""
+        scored = [s for group in groups for s in group]
+        rewards = [[s.verdict.reward for s in group] for group in groups]
+        lengths = [len(s.rollout.token_ids) for s in scored]
+        self.accuracy.update(rewards)
+        self.passed.update(rewards)
+        self.length.update(lengths)
+        self.keywords.update([s.rollout.text for s in scored], lengths)
+        self.reasons.update([s.verdict.reason for s in scored])
+
+    def compute(self) -> Scalars:
+        """All figures, over all ranks. Collective."""
+        metrics = [module for module in self.children() if isinstance(module, Metric)]
+        return {name: value for metric in metrics for name, value in metric.compute().items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdzero.analysis.run import MODELS, RunFolder
-from sdzero.metrics import keyword_spans
+from sdzero.keywords import keyword_spans
 from sdzero.prompts import ControlPhrases
 
 NUM_QUESTIONS = 6

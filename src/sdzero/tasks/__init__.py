@@ -9,5 +9,17 @@ from sdzero.tasks.instructions import Instructions
 from sdzero.tasks.math import Math
 from sdzero.tasks.reasoning_gym import ReasoningGym
 from sdzero.tasks.rows import Rows
+from sdzero.tasks.suite import Suite
 
-__all__ = ["Chains", "Code", "Countdown", "Instructions", "Math", "MultipleChoice", "ReasoningGym", "Rows", "Task"]
+__all__ = [
+    "Chains",
+    "Code",
+    "Countdown",
+    "Instructions",
+    "Math",
+    "MultipleChoice",
+    "ReasoningGym",
+    "Rows",
+    "Suite",
+    "Task",
+]

@@ -1,0 +1,124 @@
+"""What validation and test sample: k answers to each held-out question, and revisions of some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sdzero.prompts import PromptBuilder
+from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, ScoredRollout, Split
+
+
+class Policy(Protocol):
+    """What a data module needs of the LightningModule it samples from."""
+
+    builder: PromptBuilder
+    policy_version: int
+    model_config: Any
+    hf_config: Any
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]: ...
+
+
+def at_least_one(**values: int) -> None:
+    """Raises: ValueError naming the first key whose value is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"data.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What validation and test sample.
+
+    Args:
+        split: split of the task.
+        num_questions: held-out questions; null asks all of the split, 0 evaluates nothing.
+        num_samples: k answers per question (avg@k, pass@k).
+        sampling: how they are drawn.
+        call_size: answers per generate call; part of the run's identity.
+        num_revised: of a question's k answers, how many are revised once, told their reward (Generate-then-Revise).
+    """
+
+    split: Split = "eval"
+    num_questions: int | None = 0
+    num_samples: int = 8
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=32768))
+    call_size: int = 512
+    num_revised: int = 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to sample."""
+        return self.num_questions != 0
+
+    def __post_init__(self) -> None:
+        at_least_one(**{"evaluation.num_samples": self.num_samples, "evaluation.call_size": self.call_size})
+        if self.num_questions is not None and self.num_questions < 0:
+            raise ValueError(f"data.evaluation.num_questions must be at least 0, or null, got {self.num_questions}")
+        if not 0 <= self.num_revised <= self.num_samples:
+            raise ValueError(
+                f"data.evaluation.num_revised must lie in 0..num_samples ({self.num_samples}), got {self.num_revised}"
+            )
+
+
+@dataclass(frozen=True)
+class AnswerStream:
+    """The answers of one evaluation that are this rank's, a generate call a batch.
+
+    Attributes:
+        evaluation: what is sampled.
+        questions: of the whole evaluation; the ranks take turns.
+        policy: whose answers.
+        sample: (prompts, sampling, name of the draw, answers per call) -> scored responses and figures. Collective.
+        max_length: tokens of prompt and response that the engine takes.
+        rank: of this process, of `world_size`.
+    """
+
+    evaluation: Evaluation
+    questions: Sequence[Question]
+    policy: Policy
+    sample: Callable[[Sequence[Prompt], Sampling, str, int], tuple[list[ScoredRollout], dict[str, float]]]
+    max_length: int
+    rank: int
+    world_size: int
+
+    @property
+    def per_call(self) -> int:
+        """Questions of one call."""
+        return max(1, self.evaluation.call_size // self.evaluation.num_samples)
+
+    def __len__(self) -> int:
+        # every rank makes the same number of calls, so that none waits for another in a collective
+        return math.ceil(math.ceil(len(self.questions) / self.world_size) / self.per_call)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        mine, k = self.questions[self.rank :: self.world_size], self.evaluation.num_samples
+        benchmarks = tuple(dict.fromkeys(question.benchmark for question in self.questions))
+        for call in range(len(self)):
+            chosen = mine[call * self.per_call : (call + 1) * self.per_call]
+            prompts = [self.policy.builder.prompt(q) for q in chosen for _ in range(k)]
+            group = f"eval-{self.policy.policy_version:06d}-{call:05d}"
+            scored, _ = self.sample(prompts, self.evaluation.sampling, group, self.per_call * k)
+            groups = [scored[i * k : (i + 1) * k] for i in range(len(chosen))]
+            batch = EvalBatch(groups, self.policy.policy_version, call, k, benchmarks)
+            if self.evaluation.num_revised:
+                self._revise(batch)
+            yield batch
+
+    def _revise(self, batch: EvalBatch) -> None:
+        """Samples one revision of the first answers to each question, from the prefix of collection. Collective."""
+        sampling = self.evaluation.sampling
+        firsts = [scored for group in batch.groups for scored in group[: self.evaluation.num_revised]]
+        prompts = [self.policy.builder.revision_prompt(first) for first in firsts]
+        fits = [len(prompt.token_ids) + sampling.max_new_tokens <= self.max_length for prompt in prompts]
+        group = f"revise-{batch.policy_version:06d}-{batch.counter:05d}"
+        revised, _ = self.sample(list(compress(prompts, fits)), sampling, group, self.evaluation.call_size)
+        batch.revised = list(zip(compress(firsts, fits), revised, strict=True))
+        batch.num_unrevised = fits.count(False)
