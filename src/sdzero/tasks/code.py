@@ -15,12 +15,13 @@ from sdzero.judge.types import (
     Compare,
     Language,
     Limits,
+    StdioTest,
     Submission,
     Test,
     read_test,
 )
 from sdzero.tasks.boxed import after_thought
-from sdzero.tasks.rows import Rows
+from sdzero.tasks.rows import Rows, SetAside
 from sdzero.tasks.sources import HubDataset, Row
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split, Verdict
@@ -30,17 +31,21 @@ _NAMES: dict[Language, set[str]] = {"cpp": {"cpp", "c++", "cc", "cxx"}, "python"
 _CALLED: dict[Language, str] = {"cpp": "C++17", "python": "Python 3"}
 _FILES = ("input.txt", "output.txt")  # of Codeforces' questions whose input_mode is file
 _FENCE = re.compile(r"( {0,3})(`{3,})([^`]*)")
+_FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
+_AT_ONCE = 2**28  # characters of tests that one request to the judge holds, give or take those of one question
 
 
 class Code(Rows):
     """Questions of a file that are answered with a program, as in open-r1/codeforces.
 
     The last closed fenced block of the language is the program, and it is right if it passes all tests of its row.
-    Rows without tests that can be run are left out, with a warning; they stand in `dropped`.
+    Rows without tests that can be run are left out, with a warning; they stand in `dropped`. So are rows whose
+    official_tests, taken as the tests, are not all there (official_tests_complete). Interactive problems
+    (interaction_format) are set aside.
 
-    A row may also have these columns: time_limit (seconds of CPU time on one test), memory_limit (MiB),
-    generated_checker (a Python program `checker input correct output`, which prints 1 for a right output), input_mode
-    (`stdio`, or `file` for input.txt and output.txt) and starter_code (shown behind the question).
+    A row may also have these columns: language (`cpp` or `python`), time_limit (seconds of CPU time on one test),
+    memory_limit (MiB), generated_checker (a Python program `checker input correct output`, which prints 1 for a right
+    output), input_mode (`stdio`, or `file` for input.txt and output.txt) and starter_code (shown behind the question).
 
     Args:
         path: as in Rows.
@@ -49,7 +54,7 @@ class Code(Rows):
             `{call, args, expected}` and `{program}`, which holds assertions.
         id_column: as in Rows.
         max_dropped_share: as in Rows.
-        language: `cpp` or `python`.
+        language: `cpp` or `python`, where the row does not say.
         limits: what one run may use where its row does not say.
         compare: how outputs are compared without a checker: `tokens`, or `lines` as LiveCodeBench does.
         allow_assertions: trains on `{program}` tests. A response can forge these, e.g. by ending the process, and
@@ -93,7 +98,8 @@ class Code(Rows):
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         questions = super().questions(split, num_questions)
-        forgeable = [q.id for q in questions if isinstance(self._submissions[q.id].tests[0], AssertTest)]
+        kinds = ((q.id, self._submissions[q.id].tests[:1]) for q in questions)
+        forgeable = [id for id, tests in kinds if any(isinstance(test, AssertTest) for test in tests)]
         if forgeable and split != "eval" and not self.allow_assertions:
             raise ValueError(
                 f"{len(forgeable)} questions of split {split!r} of {self.path} are tested by assertions, e.g. "
@@ -106,31 +112,61 @@ class Code(Rows):
         return self.verify_all([(question, response)])[0]
 
     def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
-        _ = self._all  # has the tests read
+        _ = self._all  # has the rows read
         for question, _ in answers:
             if question.id not in self._submissions:
                 raise ValueError(f"{self.path} has no tests for question {question.id}")
-        sources = [last_block(after_thought(response), self.language) for _, response in answers]
-        submissions = [
-            replace(self._submissions[question.id], source=source)
-            for (question, _), source in zip(answers, sources, strict=True)
-            if source is not None
-        ]
-        judged = iter(self._judge.judge(submissions) if submissions else ())
         verdicts: list[Verdict] = []
-        for source in sources:
-            if source is None:
-                verdicts.append(Verdict(0, "unparseable"))
-            else:
-                verdict = next(judged)
-                verdicts.append(Verdict(verdict.reward, verdict.reason, source))
+        for batch in self._batches(answers):
+            submissions = [submission for submission in batch if submission is not None]
+            judged = iter(self._judge.judge(submissions) if submissions else ())
+            for submission in batch:
+                if submission is None:
+                    verdicts.append(Verdict(0, "unparseable"))
+                else:
+                    verdict = next(judged)
+                    verdicts.append(Verdict(verdict.reward, verdict.reason, submission.source))
         return verdicts
+
+    def _batches(self, answers: Sequence[tuple[Question, str]]) -> Iterator[list[Submission | None]]:
+        """What the answers submit, in order, None without a program; as many at a time as their tests allow."""
+        batch: list[Submission | None] = []
+        tests: dict[str, tuple[Test, ...]] = {}  # by question: the judge gets the tests of all its answers once
+        size = 0
+        for question, response in answers:
+            program = self.program(question, response)
+            if program is None:
+                batch.append(None)
+                continue
+            if question.id not in tests:
+                if size > _AT_ONCE:
+                    yield batch
+                    batch, tests, size = [], {}, 0
+                tests[question.id] = self.tests(question)
+                size += sum(len(test.input + test.output) for test in tests[question.id] if isinstance(test, StdioTest))
+            batch.append(replace(self._submissions[question.id], source=program, tests=tests[question.id]))
+        yield batch
+
+    def program(self, question: Question, response: str) -> str | None:
+        """The program that a response holds; None: it holds none."""
+        return last_block(after_thought(response), self._submissions[question.id].language)
+
+    def tests(self, question: Question) -> tuple[Test, ...]:
+        """The tests of a question. Override it where they are too many to be held for all questions."""
+        return self._submissions[question.id].tests
+
+    def prepare(self, row: Row) -> Sequence[Row]:
+        if str(row.get("interaction_format") or "").strip():
+            raise SetAside("the problem is interactive")
+        if self.tests_column == "official_tests" and row.get("official_tests_complete") is False:
+            raise ValueError("its official_tests are not all there, or are cut: official_tests_complete is false")
+        return super().prepare(row)
 
     def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
         reasons: dict[str, str] = {}
         for question in questions:
             try:
-                self._submissions[question.id] = self._submission(self._rows.pop(question.id))
+                self._submissions[question.id] = self._submission(question, self._rows.pop(question.id))
             except ValueError as error:
                 reasons[question.id] = str(error)
         return reasons
@@ -151,34 +187,42 @@ class Code(Rows):
         if submission.files:
             read, written = submission.files
             parts.append(f"The program reads its input from {read} and writes its output to {written}.")
+        language = submission.language
         if starter := question.meta.get("starter_code"):
-            parts.append(f"Start from this code:\n```{self.language}\n{str(starter).rstrip()}\n```")
-        called = _CALLED[self.language]
-        parts.append(f"Write the whole program in {called}, in one block fenced by ```{self.language} and ```.")
+            parts.append(f"Start from this code:\n```{language}\n{str(starter).rstrip()}\n```")
+        parts.append(f"Write the whole program in {_CALLED[language]}, in one block fenced by ```{language} and ```.")
         return "\n\n".join(parts)
 
-    def _submission(self, row: Mapping[str, Any]) -> Submission:
-        """What a row's programs are held against, still without one. Raises: ValueError that says what is amiss."""
+    def _submission(self, question: Question, row: Mapping[str, Any]) -> Submission:
+        """What a question's programs are held against, still without one. It may lack tests that `tests` gets.
+
+        Raises: ValueError that says what is amiss.
+        """
         if self.tests_column not in row:
             raise ValueError(f"it has no column {self.tests_column!r}")
-        tests = parse_tests(row[self.tests_column])
-        time, memory_mb = self._limit(row, "time_limit", "time"), self._limit(row, "memory_limit", "memory_mb")
-        limits = replace(self.limits, time=time, memory_mb=memory_mb)
+        submission = replace(self._frame(row), tests=parse_tests(row[self.tests_column]))
+        check(submission)
+        return submission
+
+    def _frame(self, row: Mapping[str, Any]) -> Submission:
+        """A submission without program and tests. Raises: ValueError that says what is amiss."""
+        language = row.get("language") or self.language
+        if language not in _NAMES:
+            raise ValueError(f"language is {language!r}: it must be one of {[*_NAMES]}")
         mode = row.get("input_mode") or "stdio"
         if mode not in ("stdio", "file"):
             raise ValueError(f"input_mode is {mode!r}: it must be stdio or file")
+        time, memory_mb = self._limit(row, "time_limit", "time"), self._limit(row, "memory_limit", "memory_mb")
         checker = row.get("generated_checker")
-        submission = Submission(
-            self.language,
+        return Submission(
+            language,
             "",
-            tests,
-            limits,
+            (),
+            replace(self.limits, time=time, memory_mb=memory_mb),
             self.compare,
             Checker("python", str(checker)) if checker else None,
             _FILES if mode == "file" else None,
         )
-        check(submission)
-        return submission
 
     def _limit(self, row: Mapping[str, Any], column: str, name: str) -> float:
         limit = row.get(column)
@@ -235,3 +279,8 @@ def _closed_blocks(text: str) -> Iterator[tuple[str, str]]:
             fence = ""
         else:
             lines.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
+
+
+def with_preamble(preamble: str, program: str) -> str:
+    """A Python program behind lines of ours; what it imports from __future__ goes first, where Python wants it."""
+    return "\n".join([*_FUTURE.findall(program), preamble, _FUTURE.sub("", program)])

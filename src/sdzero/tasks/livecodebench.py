@@ -1,0 +1,160 @@
+"""LiveCodeBench: problems of contests with their dates, answered with a Python program or a class Solution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+from sdzero.judge.client import check
+from sdzero.judge.livecodebench import read_tests
+from sdzero.judge.types import Limits, Submission, Test
+from sdzero.tasks.code import Code, with_preamble
+from sdzero.tasks.rows import SetAside, Source
+from sdzero.tasks.sources import HubDataset, Row, hub_files, read
+from sdzero.types import Question, Split
+
+Version = Literal["v1", "v2", "v3", "v4", "v5", "v6"]
+
+LIVECODEBENCH = HubDataset("livecodebench/code_generation_lite")
+FILES = ("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl")
+LIVECODEBENCH_LIMITS = Limits(time=6.0, memory_mb=1024.0)
+
+_TESTS = ("public_test_cases", "private_test_cases", "metadata")
+_COLUMNS = ("question_id", "question_content", "contest_date", "starter_code", *_TESTS)
+_NUM_KEPT = 8  # questions whose tests stay in memory
+_MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
+    *("itertools", "functools", "operator", "io", "json", "typing"),
+)
+PREAMBLE = "\n".join(
+    [
+        *(f"from {name} import *" for name in _MODULES),
+        f"import sys, {', '.join(_MODULES)}",
+        "from builtins import *",  # open, pow, compile and others are the usual ones again
+        "sys.setrecursionlimit(50_000)",
+    ]
+)
+"""What the benchmark, too, puts before each program: starter code names types and functions that it does not import."""
+_FROM_STARTER = "Complete the starter code below, and put the whole of it in one block that is fenced as it is."
+_FROM_STDIN = (
+    "Write a Python program that reads the input from standard input and writes the answer to standard output, without "
+    "running it on the examples. Put it in one block that is fenced as the one below."
+)
+
+
+class LiveCodeBench(Code):
+    """LiveCodeBench's problems of code generation; all are of split `eval`, unless `path` says otherwise.
+
+    A program has 6 s for each test; outputs are compared line by line, then as numbers. Where a row names a function,
+    the tests call it as a method of the class `Solution`.
+
+    The tests of all problems are gigabytes, so they stay as packed as they come, and are unpacked when answers are
+    judged. They are unpacked once at load, one row after the other, and thrown away: a row whose tests cannot be read
+    to the last is left out before anything is sampled. That takes two minutes for all of v6.
+
+    Args:
+        path: the repository livecodebench/code_generation_lite or a folder laid out like it, whose files `version`
+            picks; else, with `version: null`, as in Rows: a copy in parquet, a file, or one for each split.
+        version: `v1` to `v6`: the first 400, 511, 612, 713, 880 or 1,055 problems.
+        since: first date of a contest, `2024-08-01`; null asks from the beginning.
+        until: last date of a contest; null asks to the end.
+        limits: as in Code.
+        max_dropped_share: as in Rows.
+        backend: as in Code.
+        num_workers: as in Code.
+        python: as in Code.
+
+    Raises:
+        sdzero.judge.types.Refused: no sandbox holds here.
+    """
+
+    def __init__(
+        self,
+        path: Source | dict[Split, Source] = LIVECODEBENCH,
+        version: Version | None = "v6",
+        since: str | None = None,
+        until: str | None = None,
+        limits: Limits = LIVECODEBENCH_LIMITS,
+        max_dropped_share: float = 0.05,
+        backend: str = "auto",
+        num_workers: int | None = None,
+        python: str | None = None,
+    ) -> None:
+        if version is not None and version not in get_args(Version):
+            raise ValueError(f"task.version must be one of {[*get_args(Version)]}, or null, got {version!r}")
+        if version and (not isinstance(path, HubDataset) or path.config or path.data_files):
+            raise ValueError("task.version picks files of the benchmark's own repository: for another path say null")
+        self.version: Version | None = version
+        self.since, self.until = _date("since", since), _date("until", until)
+        if self.since and self.until and self.since > self.until:
+            raise ValueError(f"task.since={since} is later than task.until={until}: no problem lies between them")
+        super().__init__(
+            path if isinstance(path, Mapping) else {"eval": path},
+            "question_content",
+            id_column="question_id",
+            max_dropped_share=max_dropped_share,
+            language="python",
+            limits=limits,
+            compare="lines",
+            backend=backend,
+            num_workers=num_workers,
+            python=python,
+        )
+        self._packed: dict[str, tuple[str, str, str]] = {}
+        self._kept = lru_cache(_NUM_KEPT)(self._read_tests)
+
+    def rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
+        wanted = [*dict.fromkeys((*columns, *_COLUMNS))]
+        if self.version is None:
+            return super().rows(source, wanted)
+        assert isinstance(source, HubDataset)
+        # one by one: datasets refuses a repository that has a loading script, as this one
+        files = hub_files(source, FILES[: get_args(Version).index(self.version) + 1])
+        return [row for file in files for row in read(str(file), wanted)]
+
+    def prepare(self, row: Row) -> Sequence[Row]:
+        if self.since or self.until:
+            day = date.fromisoformat(str(row["contest_date"])[:10])
+            if day < (self.since or day) or day > (self.until or day):
+                raise SetAside("its contest_date lies outside task.since and task.until")
+        kept = ("question_id", "question_content", "starter_code", "contest_date", "platform", "difficulty")
+        packed = tuple(row[column] for column in _TESTS)
+        return [{**{column: row.get(column) for column in kept}, "tests": packed}]
+
+    def asked(self, question: Question) -> str:
+        """In the form of the benchmark's own prompt."""
+        starter = str(question.meta["starter_code"] or "").rstrip()
+        how = _FROM_STARTER if starter else _FROM_STDIN
+        return (
+            f"### Question:\n{question.text}\n\n### Format: {how}\n```python\n{starter or '# YOUR CODE HERE'}\n```\n\n"
+            "### Answer:"
+        )
+
+    def program(self, question: Question, response: str) -> str | None:
+        program = super().program(question, response)
+        return None if program is None else with_preamble(PREAMBLE, program)
+
+    def tests(self, question: Question) -> tuple[Test, ...]:
+        return self._kept(question.id)
+
+    def _submission(self, question: Question, row: Mapping[str, Any]) -> Submission:
+        for column, cell in zip(_TESTS, row["tests"], strict=True):
+            if not isinstance(cell, str):
+                raise ValueError(f"{column} is no text")
+        submission = self._frame(row)
+        check(replace(submission, tests=read_tests(*row["tests"])))
+        self._packed[question.id] = row["tests"]
+        return submission
+
+    def _read_tests(self, id: str) -> tuple[Test, ...]:
+        return read_tests(*self._packed[id])
+
+
+def _date(name: str, value: str | None) -> date | None:
+    try:
+        return None if value is None else date.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(f"task.{name} must be a date such as 2024-08-01, or null, got {value!r}") from None
