@@ -54,21 +54,23 @@ class HubDataset:
         return Path(self.id).is_dir()
 
 
-def read(source: str | HubDataset, columns: Sequence[str]) -> list[Row]:
-    """The rows of a source in order. `columns` are those that must be among its columns.
+def read(source: str | HubDataset, columns: Sequence[str], keep: Callable[[Row], bool] | None = None) -> list[Row]:
+    """The rows of a source in order. `columns` are those that must be among its columns; `keep` says which rows are
+    wanted, where all of them would be too many to be held.
 
     Raises:
         FileNotFoundError: there is no such file, or the data set cannot be had; one line that says why.
         ValueError: it is no table, or lacks a column; names it, and what was found.
     """
     if isinstance(source, HubDataset):
-        rows = read_hub(source, columns)
+        rows = read_hub(source, columns, keep)
     else:
         rows = read_rows(package_file(source) if source.startswith(PACKAGE) else Path(source))
     found = sorted({column for row in rows for column in row})
-    if missing := [column for column in columns if column not in found]:
+    missing = [column for column in columns if column not in found]
+    if missing and (rows or keep is None):
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {found}")
-    return rows
+    return rows if keep is None else [row for row in rows if keep(row)]
 
 
 def package_file(source: str) -> Path:
@@ -137,24 +139,25 @@ def _plain(rows: list[Row], source: str) -> list[Row]:
     return rows
 
 
-def read_hub(source: HubDataset, columns: Sequence[str]) -> list[Row]:
+def read_hub(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool] | None = None) -> list[Row]:
     """The rows of a data set in the order in which it is published, with `source.columns` and `columns`.
 
-    Rows that were streamed lie in the cache of `datasets` under the commit, and are not streamed again.
+    Rows that were streamed lie in the cache of `datasets` under the commit, and are not streamed again. `keep` is not
+    asked of them.
 
     Raises:
         FileNotFoundError: it cannot be had: offline, no such data set, configuration, split or revision.
         ValueError: it lacks a column.
     """
     if source.is_local:
-        return _load(source, columns)
+        return _load(source, columns, keep)
     commit = source.revision if _is_commit(source.revision) else _had(source, lambda: _commit(source))
     kept = _kept(source, columns, str(commit)) if source.streaming else None
     if kept is not None and kept.is_file():
         return read_rows(kept)
     if commit != source.revision:
         _say(f"{source.id}: the newest revision is {commit}: task.path.revision pins it")
-    rows = _had(source, lambda: _load(source, columns))
+    rows = _had(source, lambda: _load(source, columns, None if kept else keep))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_name(f".{kept.name}.{os.getpid()}")  # ranks may write it at the same time
@@ -193,7 +196,7 @@ def _download(source: HubDataset, names: Sequence[str]) -> list[Path]:
     return [Path(hf_hub_download(filename=name, **where)) for name in shown]
 
 
-def _load(source: HubDataset, columns: Sequence[str]) -> list[Row]:
+def _load(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool] | None) -> list[Row]:
     """Rows by `datasets.load_dataset`; the first time, it is said how much is downloaded."""
     import datasets
 
@@ -213,7 +216,7 @@ def _load(source: HubDataset, columns: Sequence[str]) -> list[Row]:
     data = datasets.load_dataset(**options, split=source.split, streaming=source.streaming)
     if wanted is not None and "columns" not in options:
         data = data.select_columns(wanted)
-    return _plain([dict(row) for row in data], str(source))
+    return _plain([row for row in map(dict, data) if keep is None or keep(row)], str(source))
 
 
 def _files_of(builder: Any, source: HubDataset) -> list[Any]:
