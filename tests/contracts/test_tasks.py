@@ -21,8 +21,20 @@ from hypothesis import strategies as st
 import sdzero.tasks
 from configs.recipes.own_data.verifier import LastDigit
 from runs import ROOT
-from sdzero.judge.types import CodeVerdict, StdioTest, Submission
-from sdzero.tasks import Chains, Code, Countdown, Instructions, Math, MultipleChoice, ReasoningGym, Task
+from sdzero.judge.types import AssertTest, CodeVerdict, StdioTest, Submission
+from sdzero.tasks import (
+    Chains,
+    Code,
+    Codeforces,
+    Countdown,
+    HumanEval,
+    Instructions,
+    LiveCodeBench,
+    Math,
+    MultipleChoice,
+    ReasoningGym,
+    Task,
+)
 from sdzero.types import Question, Split
 
 SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
@@ -35,10 +47,11 @@ def boxed(question: Question) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to make a task, and a response to a question of it that must count as correct."""
+    """A way to make a task, a response to a question of it that must count as correct, and the splits that it has."""
 
     make: Callable[[], Task]
     canonical: Callable[[Question], str]
+    splits: tuple[Split, ...] = SPLITS
 
 
 @cache
@@ -52,6 +65,18 @@ def rows_file(kind: str) -> str:
             "answer": "A",
         },
         "code": lambda n: {"question": f"Write {n}.", "tests": [{"input": "", "output": str(n)}]},
+        "codeforces": lambda n: {
+            **{"id": f"{n}/A", "contest_id": str(n), "title": "Echo", "description": f"Write {n}.", "rating": n},
+            **dict.fromkeys(("aliases", "input_format", "output_format", "interaction_format", "note", "examples")),
+            **dict.fromkeys(("time_limit", "memory_limit", "input_mode", "generated_checker", "generated_tests")),
+            **{"executable": True, "official_tests_complete": True},
+            "official_tests": [{"input": "", "output": str(n)}],
+        },
+        "livecodebench": lambda n: {
+            **{"question_id": str(n), "question_content": f"Write {n}.", "contest_date": "2024-01-01T00:00:00"},
+            **{"starter_code": "", "metadata": "{}", "private_test_cases": "[]", "difficulty": str(n)},
+            "public_test_cases": json.dumps([{"input": "", "output": str(n), "testtype": "stdin"}]),
+        },
         "instructions": lambda n: {
             "key": n,
             "prompt": f"Say {n} and name a zebra.",
@@ -66,24 +91,61 @@ def rows_file(kind: str) -> str:
 
 
 class EchoJudge:
-    """Holds that a program writes its own text: the real judge has tests of its own."""
+    """Holds that a program writes its own last line, and that assertions pass where that line says so: the real judge
+    has tests of its own."""
 
     def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
-        right = [StdioTest("", submission.source.strip()) in submission.tests for submission in submissions]
         return [
-            CodeVerdict(1, "correct", "echo") if is_right else CodeVerdict(0, "wrong", "echo") for is_right in right
+            CodeVerdict(1, "correct", "echo") if self.is_right(submission) else CodeVerdict(0, "wrong", "echo")
+            for submission in submissions
         ]
 
+    def is_right(self, submission: Submission) -> bool:
+        written = submission.source.strip().rpartition("\n")[2]
+        if isinstance(submission.tests[0], AssertTest):
+            return written.endswith("# right")
+        return StdioTest("", written) in submission.tests
 
-def code() -> Task:
-    with patch("sdzero.tasks.code.Judge", lambda *_: EchoJudge()):
-        return Code(rows_file("code"))
+
+def judged(make: Callable[[], Task]) -> Callable[[], Task]:
+    def made() -> Task:
+        with patch("sdzero.tasks.code.Judge", lambda *_: EchoJudge()):
+            return make()
+
+    return made
+
+
+@cache
+def three_files(kind: str) -> dict[Split, str]:
+    """The rows of `rows_file`, a part for each split."""
+    lines = Path(rows_file(kind)).read_text().splitlines(keepends=True)
+    files: dict[Split, str] = {}
+    for number, split in enumerate(SPLITS):
+        path = Path(rows_file(kind)).with_name(f"{split}.jsonl")
+        path.write_text("".join(lines[number::3]))
+        files[split] = str(path)
+    return files
 
 
 CASES = {
     "chains": Case(Chains, lambda question: f"1+1=2A{question.answer}"),
-    "code": Case(code, lambda question: f"So:\n```cpp\n{question.meta['level']}\n```"),
+    "code": Case(
+        judged(lambda: Code(rows_file("code"))), lambda question: f"So:\n```cpp\n{question.meta['level']}\n```"
+    ),
+    "codeforces": Case(
+        judged(lambda: Codeforces(rows_file("codeforces"), sizes=None)),
+        lambda question: f"So:\n```{question.meta['language']}\n{question.meta['rating']}\n```",
+    ),
     "countdown": Case(Countdown, boxed),
+    "human_eval": Case(
+        judged(HumanEval),
+        lambda question: f"So:\n```python\ndef {question.meta['entry_point']}(): ...  # right\n```",
+        ("eval",),
+    ),
+    "livecodebench": Case(
+        judged(lambda: LiveCodeBench({**three_files("livecodebench")}, version=None)),
+        lambda question: f"So:\n```python\n{question.meta['difficulty']}\n```",
+    ),
     "reasoning_gym": Case(lambda: ReasoningGym("chain_sum"), boxed),
     "instructions": Case(lambda: Instructions(rows_file("instructions"), "ifeval"), lambda _: "A zebra."),
     "math": Case(lambda: Math(rows_file("math")), boxed),
@@ -128,15 +190,15 @@ def test_importing_tasks_imports_nothing_heavy() -> None:
     assert found.stdout.strip() == ""
 
 
-def test_splits_share_no_id_and_no_text(task: Task) -> None:
-    questions = [question for split in SPLITS for question in task.questions(split, 60)]
-    assert len(questions) == 180
-    assert len({question.id for question in questions}) == 180
-    assert len({question.text for question in questions}) == 180
+def test_splits_share_no_id_and_no_text(case: Case, task: Task) -> None:
+    questions = [question for split in case.splits for question in task.questions(split, 60)]
+    assert len(questions) == 60 * len(case.splits)
+    assert len({question.id for question in questions}) == len(questions)
+    assert len({question.text for question in questions}) == len(questions)
 
 
 def test_a_longer_list_starts_with_the_shorter(case: Case, task: Task) -> None:
-    for split in SPLITS:
+    for split in case.splits:
         longer = task.questions(split, 50)
         assert case.make().questions(split, 10) == longer[:10]
         assert task.questions(split, 0) == []
@@ -148,14 +210,14 @@ def test_ids_name_the_task(task: Task) -> None:
 
 
 def test_the_gold_answer_is_correct(case: Case, task: Task) -> None:
-    for question in task.questions("phase1", 40):
+    for question in task.questions(case.splits[0], 40):
         verdict = task.verify(question, case.canonical(question))
         assert (verdict.reward, verdict.reason) == (1, "correct"), question
 
 
 def test_a_question_survives_json(case: Case, task: Task) -> None:
     """Traces and rollouts lie in files between the stages."""
-    for question in task.questions("phase2", 10):
+    for question in task.questions(case.splits[-1], 10):
         again = replace(question, meta=json.loads(json.dumps(dict(question.meta))))
         assert task.verify(again, case.canonical(question)).reward == 1
 

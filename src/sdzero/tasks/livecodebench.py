@@ -38,10 +38,10 @@ PREAMBLE = "\n".join(
     ]
 )
 """What the benchmark, too, puts before each program: starter code names types and functions that it does not import."""
-_FROM_STARTER = "Complete the starter code below, and put the whole of it in one block that is fenced as it is."
+_FROM_STARTER = "Complete the starter code below, and give all of it in one block fenced like it."
 _FROM_STDIN = (
-    "Write a Python program that reads the input from standard input and writes the answer to standard output, without "
-    "running it on the examples. Put it in one block that is fenced as the one below."
+    "Write a Python program that reads the input from standard input and writes the answer to standard output; do not "
+    "run it on the examples. Give it in one block fenced like the one below."
 )
 
 
@@ -123,6 +123,9 @@ class LiveCodeBench(Code):
         kept = ("question_id", "question_content", "starter_code", "contest_date", "platform", "difficulty")
         packed = tuple(row[column] for column in _TESTS)
         return [{**{column: row.get(column) for column in kept}, "tests": packed}]
+
+    def key(self, question: Question) -> str:
+        return question.id  # a benchmark has as many questions as it was published with
 
     def asked(self, question: Question) -> str:
         """In the form of the benchmark's own prompt."""
