@@ -260,10 +260,8 @@ def test_livecodebench_is_refused_for_its_script_and_read_file_by_file(made: Pat
         load(folder, None, "test", tmp_path)
     files = [folder / name for name in livecodebench.FILES]
     data = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    assert all(
-        {name: type(value).__name__ for name, value in row.items()} == dict.fromkeys(LIVECODEBENCH, "str")
-        for row in data
-    )
+    texts = dict.fromkeys(LIVECODEBENCH, str)
+    assert all({name: type(value) for name, value in row.items()} == texts for row in data)
     guessed = load(Path("json"), None, "train", tmp_path, data_files=[*map(str, files)])
     assert said(guessed.features["contest_date"]) == "timestamp[s]"  # so these files are not for `datasets` to read
     assert [row["question_id"] for row in data] == [f"made_up_{number}" for number in range(36)]
