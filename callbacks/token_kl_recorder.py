@@ -15,7 +15,7 @@ from torch import Tensor
 from sdzero.callbacks.base import EvaluationReader, defined
 from sdzero.estimates import top_share
 from sdzero.fused import Projection
-from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head
+from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head, hidden_teacher
 from sdzero.methods import Method
 from sdzero.metrics import Ratio
 from sdzero.prompts import collate, micro_batches
@@ -138,7 +138,7 @@ def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Ro
         return values
 
     with method.trainer.precision_plugin.forward_context():
-        teacher = method.reviser()[0](teacher_batch.input_ids, teacher_batch.predicts, HiddenTeacher)
+        teacher = method.reviser()[0](teacher_batch.input_ids, teacher_batch.predicts, hidden_teacher)
         values = method.student(student_batch.input_ids, student_batch.predicts, head)
     lengths = [len(target) for target in targets]
     columns = {name: [part.tolist() for part in value.cpu().split(lengths)] for name, value in values.items()}

@@ -44,6 +44,12 @@ class TopKTeacher:
 Teacher = HiddenTeacher | TopKTeacher
 
 
+def hidden_teacher(hidden: Tensor, weight: Tensor) -> HiddenTeacher:
+    """A head that keeps what a teacher's pass gives. The class itself will not do: sharded models take a dataclass
+    among their inputs, even the class of one, for a container of tensors, and rebuild it."""
+    return HiddenTeacher(hidden, weight)
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Which divergence of the student S from the teacher T is minimised (equation 4; table 6 for the top-k form).

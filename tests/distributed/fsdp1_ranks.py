@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.spawn import spawn
 
-from sdzero.losses import Divergence, HiddenTeacher, divergence_head
+from sdzero.losses import Divergence, divergence_head, hidden_teacher
 from sdzero.models import ModelConfig, full_weights, lerp_weights, load, shard_fsdp1
 from sdzero.prompts import collate
 
@@ -33,7 +33,7 @@ def work(rank: int, num_ranks: int, folder: str, out: str) -> None:
         batch = collate([c for c, _ in rows], [t for _, t in rows], 0)
         shifted = collate([(*c, 9) for c, _ in rows], [t for _, t in rows], 0)
         with torch.no_grad():
-            guide = teacher(shifted.input_ids, shifted.predicts, HiddenTeacher)
+            guide = teacher(shifted.input_ids, shifted.predicts, hidden_teacher)
         count = sum(len(t) for _, t in ROWS)
         ones = torch.ones(len(batch.targets))
         output = student(

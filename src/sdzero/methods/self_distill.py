@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdzero.losses import Divergence, HiddenTeacher, divergence_head
+from sdzero.losses import Divergence, divergence_head, hidden_teacher
 from sdzero.methods.base import Method
 from sdzero.models import ModelConfig, lerp_weights, load
 from sdzero.prompts import Context, Revision, collate
@@ -116,7 +116,7 @@ class SelfDistill(Method):
         weights = torch.cat([torch.full((len(e.target),), e.weight) for e in examples]).to(self.device)
         num = counts[0] if self.reduction == "token_mean" else counts[1]
         with torch.no_grad():
-            teacher = self.teacher(teacher_batch.input_ids, teacher_batch.predicts, HiddenTeacher)
+            teacher = self.teacher(teacher_batch.input_ids, teacher_batch.predicts, hidden_teacher)
 
         def head(hidden: Tensor, weight: Tensor) -> LossOutput:
             return divergence_head(
