@@ -141,6 +141,11 @@ def _texts(task: Task, questions: Sequence[Question]) -> Texts:
     return {question.id: task.statement(question) for question in questions}
 
 
+@dataclass
+class _Tasks:
+    task: Task
+
+
 class _Config:
     """One file of a recipe."""
 
@@ -165,7 +170,7 @@ class _Config:
         if given is None:
             raise ValueError(f"{self.path}: {key} is missing: there are no questions to compare")
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--task", type=Task, sub_configs=True)
+        parser.add_class_arguments(_Tasks, sub_configs=True)  # of an argument by itself, a suite's files are not read
         with chdir(self.path.parent):  # a file that it names lies beside it
             config = parser.parse_object({"task": given})
         return parser.instantiate(config).task

@@ -147,3 +147,14 @@ def test_the_quick_way_says_what_the_slow_one_says() -> None:
             quick = mathematics.decide(answer, gold)
             if quick is not None:
                 assert quick == mathematics.compare((answer, gold)), (answer, gold)
+
+
+@pytest.mark.parametrize("gold", ["Made up: see the picture.", "The limit exists and is equal to 3"])
+def test_a_sentence_is_no_gold_answer(gold: str) -> None:
+    """math-verify would read a product of its letters, which no response writes."""
+    assert mathematics.check_quickly(gold) == "it is a sentence"
+
+
+@pytest.mark.parametrize("gold", [r"\sin x \cos y \tan z", r"\text{all lines through 3}", r"n \text{ is odd and } k", "f(x)=abc, def, ghi"])
+def test_formulas_with_words_are_no_sentences(gold: str) -> None:
+    assert mathematics.check_quickly(gold) is None

@@ -96,6 +96,10 @@ def test_a_fault_of_the_grader_is_no_reward() -> None:
         task.verify(Question("", "", "x"), r"\boxed{y}")
 
 
+def test_the_tasks_of_a_process_share_their_workers() -> None:
+    assert Math("a.jsonl")._pool is Math("b.jsonl", "question")._pool is not Math("a.jsonl", num_workers=1)._pool
+
+
 # --- what a row becomes ---------------------------------------------------------------------------
 
 
@@ -132,10 +136,11 @@ def test_too_many_such_rows_are_an_error(tmp_path: Path) -> None:
     assert Math(path, max_dropped_share=0.1).questions("eval", 1)
 
 
-def test_a_gold_answer_that_takes_for_ever_is_left_out(tmp_path: Path) -> None:
+def test_a_gold_answer_that_takes_for_ever_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*rows_of(3), {"problem": "p", "answer": "x+1"}]
     task = Math(jsonl(tmp_path / "q.jsonl", rows), max_dropped_share=0.5)
-    task._pool.map = lambda items: [Failed("timeout") if gold == "x+1" else None for _, gold in items]
+    outcomes = lambda items: [Failed("timeout") if gold == "x+1" else None for _, gold in items]  # noqa: E731
+    monkeypatch.setattr(task._pool, "map", outcomes)
     assert len(task._all) == 3
     assert [reason for _, reason in task.dropped] == ["gold answer 'x+1': grading it ends in timeout"]
 
@@ -144,7 +149,7 @@ def test_a_gold_answer_that_takes_for_ever_is_left_out(tmp_path: Path) -> None:
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=rf'{package.replace("_", "-")}: pip install "sdzero\[math\]"'):
-        Math("unread.jsonl")
+        Math("unread.jsonl", deadline=2.5)  # not one whose workers are shared already
 
 
 def test_a_task_is_made_without_torch() -> None:

@@ -43,6 +43,7 @@ _FRACTION = re.compile(
 )
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}\\$]*)\}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'’ -]*")
+_PROSE = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}[:;.]?\s+){2}[A-Za-z]{3,}\b(?!\()")
 _BASE = re.compile(r"\d+_(?:\{(\d+)\}|(\d))")
 
 _HOPELESS = re.compile(
@@ -177,6 +178,8 @@ def check_quickly(gold: str) -> str | None:
         return f"it is {gold!r}"
     if number(expected) is not None or words(expected) is not None:
         return ""
+    if _PROSE.search(re.sub(r"\{[^{}]*\}", "{}", expected)):  # math-verify reads a product of letters
+        return "it is a sentence"
     return "it is nested too deep, or a number beyond reckoning" if hopeless(expected) else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from sdzero.judge import instructions
@@ -49,9 +50,7 @@ class Instructions(Rows):
         instructions.needs_if_verifiable()
         self.benchmark: instructions.Benchmark = benchmark
         self.loose = loose
-        self._pool: GraderPool[instructions.Job, Followed] = GraderPool(
-            instructions.work, instructions.WARM_UP, num_workers, deadline
-        )
+        self._pool = _shared_pool(num_workers, deadline)
 
     def verify(self, question: Question, response: str) -> Verdict:
         return self.verify_all([(question, response)])[0]
@@ -77,6 +76,12 @@ class Instructions(Rows):
         return instructions.Job(
             self.benchmark, question.text, tuple(ids), tuple({**row} for row in kwargs), self.loose, response
         )
+
+
+@cache
+def _shared_pool(num_workers: int, deadline: float) -> GraderPool[instructions.Job, Followed]:
+    """One for all tasks of this process: IFEval and IFBench would each start workers of their own."""
+    return GraderPool(instructions.work, instructions.WARM_UP, num_workers, deadline)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -3,6 +3,7 @@ r"""Mathematics of one's own rows, answered in `\boxed{}` and compared with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from sdzero.judge import mathematics
@@ -52,9 +53,7 @@ class Math(Rows):
         super().__init__(path, question_column, answer_column, id_column, max_dropped_share, sizes)
         mathematics.needs_math_verify()
         self.instruction = instruction
-        self._pool: GraderPool[mathematics.Job, Any] = GraderPool(
-            mathematics.work, mathematics.WARM_UP, num_workers, deadline
-        )
+        self._pool = _shared_pool(num_workers, deadline)
 
     def verify(self, question: Question, response: str) -> Verdict:
         return self.verify_all([(question, response)])[0]
@@ -92,3 +91,9 @@ class Math(Rows):
         for gold, outcome in zip(slow, outcomes, strict=True):
             reasons[gold] = f"grading it ends in {outcome.reason}" if isinstance(outcome, Failed) else outcome
         return {gold: reason for gold, reason in reasons.items() if reason}
+
+
+@cache
+def _shared_pool(num_workers: int, deadline: float) -> GraderPool[mathematics.Job, Any]:
+    """One for all tasks of this process: the benchmarks of a suite would each start workers of their own."""
+    return GraderPool(mathematics.work, mathematics.WARM_UP, num_workers, deadline)

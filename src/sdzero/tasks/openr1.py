@@ -8,7 +8,7 @@ from sdzero.tasks.math import INSTRUCTION, Math
 from sdzero.tasks.rows import SetAside, Source
 from sdzero.tasks.sources import HubDataset, Row
 from sdzero.tasks.splits import Sizes
-from sdzero.types import Split
+from sdzero.types import Question, Split
 
 COMPETITIONS = (
     "amc_aime",
@@ -83,6 +83,10 @@ class OpenR1Math(Math):
                     f"task.sources: {source} has no source {unknown[0]!r}; it has {sorted(map(str, found))}"
                 )
         return rows
+
+    def key(self, question: Question) -> str:
+        """Without case and spaces: its sources copy from each other."""
+        return "".join(question.text.casefold().split())
 
     def prepare(self, row: Row) -> Sequence[Row]:
         if self.sources is not None and row.get("source") not in self.sources:

@@ -67,6 +67,11 @@ class Rows(Task):
         self._problems: dict[str, str | None] = {}  # question id -> why it cannot be graded
         self._statements: dict[str, str] = {}
 
+    @property
+    def name(self) -> str:
+        """Where its questions come from, for messages."""
+        return ", ".join(map(str, self.path.values())) if isinstance(self.path, Mapping) else str(self.path)
+
     # --- what a task of rows may add ----------------------------------------------------------
 
     def columns(self) -> dict[str, str]:
@@ -114,10 +119,10 @@ class Rows(Task):
         if num_questions is None or len(questions) == num_questions:
             return questions
         if self.sizes is not None and num_questions <= self.sizes.of(split):
-            log.warning("split %s of %s has %d questions, not %d", split, self.path, len(there), num_questions)
+            log.warning("split %s of %s has %d questions, not %d", split, self.name, len(there), num_questions)
             return questions
         raise ValueError(
-            f"num_questions={num_questions}, but split {split!r} of {self.path} holds only {len(there)}: "
+            f"num_questions={num_questions}, but split {split!r} of {self.name} holds only {len(there)}: "
             "ask for fewer, or add rows"
         )
 
@@ -184,7 +189,7 @@ class Rows(Task):
         said = f"{len(dropped)} of {num} {what}, e.g. {': '.join(dropped[0])}"
         if len(dropped) > self.max_dropped_share * num:
             raise ValueError(
-                f"{self.path} has {said}: mend them, take them out, or allow more than "
+                f"{self.name} has {said}: mend them, take them out, or allow more than "
                 f"task.max_dropped_share={self.max_dropped_share}"
             )
         log.warning("left out %s", said)

