@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
+from fake_judge import FakeJudge
+from fixtures import programs
+from fixtures.make import make
 from sdzero.judge.types import (
     AssertTest,
     CallTest,
     Checker,
-    CodeVerdict,
     JudgeError,
     Language,
     Limits,
@@ -26,25 +27,12 @@ from sdzero.judge.types import (
     Submission,
 )
 from sdzero.tasks import Code, Task
-from sdzero.tasks.code import last_block, parse_tests
+from sdzero.tasks import code as module
+from sdzero.tasks.code import last_block, parse_tests, with_preamble
+from sdzero.tasks.sources import HubDataset
 from sdzero.types import Question
 
 TESTS = [{"input": "1", "output": "2"}]
-
-
-class FakeJudge:
-    """Says of a program what its first line says; `asked` holds each call."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.asked: list[list[Submission]] = []
-
-    def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
-        self.asked.append([*submissions])
-        words: list[Any] = [submission.source.split("\n")[0] for submission in submissions]
-        if "fault" in words:
-            raise JudgeError("the sandbox broke")
-        return [CodeVerdict(int(word == "correct"), word, "fake") for word in words]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +160,22 @@ def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[
     assert len(judge[0].asked) == 1
 
 
+def test_the_judge_gets_no_more_tests_at_a_time_than_fit(
+    tmp_path: Path, judge: list[FakeJudge], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", 10)
+    rows = [{"question": f"q{i}", "tests": [{"input": "1" * i, "output": "2" * i}]} for i in range(1, 6)]
+    task = Code(jsonl(tmp_path / "q.jsonl", rows))
+    questions = [question for _, question in task._all]
+    words = ["correct", "wrong", "timeout"]
+    answers = [(question, f"```\n{word}\n```") for question in questions for word in words]
+    answers[4] = (questions[1], "none")
+    reasons = [verdict.reason for verdict in task.verify_all(answers)]
+    assert reasons == [*words, "correct", "unparseable", "timeout", *words * 3]
+    sizes = [[len(submission.tests[0].input) for submission in asked] for asked in judge[0].asked]  # pyright: ignore[reportAttributeAccessIssue]
+    assert sizes == [[1, 1, 1, 2, 2, 3, 3, 3], [4, 4, 4, 5, 5, 5]]
+
+
 def test_a_fault_is_no_reward(tmp_path: Path) -> None:
     task = Code(jsonl(tmp_path / "q.jsonl", rows_of(1)))
     with pytest.raises(JudgeError, match="the sandbox broke"):
@@ -213,6 +217,49 @@ def test_columns_of_codeforces(tmp_path: Path) -> None:
     empty = {"time_limit": None, "memory_limit": float("nan"), "generated_checker": "", "input_mode": "stdio"}
     found = submission(tmp_path, row=empty, limits=Limits(time=6))
     assert (found.limits, found.checker, found.files) == (Limits(time=6), None, None)
+
+
+def test_a_rows_own_language(tmp_path: Path) -> None:
+    rows = rows_of(3)
+    rows[0]["language"], rows[1]["language"] = "python", None
+    task = Code(jsonl(tmp_path / "q.jsonl", rows))
+    one, other, third = (question for _, question in task._all)
+    assert "in Python 3, in one block fenced by ```python and ```." in one.text
+    assert "in C++17" in other.text and "in C++17" in third.text
+    response = "```python\ncorrect\n```\n```cpp\nwrong\n```"
+    assert [task.verify(question, response).reason for question in (one, other)] == ["correct", "wrong"]
+    fake: Any = task._judge
+    assert [asked[0].language for asked in fake.asked] == ["python", "cpp"]
+
+
+def test_published_prompts_of_codeforces(tmp_path: Path) -> None:
+    """A configuration with a row per language, read without the data set's own task: tests in files are not seen."""
+    folder = make(tmp_path, programs.CODEFORCES)
+    source = HubDataset(str(folder), config="verifiable-prompts")
+    task = Code(source, "prompt", "official_tests", max_dropped_share=0.2)
+    lacking = {"902/B", "42/A"}
+    rows = [row for row in [*map(programs.problem, range(24)), *programs.odd_problems()] if programs.is_verifiable(row)]
+    expected = [(language, row) for language in ("cpp", "python") for row in rows if row["id"] not in lacking]
+    found = [question for _, question in task._all]
+    assert [q.meta["language"] for q in found] == [language for language, _ in expected]
+    assert [q.meta["id"] for q in found] == [row["id"] for _, row in expected]
+    for question, (language, row) in zip(found, expected, strict=True):
+        submission = task._submissions[question.id]
+        assert submission.tests == tuple(StdioTest(**test) for test in row["official_tests"])
+        assert (submission.language, submission.limits.time) == (language, row["time_limit"])
+    assert {why for _, why in task.dropped} == {
+        "its official_tests are not all there, or are cut: official_tests_complete is false"
+    }
+    assert len(task.dropped) == 2 * len(lacking)
+
+
+def test_interactive_problems_are_set_aside(tmp_path: Path) -> None:
+    rows = rows_of(6, interaction_format=None)
+    rows[2]["interaction_format"] = "You ask, it answers."
+    rows[3]["interaction_format"] = " "
+    task = Code(jsonl(tmp_path / "q.jsonl", rows))
+    assert [q.text.split()[0] for _, q in task._all] == ["q0", "q1", "q3", "q4", "q5"]
+    assert dict(task.set_aside) == {"the problem is interactive": 1} and task.dropped == []
 
 
 def test_parquet_says_the_same(tmp_path: Path) -> None:
@@ -288,6 +335,7 @@ def test_tests_are_no_part_of_what_a_trace_carries(tmp_path: Path) -> None:
         ({"time_limit": "2 seconds"}, "time_limit is '2 seconds': it must be a number"),
         ({"memory_limit": True}, "memory_limit is True: it must be a number"),
         ({"time_limit": 0}, "limits.time must be above 0, got 0"),
+        ({"language": "rust"}, r"language is 'rust': it must be one of \['cpp', 'python'\]"),
         ({"input_mode": "interactive"}, "input_mode is 'interactive': it must be stdio or file"),
     ],
 )
@@ -341,3 +389,11 @@ def test_in_a_config(tmp_path: Path) -> None:
     config = {"task": {"class_path": "sdzero.tasks.Code", "init_args": given}}
     task = parser.instantiate(parser.parse_object(config)).task
     assert (task.limits, task.compare, task.language) == (Limits(time=6), "lines", "python")
+
+
+def test_lines_before_a_program() -> None:
+    program = "from __future__ import annotations\nimport sys\n\ndef f(x: Unknown): return math.floor(x)\nprint(f(2.5))"
+    whole = with_preamble("import math\nimport sys", program)
+    assert "annotations" in whole.split("\n")[0]
+    compile(whole, "program.py", "exec", dont_inherit=True)  # it must stand before all other statements
+    assert with_preamble("import math", "print(1)\n") == "import math\nprint(1)\n"

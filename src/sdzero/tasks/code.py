@@ -102,7 +102,7 @@ class Code(Rows):
         forgeable = [id for id, tests in kinds if any(isinstance(test, AssertTest) for test in tests)]
         if forgeable and split != "eval" and not self.allow_assertions:
             raise ValueError(
-                f"{len(forgeable)} questions of split {split!r} of {self.path} are tested by assertions, e.g. "
+                f"{len(forgeable)} questions of split {split!r} of {self.name} are tested by assertions, e.g. "
                 f"{forgeable[0]}: a response can forge these, and training would find out. Give calls with what they "
                 "must return, or accept the risk with task.allow_assertions: true"
             )
@@ -115,7 +115,7 @@ class Code(Rows):
         _ = self._all  # has the rows read
         for question, _ in answers:
             if question.id not in self._submissions:
-                raise ValueError(f"{self.path} has no tests for question {question.id}")
+                raise ValueError(f"{self.name} has no tests for question {question.id}")
         verdicts: list[Verdict] = []
         for batch in self._batches(answers):
             submissions = [submission for submission in batch if submission is not None]

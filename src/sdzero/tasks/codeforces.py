@@ -194,7 +194,7 @@ class Codeforces(Code):
             table = pq.read_table(path, columns=["input", "output"], filters=[("problem_id", "=", problem)])
             rows = [row for row in rows if not _is_cut(row)] + [row for row in table.to_pylist() if _is_whole(row)]
         if not rows:
-            raise ValueError(f"{tests.file} of {self.path} has no tests of problem {problem}")
+            raise ValueError(f"{tests.file} of {self.name} has no tests of problem {problem}")
         return tuple(StdioTest(_lines(row["input"]), _lines(row["output"])) for row in rows)
 
 

@@ -204,19 +204,40 @@ def _load(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool
     if not source.is_local:
         options["revision"] = source.revision
     builder = datasets.load_dataset_builder(**options)
-    files = _files_of(builder, source)
+    files, found = _files_of(builder, source), builder.info.features
+    is_parquet = str(files[0]).endswith(".parquet")
     wanted = None if source.columns is None else [*dict.fromkeys((*columns, *source.columns))]
-    found = builder.info.features
+    if wanted is not None and is_parquet:
+        options["columns"] = wanted  # read from the file; other formats have to be read whole
+    if source.is_local:
+        options["cache_dir"] = _local_cache(files)
+    is_cached = Path(datasets.load_dataset_builder(**options).cache_dir).is_dir()
+    if found is None and is_parquet and not is_cached:
+        found = _parquet_columns(files[0])
     if found is not None and (missing := [c for c in wanted or columns if c not in found]):
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {sorted(found)}")
-    if not source.is_local and not Path(builder.cache_dir).is_dir():
+    if not source.is_local and not is_cached:
         _say_size(source, files, wanted)
-    if wanted is not None and str(files[0]).endswith(".parquet"):
-        options["columns"] = wanted  # read from the file; other formats have to be read whole
     data = datasets.load_dataset(**options, split=source.split, streaming=source.streaming)
-    if wanted is not None and "columns" not in options:
+    if wanted is not None and not is_parquet:
         data = data.select_columns(wanted)
     return _plain([row for row in map(dict, data) if keep is None or keep(row)], str(source))
+
+
+def _local_cache(files: Sequence[Any]) -> str:
+    """Where rows of a folder are kept: `datasets` by itself takes folders of one name for the same, changed or not."""
+    from datasets import config
+
+    stats = [(str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files]
+    return str(Path(config.HF_DATASETS_CACHE) / "sdzero" / hashlib.sha256(repr(stats).encode()).hexdigest()[:16])
+
+
+def _parquet_columns(file: Any) -> list[str]:
+    import fsspec
+    import pyarrow.parquet
+
+    with fsspec.open(str(file), "rb") as opened:
+        return pyarrow.parquet.read_schema(opened).names
 
 
 def _files_of(builder: Any, source: HubDataset) -> list[Any]:

@@ -1,0 +1,23 @@
+"""A judge that runs nothing, in place of the one that a task starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sdzero.judge.types import CodeVerdict, JudgeError, Submission
+
+
+class FakeJudge:
+    """Says of a program what its last line says; `asked` holds each call."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.asked: list[list[Submission]] = []
+
+    def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
+        self.asked.append([*submissions])
+        words: list[Any] = [submission.source.strip().rpartition("\n")[2] for submission in submissions]
+        if "fault" in words:
+            raise JudgeError("the sandbox broke")
+        return [CodeVerdict(int(word == "correct"), word, "fake") for word in words]  # pyright: ignore[reportArgumentType]
