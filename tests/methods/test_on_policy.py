@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from helpers import Notes, Toy, fit, make_batch, make_scored, plain_logprobs, plain_model, same, weights_of
-from sdzero.data import RolloutDataModule
+from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.engines import TransformersEngine
-from sdzero.engines.base import EngineError
+from sdzero.engines.base import EngineError, OnFinished, ignore
 from sdzero.methods import Method, SelfDistill
 from sdzero.models import ModelConfig
 from sdzero.prompts import PromptBuilder
@@ -65,6 +65,36 @@ class Sent(Notes):
     def generate(self, prompts: Sequence[Prompt], *args: Any, **kwargs: Any) -> list[Rollout]:
         self.sampled_from.append(self.weights)
         return super().generate(prompts, *args, **kwargs)
+
+
+class LikeVLLM(Notes):
+    """Like vLLM its finished responses may be kept; says of each call whether they are."""
+
+    keeps_finished = True
+
+    def __init__(self) -> None:
+        super().__init__(answer)
+        self.kept: list[tuple[str, bool]] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_finished: OnFinished = ignore,
+    ) -> list[Rollout]:
+        split = prompts[0].question.id.partition("-")[0]
+        self.kept.append((split, on_finished is not ignore))
+        return super().generate(prompts, sampling, seed, policy_version, on_finished)
+
+
+def test_a_training_step_keeps_whole_calls_alone(path: Path, tmp_path: Path) -> None:
+    """Of a call that was cut short the short responses are the finished ones: a step must not lean towards them."""
+    engine, evaluation = LikeVLLM(), Evaluation(num_questions=2, num_samples=2, sampling=SAMPLING)
+    data = RolloutDataModule(Toy(), engine, 4, 2, sampling=SAMPLING, evaluation=evaluation, max_logprob_gap=99)
+    fit(SelfDistill(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), data, tmp_path)
+    assert engine.kept == [("phase2", False), ("phase2", False), ("eval", True)]
 
 
 def test_each_batch_is_sampled_from_the_weights_it_trains(path: Path, tmp_path: Path) -> None:
