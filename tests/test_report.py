@@ -15,7 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from made_up_run import HOSTILE, sample_row, token_kl_row, write_json, write_run_of, write_samples, write_token_kl
+from made_up_run import (
+    HOSTILE,
+    sample_row,
+    token_kl_row,
+    write_evaluation,
+    write_json,
+    write_run_of,
+    write_samples,
+    write_token_kl,
+)
 from runs import exit_code, read_json, refusal, sdzero
 from sdzero.analysis import RunFolder
 from sdzero.analysis.plots import COLORS, INK
@@ -130,6 +139,22 @@ def test_headings_ids_and_references_are_in_order(smoke_page: Page) -> None:
     assert named and {a or b for a, b in named} <= {*ids}
     assert all(th.get("scope") in ("row", "col") for th in smoke_page.all("th"))
     assert not [v for v in values if re.match(r"(https?:)?//", v)], "nothing outside is named"
+
+
+def test_several_benchmarks_have_a_row_each(tmp_path: Path) -> None:
+    """The gain is the mean of the benchmarks' own, however many questions they have."""
+    base, srt = {"b/1": [0], "b/2": [0], "b/3": [1], "a/1": [1], "a/2": [0]}, {"b/1": [1], "b/2": [0], "b/3": [1]}
+    for model, rewards in (("base", base), ("srt", {**srt, "a/1": [0], "a/2": [0]})):
+        of_each = {"eval/a/avg_at_k": 0.25, "eval/a/avg_at_k_se": 0.2, "eval/a/pass_at_1": 0.25}
+        write_evaluation(tmp_path, model, rewards, **of_each, **{"eval/b/avg_at_k": 0.5, "eval/b/avg_at_k_se": None})
+    page = Page(render(RunFolder(tmp_path)))
+    assert page.row("avg@1, a") == ["0.250 ±\xa00.200"] * 2 and page.row("avg@1, b") == ["0.500"] * 2
+    headings = [row[0].strip() for row in page.rows if row]
+    assert headings.index("avg@1, b") < headings.index("avg@1, a"), "in the evaluation's order"
+    assert "on 5 held-out questions, averaged over 2 benchmarks." in page.text
+    gain = (1 / 3 - 1 / 2) / 2  # b: 1, 0, 0; a: -1, 0
+    error = (1 / 9 + 1 / 4) ** 0.5 / 2  # squares 2/3 / 2 / 3, and 1/2 / 1 / 2
+    assert numbers(page.row("gain")[1]) == pytest.approx([gain, error], abs=0.0005)
 
 
 def test_the_same_run_gives_the_same_bytes(smoke_run: Path, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ sdzero fit --config configs/recipes/smoke/self_distill.yaml --trainer.max_steps=
 Several `--config` files are laid over each other: a later one, such as `configs/trainer/fsdp2.yaml`, changes the keys
 that it names and leaves the others. A list is replaced as a whole (`callbacks:`) or extended (`callbacks+:`). Where the
 keys of a class are expected, the name of another YAML file may stand, relative to the file that names it.
-`--print_config` prints what came of it all. A key that does not exist is refused by name.
+`--print_config` prints what came of it all. A key that does not exist is refused by name. `null` is written so on the
+command line where a key lies two levels deep: `--data.evaluation='{num_questions: null}'`.
 
 `trainer` is Lightning's Trainer with all of its keys (`sdzero fit --help`). Ours differs in two defaults,
 `num_sanity_val_steps: 0` and `log_every_n_steps: 1`. Gradients are clipped by `model.max_grad_norm`, not by

@@ -24,7 +24,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(script: str, out: Path, *arguments: object) -> dict:
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # for what tests share
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
@@ -57,6 +58,16 @@ def test_two_ranks_equal_one(kind: str, model_folder: Path, tmp_path: Path) -> N
             assert list(alone.question) == list(shared.question) and len(alone) == sum(ITEMS)
             for ours, theirs in zip(alone.kl, shared.kl, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_figures_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: Path, tmp_path: Path) -> None:
+    one, two = (run("evaluate_ranks.py", tmp_path / f"{n}.pt", n, model_folder, tmp_path / f"{n}.pt") for n in (1, 2))
+    benchmarks = [{question.split("/")[0] for question in asked} for asked in two["asked"]]
+    assert benchmarks == [{"x", "y"}, {"x", "z"}]
+    ours, theirs = one["figures"], two["figures"]
+    assert ours.keys() == theirs.keys() >= {"eval/avg_at_k", "eval/y/avg_at_k", "eval/z/pass_at_2", "eval/x/truncated"}
+    assert all(torch.equal(ours[name].nan_to_num(-1), theirs[name].nan_to_num(-1)) for name in ours)
+    assert (ours["eval/x/avg_at_k"], ours["eval/x/truncated"], ours["eval/z/avg_at_k"]) == (0.25, 0.25, 1)
 
 
 def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path: Path) -> None:

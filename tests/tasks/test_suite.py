@@ -15,6 +15,7 @@ from helpers import Toy
 from runs import SMOKE, exit_code, read_json
 from sdzero.tasks import Chains, Countdown, Suite, Task
 from sdzero.types import Question, Split, Verdict
+from tiny_model import write_tiny_model
 
 
 class Finite(Task):
@@ -114,9 +115,9 @@ def test_refuses_training_and_tasks_without_an_end() -> None:
 
 
 def test_a_suite_on_the_command_line(
-    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tables, files, and a comparison with itself."""
+    """The table is that of the files."""
     task = tmp_path / "suite.yaml"
     task.write_text(
         "class_path: sdzero.tasks.Suite\n"
@@ -127,9 +128,9 @@ def test_a_suite_on_the_command_line(
         "  num_questions: {short: 3, longer: 2}\n"
     )
     arguments = [
-        *("--config", SMOKE / "eval.yaml", f"--model.model.path={smoke_run}/srt/model"),
+        *("--config", SMOKE / "eval.yaml", f"--model.model.path={write_tiny_model(tmp_path / 'model')}"),
         *(f"--trainer.default_root_dir={tmp_path}/a", f"--data.task={task}"),
-        *("--data.evaluation.num_questions=null", "--data.evaluation.num_samples=2"),
+        *("--data.evaluation={num_questions: null}", "--data.evaluation.num_samples=2"),
     ]
     assert exit_code(monkeypatch, "test", *arguments) == 0
     shown = capsys.readouterr().out

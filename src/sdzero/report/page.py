@@ -29,7 +29,7 @@ def render(run: RunFolder) -> str:
     compared, num_shared = samples.comparisons(run, samples.control_phrases(lineage))
     return _template(
         name=run.path.resolve().name,
-        headline=results.headline(rows, num_questions, num_answers),
+        headline=results.headline(rows, num_questions, num_answers, len(results.benchmarks(run, rows))),
         missing=history.missing(run),
         facts=history.facts(lineage),
         models=[MODELS[row["stage"]] for row in rows],

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from sdzero.analysis.run import MODELS, RunFolder
+from sdzero.types import benchmark_of
 
 Row = dict[str, Any]
 """A model's row of summary.json."""
@@ -27,17 +28,30 @@ def evaluation_size(run: RunFolder, rows: Sequence[Row]) -> tuple[int, int]:
     """Held-out questions, and answers to each; zeros where nothing is evaluated."""
     if not rows:
         return 0, 0
-    rewards = json.loads((run.path / rows[0]["stage"] / "eval/rewards.json").read_text())
+    rewards = _rewards(run, rows[0])
     return len(rewards), max(map(len, rewards.values()))
 
 
-def headline(rows: Sequence[Row], num_questions: int, num_answers: int) -> list[str]:
+def benchmarks(run: RunFolder, rows: Sequence[Row]) -> list[str]:
+    """Names of the evaluation's benchmarks, in order; none where there is one, whose figures are the whole."""
+    if not rows:
+        return []
+    results, names = run.results(rows[0]["stage"]), dict.fromkeys(map(benchmark_of, _rewards(run, rows[0])))
+    return [name for name in names if f"eval/{name}/avg_at_k" in results]
+
+
+def _rewards(run: RunFolder, row: Row) -> dict[str, list[int]]:
+    return json.loads((run.path / row["stage"] / "eval/rewards.json").read_text())
+
+
+def headline(rows: Sequence[Row], num_questions: int, num_answers: int, num_benchmarks: int = 0) -> list[str]:
     """What happened, in plain words: a gain below two standard errors is not called one."""
     if not rows:
         return ["No model has been evaluated yet."]
     name, score = f"avg@{num_answers}", plus_minus(rows[0]["accuracy"], rows[0]["accuracy_se"])
     model = "The base model" if rows[0]["stage"] == "base" else MODELS[rows[0]["stage"]]
-    first = f"{model} has an {name} of {score} on {num_questions} held-out questions."
+    of = f", averaged over {num_benchmarks} benchmarks" if num_benchmarks else ""
+    first = f"{model} has an {name} of {score} on {num_questions} held-out questions{of}."
     return [first, *(_step(name, *pair) for pair in pairwise(rows))]
 
 
@@ -73,9 +87,21 @@ def table(run: RunFolder, rows: Sequence[Row], num_questions: int, num_answers: 
     def pairs(key: str, form: str = ".3f") -> list[str]:
         return [plus_minus(row.get(key), row.get(f"{key}_se"), form) for row in rows]
 
+    names = benchmarks(run, rows)
+    mean = f"; the mean of the {len(names)} benchmarks below" if names else ""
     again = "eval/resample_wrong_to_right_rate"
     return [
-        Figure(f"avg@{k}", f"share of right answers: {num_questions} questions, {k} answers each", pairs("accuracy")),
+        Figure(
+            f"avg@{k}", f"share of right answers: {num_questions} questions, {k} answers each{mean}", pairs("accuracy")
+        ),
+        *(
+            Figure(
+                f"avg@{k}, {name}",
+                "the same for one benchmark",
+                [plus_minus(r.get(f"eval/{name}/avg_at_k"), r.get(f"eval/{name}/avg_at_k_se")) for r in results],
+            )
+            for name in names
+        ),
         Figure("gain", "over the model to the left, paired question by question", pairs("accuracy_gain", "+.3f")),
         Figure(f"pass@{k}", f"share of questions with a right one among {k} answers", pairs(f"pass_at_{k}")),
         Figure("tokens", "mean length of an answer", [f"{row['mean_response_tokens']:.1f}" for row in rows]),

@@ -1,0 +1,53 @@
+"""Evaluates a suite with a scripted engine on one rank or on several, and saves the figures.
+
+python evaluate_ranks.py NUM_RANKS MODEL_FOLDER OUT_FILE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from helpers import Notes, Toy
+from sdzero.data import Evaluation, EvaluationDataModule
+from sdzero.methods import Method
+from sdzero.models import ModelConfig
+from sdzero.tasks import Suite
+from sdzero.types import Prompt, Sampling
+
+NUM_QUESTIONS = {"x": 4, "y": 1, "z": 1}  # the second rank is asked nothing of y, the first nothing of z
+
+
+def say(prompt: Prompt, seed: int) -> str:
+    return "1" * 99 if prompt.question.answer == "3" else "so 1"
+
+
+def main() -> None:
+    ranks, model, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    suite = Suite({name: Toy() for name in NUM_QUESTIONS}, NUM_QUESTIONS)
+    settings = Evaluation(num_questions=None, num_samples=2, sampling=Sampling(max_new_tokens=9), call_size=2)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=out.with_suffix(""),
+        use_distributed_sampler=False,
+    )
+    method = Method(ModelConfig(model))
+    trainer.test(method, EvaluationDataModule(suite, Notes(say), settings, max_logprob_gap=99), verbose=False)
+    asked = [{*method.eval_rewards}]
+    if ranks > 1:
+        asked = [set()] * ranks
+        torch.distributed.all_gather_object(asked, {*method.eval_rewards})
+    if trainer.is_global_zero:
+        torch.save({"figures": dict(trainer.callback_metrics), "asked": asked}, out)
+
+
+if __name__ == "__main__":
+    main()
