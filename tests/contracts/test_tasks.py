@@ -23,7 +23,9 @@ from configs.recipes.own_data.verifier import LastDigit
 from runs import ROOT
 from sdzero.judge.types import AssertTest, CodeVerdict, StdioTest, Submission
 from sdzero.tasks import (
+    AMOBench,
     Chains,
+    Champ,
     Code,
     Codeforces,
     Countdown,
@@ -32,6 +34,7 @@ from sdzero.tasks import (
     LiveCodeBench,
     Math,
     MultipleChoice,
+    OpenR1Math,
     ReasoningGym,
     Suite,
     Task,
@@ -44,6 +47,11 @@ JUNK = ("", "A", "\\boxed{}", "\\boxed{", "}{", "?" * 5000, "\\boxed{" * 500, "I
 
 def boxed(question: Question) -> str:
     return rf"So the answer is \boxed{{{question.answer}}}."
+
+
+def in_order(question: Question) -> str:
+    """A published row has no gold answer; these ones are sums."""
+    return rf"\boxed{{{'+'.join(map(str, question.meta['numbers']))}}}"
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,22 @@ def rows_file(kind: str) -> str:
     """400 made-up rows with the columns that a task reads by default."""
     columns: dict[str, Callable[[int], dict[str, object]]] = {
         "math": lambda n: {"problem": f"What is {n} times x?", "answer": rf"{n}x"},
+        "openr1": lambda n: {
+            **{"problem": f"What is {n} times x?", "answer": rf"{n}x", "uuid": str(n), "source": "olympiads"},
+            **{"question_type": "math-word-problem", "correctness_math_verify": [None, True]},
+        },
+        "amo": lambda n: {
+            "question_id": n,
+            "prompt": f"{n} x?",
+            "answer": rf"$\boxed{{{n}x}}$",
+            "answer_type": "variable",
+        },
         "choice": lambda n: {
             "question": f"Which is {n}?",
             "options": [*map(str, range(n, n + 5)), "N/A"],
             "answer": "A",
         },
+        "countdown": lambda n: {"target": n + 3, "nums": [1, n, 2]},
         "code": lambda n: {"question": f"Write {n}.", "tests": [{"input": "", "output": str(n)}]},
         "codeforces": lambda n: {
             **{"id": f"{n}/A", "contest_id": str(n), "title": "Echo", "description": f"Write {n}.", "rating": n},
@@ -129,7 +148,9 @@ def three_files(kind: str) -> dict[Split, str]:
 
 
 CASES = {
+    "amo_bench": Case(lambda: AMOBench(rows_file("amo")), boxed),
     "chains": Case(Chains, lambda question: f"1+1=2A{question.answer}"),
+    "champ": Case(Champ, boxed, ("eval",)),
     "code": Case(
         judged(lambda: Code(rows_file("code"))), lambda question: f"So:\n```cpp\n{question.meta['level']}\n```"
     ),
@@ -147,6 +168,8 @@ CASES = {
         judged(lambda: LiveCodeBench({**three_files("livecodebench")}, version=None)),
         lambda question: f"So:\n```python\n{question.meta['difficulty']}\n```",
     ),
+    "openr1_math": Case(lambda: OpenR1Math(rows_file("openr1"), sizes=None), boxed),
+    "published_countdown": Case(lambda: Countdown(path=rows_file("countdown")), in_order),
     "reasoning_gym": Case(lambda: ReasoningGym("chain_sum"), boxed),
     "instructions": Case(lambda: Instructions(rows_file("instructions"), "ifeval"), lambda _: "A zebra."),
     "math": Case(lambda: Math(rows_file("math")), boxed),

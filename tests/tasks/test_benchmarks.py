@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from fixtures import benchmarks, mathematics
 from fixtures.make import make
 from runs import ROOT
-from sdzero.tasks import Instructions, Math, MultipleChoice, Rows, Suite, Task
+from sdzero.tasks import AMOBench, Instructions, Math, MultipleChoice, OpenR1Math, Rows, Suite, Task
 from sdzero.tasks.sources import HubDataset
 from sdzero.types import Question
 
@@ -172,12 +172,14 @@ def test_table_1s_mathematics() -> None:
     assert isinstance(suite, Suite)
     assert [*suite.benchmarks] == ["aime24", "aime25", "hmmt25", "amo_bench", "openr1", "math500"]
     for task in (*suite.benchmarks.values(), training):
+        assert isinstance(task, Rows)
         task.max_dropped_share = 0.2
     questions = suite.questions("eval", None)
     counts = Counter(question.benchmark for question in questions)
     assert counts["aime25"] == counts["hmmt25"] == counts["math500"] == 30 and counts["aime24"] == 29
-    assert counts["amo_bench"] == 21 and suite.benchmarks["amo_bench"].set_aside.total() == 3
-    held_out = suite.benchmarks["openr1"]
+    descriptions, held_out = suite.benchmarks["amo_bench"], suite.benchmarks["openr1"]
+    assert isinstance(descriptions, AMOBench) and isinstance(held_out, OpenR1Math)
+    assert counts["amo_bench"] == 21 and descriptions.set_aside.total() == 3
     assert (held_out.path, held_out.sizes, held_out.sources) == (training.path, training.sizes, training.sources)
     asked = {q.identity for phase in ("phase1", "phase2") for q in training.questions(phase, None)}
     assert counts["openr1"] and not asked & {question.identity for question in questions}
@@ -187,7 +189,8 @@ def test_table_16s_benchmarks() -> None:
     suite = load("ood_benchmarks")
     assert [*suite.benchmarks] == ["aime24", "aime25", "countdown", "ifbench", "ifeval", "mmlu", "mmlu_pro"]
     for task in suite.benchmarks.values():
-        task.max_dropped_share = 0.1
+        if isinstance(task, Rows):
+            task.max_dropped_share = 0.1
     counts = Counter(question.benchmark for question in suite.questions("eval", None))
     training = load("countdown")
     assert counts["countdown"] == len(training.questions("eval", None)) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from sdzero.tasks.math import INSTRUCTION, Math
 from sdzero.tasks.rows import SetAside, Source
@@ -63,18 +64,23 @@ class Champ(Math):
         )
 
     def rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
-        problems = json.loads(package_file(str(source)).read_text())["problems"]
-        kept = ("identifier", "_text", "_raw_answer", "category")
-        return [
-            {
-                **{name: problem[name] for name in kept},
-                "solution": "\n".join(step["_text"] for step in problem["solution"]["steps"]),
-            }
-            for problem in problems.values()
-        ]
+        return [dict(row) for row in _published()]
 
     def prepare(self, row: Row) -> Sequence[Row]:
         return [{**row, "_raw_answer": gold(row["_raw_answer"])}]
+
+
+@cache
+def _published() -> list[Row]:
+    """What a question is made of; nearly all of the file's 72 MB are conversations with models."""
+    problems = json.loads(package_file(FILE).read_text())["problems"]
+    return [
+        {
+            **{name: problem[name] for name in ("identifier", "_text", "_raw_answer", "category")},
+            "solution": "\n".join(step["_text"] for step in problem["solution"]["steps"]),
+        }
+        for problem in problems.values()
+    ]
 
 
 def gold(raw: str) -> str:
