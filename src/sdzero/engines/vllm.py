@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from sdzero.engines import vllm_patches
 from sdzero.engines.base import EngineError, EngineSpec, OnFinished, RolloutEngine, SyncReport, ignore, preserved_rng
 from sdzero.engines.checks import SyncCheck, WeightLayout
 from sdzero.engines.vllm_requests import logprobs, run_requests, sampling_params, shared_requests
@@ -80,9 +80,9 @@ class VLLMEngine(RolloutEngine):
             llm_class, self._is_cpu = _import_vllm()
             self._runs_eagerly = self._is_cpu if self.enforce_eager is None else self.enforce_eager
             if dist.is_initialized():
-                _spare_process_group()
+                vllm_patches.spare_process_group()
                 if self._is_cpu:
-                    _own_shared_memory()
+                    vllm_patches.own_shared_memory()
             with self._guarded():
                 self._llm = self._construct(llm_class)
         self.policy_version = 0 if spec.load_weights else None
@@ -219,7 +219,7 @@ def _missing() -> ModuleNotFoundError:
 
 
 def _import_vllm() -> tuple[Callable[..., Any], bool]:
-    """The class `vllm.LLM`, and whether this vLLM runs on the CPU."""
+    """What makes a `vllm.LLM`, and whether this vLLM runs on the CPU."""
     try:
         import vllm
     except ModuleNotFoundError as error:
@@ -228,33 +228,7 @@ def _import_vllm() -> tuple[Callable[..., Any], bool]:
         raise _missing() from error
     from vllm.platforms import current_platform
 
-    return vllm.LLM, current_platform.is_cpu()
-
-
-def _spare_process_group() -> None:
-    """vLLM's shutdown destroys torch's default process group, whoever made it. Here the trainer did, and needs it."""
-    from vllm.distributed import parallel_state
-
-    def destroy_world() -> None:
-        if parallel_state._WORLD:
-            parallel_state._WORLD.destroy()
-        parallel_state._WORLD = None
-
-    parallel_state.destroy_distributed_environment = destroy_world
-
-
-def _own_shared_memory() -> None:
-    """On the CPU the ranks of an engine meet in shared memory, whose name vLLM makes the same on a whole machine: no
-    second run would start, and none after a killed one, which leaves it behind. Collective."""
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-
-    run = [uuid4().hex]
-    dist.broadcast_object_list(run)
-
-    def make_group_name(communicator: Any) -> str:
-        return f"sdzero-{run[0]}-{communicator.unique_name}-{communicator.ranks}"
-
-    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+    return vllm_patches.sparing_model_classes(vllm.LLM), current_platform.is_cpu()
 
 
 def _world_size() -> int:
