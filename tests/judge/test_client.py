@@ -107,15 +107,16 @@ def test_a_program_that_reads_and_writes_files(judge: Judge) -> None:
 
 
 def test_a_checker_decides_where_there_is_one(judge: Judge) -> None:
-    # any even number will do; argv: input, output, correct
-    checker = Checker("python", "import sys\nprint(int(int(open(sys.argv[2]).read()) % 2 == 0))")
-    programs = ["print(4)", "print(3)", "print('four')"]
-    verdicts = judge.judge([Submission("python", text, (StdioTest("", "2"),), checker=checker) for text in programs])
-    assert [verdict.reason for verdict in verdicts] == ["correct", "wrong", "wrong"]
+    # any even number will do, from twice the input on to the correct one; argv: input, correct, output
+    read = "import sys\ngiven, most, said = (int(open(path).read()) for path in sys.argv[1:])\n"
+    checker = Checker("python", f"{read}print(int(said % 2 == 0 and 2 * given <= said <= most))")
+    programs = ["print(4)", "print(3)", "print('four')", "print(0)", "print(10)", "print(8)"]
+    verdicts = judge.judge([Submission("python", text, (StdioTest("1", "8"),), checker=checker) for text in programs])
+    assert [verdict.reason for verdict in verdicts] == ["correct", "wrong", "wrong", "wrong", "wrong", "correct"]
 
 
 def test_a_checker_may_give_a_score(judge: Judge) -> None:
-    checker = Checker("python", "import sys\nprint(open(sys.argv[2]).read())")
+    checker = Checker("python", "import sys\nprint(open(sys.argv[3]).read())")
     programs = [f"print({score})" for score in ("1", "100", "0", "50", "0.5")]
     verdicts = judge.judge([Submission("python", text, (StdioTest("", "2"),), checker=checker) for text in programs])
     assert [verdict.reward for verdict in verdicts] == [1, 1, 0, 0, 0]

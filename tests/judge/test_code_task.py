@@ -11,7 +11,7 @@ pytestmark = pytest.mark.sandbox
 
 CPP = "#include <bits/stdc++.h>\nusing namespace std;\nint main() { %s long long a, b; cin >> a >> b; cout << a + b; }"
 FILES = 'freopen("input.txt", "r", stdin); freopen("output.txt", "w", stdout);'
-ANY_EVEN = "import sys\nprint(int(int(open(sys.argv[2]).read()) % 2 == 0))"
+ANY_EVEN = "import sys\nprint(int(int(open(sys.argv[3]).read()) % 2 == 0))"
 
 
 def fenced(source: str, name: str = "cpp") -> str:

@@ -122,7 +122,7 @@ class Judging:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for name, text in (("input", to_bytes(test.input)), ("output", output), ("correct", to_bytes(test.output))):
                 (Path(folder) / name).write_bytes(text)
-            argv = (*program.argv, *(f"{_DATA}/{name}" for name in ("input", "output", "correct")))
+            argv = (*program.argv, *(f"{_DATA}/{name}" for name in ("input", "correct", "output")))
             outcome = await self.runs.run(Job(argv, _CHECKING, (*program.binds, (folder, _DATA))))
         if outcome.stopped or outcome.code:
             return False
