@@ -93,13 +93,18 @@ def test_limits_are_at_most() -> None:
     assert (names.count("a"), names.count("b")) == (5, 2)
 
 
+def test_none_of_a_benchmark_leaves_it_out() -> None:
+    both = Suite({"a": Toy(), "b": Toy()}, {"a": 0, "b": 2})
+    assert [question.benchmark for question in both.questions("eval", None)] == ["b", "b"]
+
+
 @pytest.mark.parametrize(
     ("benchmarks", "num_questions", "said"),
     [
         ({}, None, "task.benchmarks is empty"),
         ({"a/b": Toy()}, None, "'a/b' is no name"),
         ({"a": Toy()}, {"b": 1}, r"task.num_questions names \['b'\]"),
-        ({"a": Toy()}, 0, "task.num_questions of 'a' must be at least 1"),
+        ({"a": Toy()}, -1, "task.num_questions of 'a' must be at least 0"),
     ],
 )
 def test_refuses(benchmarks: dict[str, Task], num_questions: dict[str, int] | int | None, said: str) -> None:

@@ -17,8 +17,8 @@ class Suite(Task):
 
     Args:
         benchmarks: name -> task. Names are of letters, digits, `_` and `-`.
-        num_questions: at most so many of each benchmark, its first; by name, of those named; null takes all of them,
-            which a task that makes questions without an end refuses.
+        num_questions: at most so many of each benchmark, its first; by name, of those named; 0 leaves a benchmark out;
+            null takes all of them, which a task that makes questions without an end refuses.
     """
 
     def __init__(self, benchmarks: dict[str, Task], num_questions: dict[str, int] | int | None = None) -> None:
@@ -30,8 +30,8 @@ class Suite(Task):
         if unknown := limits.keys() - benchmarks.keys():
             raise ValueError(f"task.num_questions names {sorted(unknown)}, but the benchmarks are {[*benchmarks]}")
         for name, limit in limits.items():
-            if limit is not None and limit < 1:
-                raise ValueError(f"task.num_questions of {name!r} must be at least 1, or null, got {limit}")
+            if limit is not None and limit < 0:
+                raise ValueError(f"task.num_questions of {name!r} must be at least 0, or null, got {limit}")
         self.benchmarks, self.limits = benchmarks, limits
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
@@ -40,6 +40,7 @@ class Suite(Task):
         questions = [
             replace(question, id=f"{name}/{question.id}", family=question.identity)  # the identity that training knows
             for name, task in self.benchmarks.items()
+            if self.limits.get(name) != 0
             for question in _first(task, self.limits.get(name))
         ]
         if num_questions is not None and num_questions > len(questions):
