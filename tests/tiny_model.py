@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
 WORDS = [
@@ -70,6 +77,29 @@ def write_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
     # what engines must not pick up
     defaults = dict(do_sample=True, top_k=5, temperature=0.3, repetition_penalty=1.5, min_p=0.2)
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[1], **defaults)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def write_tiny(path: str | Path, kind: str, **overrides: Any) -> Path:
+    """Writes a random tiny model of any architecture that transformers knows by name, as `olmo3`, and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config: dict[str, Any] = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**config, **overrides}))
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
