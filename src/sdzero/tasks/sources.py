@@ -146,8 +146,8 @@ def read_hub(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], b
     asked of them.
 
     Raises:
-        FileNotFoundError: it cannot be had: offline, no such data set, configuration, split or revision.
-        ValueError: it lacks a column.
+        FileNotFoundError: it cannot be had: offline, or no such data set or revision.
+        ValueError: it has no such configuration or split, or lacks a column.
     """
     if source.is_local:
         return _load(source, columns, keep)
@@ -203,7 +203,10 @@ def _load(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool
     options: dict[str, Any] = {"path": source.id, "name": source.config, "data_files": source.data_files}
     if not source.is_local:
         options["revision"] = source.revision
-    builder = datasets.load_dataset_builder(**options)
+    try:
+        builder = datasets.load_dataset_builder(**options)
+    except ValueError as error:  # the library's way to say that there is no such configuration
+        raise ValueError(f"task.path.config: {source.id}: {_line(error)}") from None
     files, found = _files_of(builder, source), builder.info.features
     is_parquet = str(files[0]).endswith(".parquet")
     wanted = None if source.columns is None else [*dict.fromkeys((*columns, *source.columns))]
@@ -241,10 +244,10 @@ def _parquet_columns(file: Any) -> list[str]:
 
 
 def _files_of(builder: Any, source: HubDataset) -> list[Any]:
-    """Raises: FileNotFoundError where the data set has no such split."""
+    """Raises: ValueError where the data set has no such split."""
     splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if source.split not in splits:
-        raise FileNotFoundError(f"task.path.split: {source.id} has no split {source.split!r}; it has {sorted(splits)}")
+        raise ValueError(f"task.path.split: {source.id} has no split {source.split!r}; it has {sorted(splits)}")
     return splits[source.split]
 
 
@@ -278,17 +281,20 @@ def _kept(source: HubDataset, columns: Sequence[str], commit: str) -> Path:
 
 def _had(source: HubDataset, get: Callable[[], Result]) -> Result:
     """What `get` gets from the hub. Raises: FileNotFoundError, with one line in place of the libraries' many."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import HfHubHTTPError, httpx  # the client that it asks with, whatever its name is
 
     try:
         return get()
     except (OSError, httpx.HTTPError, HfHubHTTPError) as error:  # datasets' own errors are OSErrors
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileNotFoundError(
-            f"task.path: {source} cannot be had at revision {source.revision or 'main'}: {said} "
-            "(offline, it must be in the cache, HF_HOME; a folder laid out like it will do too: task.path.id)"
+            f"task.path: {source} cannot be had at revision {source.revision or 'main'}: {_line(error)} (offline, it "
+            "must be in the cache, HF_HOME, and task.path.revision must name its commit; a folder laid out like it "
+            "will do too: task.path.id)"
         ) from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _size(num_bytes: float) -> str:
