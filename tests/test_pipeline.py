@@ -18,10 +18,11 @@ import yaml
 from runs import MODELS, SMOKE, STAGES, exit_code, num_calls, read_json, refusal, responses, scalars
 from sdzero import pipeline
 from sdzero.data import TraceDataModule, TraceFile
-from sdzero.metrics import count_keywords
+from sdzero.keywords import count_keywords
 from sdzero.models import folder_sha256
-from sdzero.pipeline import content_sha256, resolved, stages
+from sdzero.pipeline import content_sha256
 from sdzero.rollouts import read_traces
+from sdzero.stages import resolved, stages
 from sdzero.tasks import Chains
 
 # a validation is two calls: answers, and revisions of them
@@ -159,7 +160,7 @@ def test_edited_questions_and_an_edited_verifier_stop_the_run(
     edit(recipe / "collect.yaml", task, "{class_path: mine.verifier.Mine, init_args: {path: rows.jsonl}}")
     stage = next(stage for stage in stages(recipe, copy) if stage.name == "collect")
     with (copy / ".lock").open("w") as lock:
-        run = pipeline.Run(recipe, copy, None, None, lock)
+        run = pipeline.Run(stages(recipe, copy), copy, lock)
         run.lineage["collect"] = {**run._identity(stage), "spent": 1.0, "seconds": 1.0}
         assert run._finished(stage)
         for file, key in ((verifier, "task.class_path"), (questions, "task.init_args.path")):

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from sdzero.cli import _collect_parser
-from sdzero.pipeline import stages
+from sdzero.stages import stages
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted((CONFIGS / "recipes").iterdir())

@@ -17,109 +17,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from sdzero import __version__
+from sdzero.stages import ENGINES, Choices, Stage, stages
 from sdzero.summary import print_table, summarize
 
 PACKAGES = ("torch", "lightning", "transformers")
-ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
-FIT_MODEL = "model.init_args.model.path"
 LOCK_SECONDS = 3.0
 """A stage whose `sdzero run` was killed takes a moment to notice, and holds the folder's lock until it has ended."""
 
-Check = Callable[[str, Sequence[str]], None]
-"""Parses a stage's command and arguments, and raises where a key is wrong."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One child process.
-
-    Attributes:
-        name: folder of the stage in the run's folder.
-        command: `fit`, `test` or `collect`.
-        config: YAML file of the recipe.
-        inputs: config key -> file or folder that an earlier stage wrote.
-        outputs: what must be there when it has finished, relative to its folder.
-    """
-
-    name: str
-    command: str
-    config: Path
-    inputs: dict[str, Path] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
-
-
-def stages(recipe: Path, out: Path) -> list[Stage]:
-    """The stages of a recipe in order.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of collect.yaml, srt.yaml, self_distill.yaml, eval.yaml.
-    """
-    for name in ("collect", "srt", "self_distill", "eval"):
-        if not (recipe / f"{name}.yaml").is_file():
-            raise FileNotFoundError(f"{recipe} is not a recipe: it has no {name}.yaml")
-    trained: list[Stage] = []
-    if (recipe / "base.yaml").is_file():
-        trained.append(Stage("base", "fit", recipe / "base.yaml", {}, ("model",)))
-        base = out / "base/model"
-    else:
-        base = Path(_required(recipe / "collect.yaml", "model.path"))
-
-    def evaluation(name: str, model: Path) -> Stage:
-        return Stage(f"{name}/eval", "test", recipe / "eval.yaml", {FIT_MODEL: model}, ("results.json", "rewards.json"))
-
-    srt, self_distill = out / "srt/model", out / "self_distill/model"
-    srt_inputs = {FIT_MODEL: base, "data.init_args.source.init_args.path": out / "collect/traces.jsonl"}
-    sd_inputs = {FIT_MODEL: srt, "data.init_args.disjoint_from": out / "collect/questions.json"}
-    collected = ("traces.jsonl", "questions.json", "statistics.json")
-    return [
-        *trained,
-        evaluation("base", base),
-        Stage("collect", "collect", recipe / "collect.yaml", {"model.path": base}, collected),
-        Stage("srt", "fit", recipe / "srt.yaml", srt_inputs, ("model",)),
-        evaluation("srt", srt),
-        Stage("self_distill", "fit", recipe / "self_distill.yaml", sd_inputs, ("model",)),
-        evaluation("self_distill", self_distill),
-    ]
-
-
-def _required(config: Path, key: str) -> str:
-    values = resolved(config)
-    if key not in values:
-        raise ValueError(f"{config}: {key} is missing, and the recipe has no base.yaml that trains a base model")
-    return str(values[key])
-
-
-def resolved(path: Path) -> dict[str, Any]:
-    """A config as flat `a.b.c: value` pairs, with the YAML files it names put in their place.
-
-    Raises:
-        ValueError: a file is not YAML; names the place.
-    """
-
-    def walk(prefix: str, value: Any, folder: Path) -> dict[str, Any]:
-        if isinstance(value, str) and value.endswith(".yaml") and (folder / value).is_file():
-            return walk(prefix, _load(folder / value), (folder / value).parent)
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        flat = [walk(f"{prefix}.{key}" if prefix else str(key), item, folder) for key, item in items]
-        return {k: v for part in flat for k, v in part.items()} if flat else {prefix: value}
-
-    return walk("", _load(path), path.parent)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+Check = Callable[[str, Sequence[str]], dict[str, Any]]
+"""Parses a stage's command and arguments into its whole config, and raises where a key is wrong."""
 
 
 def content_sha256(path: Path) -> str:
@@ -134,25 +46,24 @@ def content_sha256(path: Path) -> str:
 class Run:
     """The run's folder with its lineage.json: per finished stage its config, versions and hashes."""
 
-    def __init__(self, recipe: Path, out: Path, seed: int | None, engine: str | None, lock: IO[str]) -> None:
-        self.recipe, self.out, self.seed, self.engine, self.lock = recipe, out, seed, engine, lock
+    def __init__(self, plan: Sequence[Stage], out: Path, lock: IO[str]) -> None:
+        self.plan, self.out, self.lock = plan, out, lock
         self.lineage_path = out / "lineage.json"
         self.lineage: dict[str, Any] = {}
         if self.lineage_path.is_file():
             self.lineage = json.loads(self.lineage_path.read_text())
 
     def execute(self, check: Check) -> None:
-        plan = stages(self.recipe, self.out)
         if not self.lineage:  # a wrong key in the last stage must not show after the first has run for hours
-            for stage in plan:
-                self._check_engine(stage)
-                check(stage.command, self._arguments(stage))
-        for number, stage in enumerate(plan, 1):
-            title = f"[{number}/{len(plan)}] {stage.name}"
+            for stage in self.plan:
+                _check_engine(stage)
+                check(stage.command, stage.arguments(self.out / stage.name))
+        for number, stage in enumerate(self.plan, 1):
+            title = f"[{number}/{len(self.plan)}] {stage.name}"
             if self._finished(stage):
                 print(f"{title}: finished before", flush=True)
                 continue
-            print(f"{title}: {stage.command} {stage.config}", flush=True)
+            print(f"{title}: {stage.command} {' + '.join(map(str, (stage.config, *stage.overlays)))}", flush=True)
             self._execute(stage)
         from sdzero.rollouts import write_text  # brings torch
 
@@ -162,25 +73,8 @@ class Run:
         print(f"\ncurves: tensorboard --logdir {self.out}\nfigures: {self.out / 'summary.json'}")
         print(f"report: sdzero report {self.out}")
 
-    def _config(self, stage: Stage) -> dict[str, Any]:
-        """The stage's resolved config with this run's seed and engine in it."""
-        seed = {} if self.seed is None else {"seed_everything": self.seed}
-        config = {**resolved(stage.config), **seed}
-        if self.engine is not None and (key := _engine_key(stage, config)):
-            config[key] = ENGINES[self.engine]
-        return config
-
-    def _check_engine(self, stage: Stage) -> None:
-        config = self._config(stage)
-        key = _engine_key(stage, config)
-        if key and config[key] == ENGINES["vllm"] and find_spec("vllm") is None:
-            raise ValueError(
-                f'{stage.config}: {key}: vLLM is not installed: pip install "sdzero[cuda]" (or "sdzero[cpu]"), '
-                "or take --engine transformers"
-            )
-
     def _identity(self, stage: Stage) -> dict[str, Any]:
-        config = self._config(stage)
+        config = stage.resolved()
         named = {key: file for key, value in config.items() if (file := _local_file(value)) is not None}
         files = {**stage.inputs, **{key: file for key, file in named.items() if key not in stage.inputs}}
         return {"config": config, "inputs": {key: content_sha256(path) for key, path in files.items()}}
@@ -207,7 +101,7 @@ class Run:
         # written before the stage starts, so that a restart with another config is noticed too
         self._record(stage, {**self._identity(stage), "spent": spent})
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "sdzero", stage.command, *self._arguments(stage), *_going_on(stage, folder)]
+        command = [sys.executable, "-m", "sdzero", stage.command, *stage.arguments(folder), *_going_on(stage, folder)]
         environment = {**os.environ, "SDZERO_PARENT": str(os.getpid())}
         started = time.monotonic()
         # the child holds the lock too: where this process is killed, no other run starts before the child has ended
@@ -226,16 +120,6 @@ class Run:
         self.lineage[stage.name] = record
         write_text(self.lineage_path, json.dumps(self.lineage, indent=2) + "\n")
 
-    def _arguments(self, stage: Stage) -> list[str]:
-        folder = self.out / stage.name
-        options = {key: str(path) for key, path in stage.inputs.items()}
-        options |= {"out": str(folder)} if stage.command == "collect" else {"trainer.default_root_dir": str(folder)}
-        if self.seed is not None:
-            options["seed_everything"] = str(self.seed)
-        if self.engine is not None and (key := _engine_key(stage, resolved(stage.config))):
-            options[key.removesuffix(".class_path")] = ENGINES[self.engine]
-        return ["--config", str(stage.config), *(f"--{key}={value}" for key, value in options.items())]
-
 
 def _local_file(value: Any) -> Path | None:
     """The user's own file that a config's value names: by its path, or as the module of a class_path."""
@@ -245,10 +129,13 @@ def _local_file(value: Any) -> Path | None:
     return next((Path(name) for name in (value, module) if os.path.isfile(name)), None)  # a prompt is no path either
 
 
-def _engine_key(stage: Stage, config: dict[str, Any]) -> str | None:
-    """The key that names the class of the stage's rollout engine; None for a stage without one."""
-    prefix = "engine" if stage.command == "collect" else "data.init_args.engine"
-    return next((key for key in (f"{prefix}.class_path", prefix) if key in config), None)
+def _check_engine(stage: Stage) -> None:
+    key = stage.engine_key()
+    if key and stage.resolved()[key] == ENGINES["vllm"] and find_spec("vllm") is None:
+        raise ValueError(
+            f'{stage.config}: {key}: vLLM is not installed: pip install "sdzero[cuda]" (or "sdzero[cpu]"), '
+            "or take --engine transformers"
+        )
 
 
 def _going_on(stage: Stage, folder: Path) -> list[str]:
@@ -277,17 +164,50 @@ def _acquire(lock: IO[str], out: Path) -> None:
 
 
 def main(arguments: list[str], check: Check) -> None:
+    options = _parser().parse_args(arguments)
+    choices = Choices(tuple(options.overlay), options.phase2_only, options.seed, options.engine)
+    out = options.out or Path("runs") / _run_name(options.recipe, choices)
+    plan = stages(options.recipe, out, choices)  # a folder that is no recipe leaves nothing behind
+    if options.dry_run:
+        from sdzero.plan import dry_run  # brings torch
+
+        configs = {stage.name: check(stage.command, stage.arguments(out / stage.name)) for stage in plan}
+        return dry_run(options.recipe, configs)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        _acquire(lock, out)
+        Run(plan, out, lock).execute(check)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdzero run", description="Runs a recipe's stages in order; call it again to go on."
     )
     parser.add_argument("recipe", type=Path, help="folder with collect.yaml, srt.yaml, self_distill.yaml, eval.yaml")
-    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE)")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE, runs/RECIPE+OVERLAY)")
     parser.add_argument("--seed", type=int, help="the run's seed (default: the recipe's seed_everything)")
     parser.add_argument("--engine", choices=sorted(ENGINES), help="another rollout engine than the recipe's")
-    options = parser.parse_args(arguments)
-    out = options.out or Path("runs") / options.recipe.resolve().name
-    stages(options.recipe, out)  # a folder that is no recipe leaves nothing behind
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        _acquire(lock, out)
-        Run(options.recipe, out, options.seed, options.engine, lock).execute(check)
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with any of the recipe's files, laid over these key by key; may be given several times",
+    )
+    parser.add_argument(
+        "--phase2-only",
+        action="store_true",
+        help="leave out collect and srt: SelfDistill starts from the base (table 12)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print each stage's generations, tokens and memory per GPU, refuse what cannot fit, and run nothing",
+    )
+    return parser
+
+
+def _run_name(recipe: Path, choices: Choices) -> str:
+    overlays = [folder.resolve().name for folder in choices.overlays]
+    return "+".join([recipe.resolve().name, *overlays, *["phase2-only"] * choices.phase2_only])

@@ -27,7 +27,7 @@ from sdzero.methods.evaluation import Evaluated
 from sdzero.models import ModelConfig, full_weights, load, shard_fsdp1, shard_fsdp2
 from sdzero.prompts import Context, Revision, collate, micro_batches
 from sdzero.seeds import run_seed
-from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TraceBatch
+from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
 
 BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 FAULTS = ("num_nonfinite", "num_skipped")
@@ -178,19 +178,25 @@ class Method(Evaluated):
 
     @torch.no_grad()
     def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """The student's untempered log-probabilities of sampled responses, one tensor [N_i] each. Collective."""
+        """The student's untempered log-probabilities of sampled responses, one tensor [N_i] each. Collective.
+
+        One response at a time: the engine is awake, and a pass over several long ones would need its memory.
+        """
         blank = self.blank()
-        contexts = [r.prompt.token_ids for r in rollouts] or [blank.context]
-        targets = [r.token_ids for r in rollouts] or [blank.target]
-        batch = collate(contexts, targets, self.builder.pad_id).to(self.device)
+        num_passes = int(self.reduce(torch.tensor(max(len(rollouts), 1)), "max"))  # on every rank the same number
+        rows = [(r.prompt.token_ids, r.token_ids) for r in rollouts]
+        rows += [(blank.context, blank.target)] * (num_passes - len(rows))
+        return [self._logprobs(*row) for row in rows][: len(rollouts)]
+
+    def _logprobs(self, context: TokenIds, target: TokenIds) -> Tensor:
+        batch = collate([context], [target], self.builder.pad_id).to(self.device)
         ones = torch.ones(len(batch.targets), device=self.device)
 
         def head(hidden: Tensor, weight: Tensor) -> LossOutput:
             return cross_entropy_head(hidden, weight, batch.targets, ones, len(batch.targets))
 
         with self.trainer.precision_plugin.forward_context():
-            logprobs = self.student(batch.input_ids, batch.predicts, head).metrics["logprobs"]
-        return list(logprobs.split([len(t) for t in targets]))[: len(rollouts)]
+            return self.student(batch.input_ids, batch.predicts, head).metrics["logprobs"]
 
     def reviser(self) -> tuple[nn.Module, Context]:
         """Who judges the tokens of an answer, and what it reads before it: a method without a teacher is its own."""
