@@ -25,8 +25,7 @@ def say(prompt: Prompt, seed: int) -> str:
     return "1" * 99 if prompt.question.answer == "3" else "so 1"
 
 
-def main() -> None:
-    ranks, model, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+def evaluate(ranks: int, model: str, out: Path) -> None:
     suite = Suite({name: Toy() for name in NUM_QUESTIONS}, NUM_QUESTIONS)
     settings = Evaluation(num_questions=None, num_samples=2, sampling=Sampling(max_new_tokens=9), call_size=2)
     trainer = L.Trainer(
@@ -50,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    evaluate(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from distributed.evaluate_ranks import evaluate
 from tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent
@@ -61,7 +62,9 @@ def test_two_ranks_equal_one(kind: str, model_folder: Path, tmp_path: Path) -> N
 
 
 def test_figures_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: Path, tmp_path: Path) -> None:
-    one, two = (run("evaluate_ranks.py", tmp_path / f"{n}.pt", n, model_folder, tmp_path / f"{n}.pt") for n in (1, 2))
+    evaluate(1, str(model_folder), tmp_path / "one.pt")
+    one = torch.load(tmp_path / "one.pt")
+    two = run("evaluate_ranks.py", tmp_path / "two.pt", 2, model_folder, tmp_path / "two.pt")
     benchmarks = [{question.split("/")[0] for question in asked} for asked in two["asked"]]
     assert benchmarks == [{"x", "y"}, {"x", "z"}]
     ours, theirs = one["figures"], two["figures"]
