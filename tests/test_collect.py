@@ -138,6 +138,7 @@ def plainly(
                                 "text": question.text,
                                 "answer": question.answer,
                                 "meta": {},
+                                "family": "",
                             },
                             "prompt_ids": list(first_prompts[question.id]),
                             "init_ids": body,

@@ -90,7 +90,7 @@ class Collect:
             write_traces(self.out / "traces.jsonl", self._chosen_traces(sampler, builder, questions, chosen))
         finally:
             self.engine.close()
-        statistics = _statistics(counts, kept, chosen, journal.num_started)
+        statistics = {**_statistics(counts, kept, chosen, journal.num_started), "left_out": self.task.left_out()}
         write_text(self.out / "questions.json", json.dumps([q.identity for q in questions]))
         write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         print(json.dumps(statistics, indent=2), flush=True)

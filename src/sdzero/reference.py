@@ -21,6 +21,7 @@ import docstring_parser
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import Strategy
 
 import sdzero
 from sdzero.collect import Collect
@@ -38,6 +39,7 @@ GROUPS: dict[type, tuple[str, str]] = {
     TraceSource: ("Trace sources", "Where `TraceDataModule` takes its traces from."),
     Context: ("Teacher contexts", "What the teacher reads before the response it scores."),
     L.Callback: ("Callbacks", "Items of `trainer.callbacks`."),
+    Strategy: ("Strategies", "`trainer.strategy`."),
 }
 """Base class -> heading of the page, and what stands under it."""
 VALUES = "Values with keys of their own"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from sdzero.data.base import NUM_CHECKED, StepDataModule
 from sdzero.engines.base import EngineError
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import write_traces
-from sdzero.types import EvalBatch, Prompt, Rollout, Sampling
+from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, Split
 from tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=20)
@@ -66,6 +67,7 @@ def attach(builder: PromptBuilder, tmp_path: Path) -> Data:
     def make(data: StepDataModule, stage: str = "fit", rank: int = 0, world_size: int = 1, **policy: Any) -> Any:
         trainer = SimpleNamespace(
             global_rank=rank,
+            is_global_zero=rank == 0,
             world_size=world_size,
             lightning_module=Policy(builder, **policy),
             default_root_dir=str(tmp_path),
@@ -95,6 +97,7 @@ def engine_of(data: StepDataModule) -> Notes:
 # --- evaluation -----------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(num=st.integers(1, 14), k=st.integers(1, 4), call_size=st.integers(1, 12), world_size=st.integers(1, 4))
 def test_every_rank_makes_as_many_calls_and_each_question_is_asked_once(
     builder: PromptBuilder, tmp_path_factory: pytest.TempPathFactory, num: int, k: int, call_size: int, world_size: int
@@ -105,7 +108,11 @@ def test_every_rank_makes_as_many_calls_and_each_question_is_asked_once(
         data = evaluation(num, k, call_size)
         folder = str(tmp_path_factory.mktemp("rank"))
         data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-            global_rank=rank, world_size=world_size, lightning_module=Policy(builder), default_root_dir=folder
+            global_rank=rank,
+            is_global_zero=rank == 0,
+            world_size=world_size,
+            lightning_module=Policy(builder),
+            default_root_dir=folder,
         )
         data.setup("test")
         loader = data.test_dataloader()
@@ -186,6 +193,26 @@ def test_phases_share_no_question(attach: Data, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 questions of phase 2 are also in phase 1 .*\['phase2-3'\]"):
         attach(phase2(disjoint_from=file))
     attach(phase2(num_questions=3, disjoint_from=file))
+
+
+def test_a_stage_says_which_questions_it_uses(attach: Data, tmp_path: Path) -> None:
+    class Held(Toy):
+        def questions(self, split: Split, num_questions: int | None) -> list[Question]:
+            return [replace(question, family="twins") for question in super().questions(split, num_questions)]
+
+        def left_out(self) -> dict[str, Any]:
+            return {"set_aside": {"a rule": 3}}
+
+    data = phase2(evaluation=Evaluation("eval", 2, 1, SAMPLING))
+    attach(data)
+    said = json.loads((tmp_path / "questions-fit.json").read_text())
+    assert said == {"train": [f"phase2-{i}" for i in range(5)], "eval": ["eval-0", "eval-1"], "left_out": {}}
+    attach(EvaluationDataModule(Held(), Notes(answer), Evaluation("eval", 2, 1, SAMPLING)), "test")
+    said = json.loads((tmp_path / "questions-test.json").read_text())
+    assert said == {"train": [], "eval": ["twins"], "left_out": {"set_aside": {"a rule": 3}}}
+    (tmp_path / "questions-fit.json").unlink()
+    attach(phase2(), rank=1, world_size=2)
+    assert not (tmp_path / "questions-fit.json").exists(), "rank 0 writes"
 
 
 # --- lengths --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdzero.data.answers import AnswerStream, Evaluation, Policy
 from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
-from sdzero.rollouts import CallJournal, Sampler
+from sdzero.rollouts import CallJournal, Sampler, write_text
 from sdzero.seeds import derive_seed, run_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Sampling, ScoredRollout
@@ -146,6 +147,29 @@ class StepDataModule(L.LightningDataModule):
             if not self.eval_questions:
                 raise ValueError(f"data.evaluation.split: {self.evaluation.split!r} of data.task holds no question")
             self.check_length(self.eval_questions, self.evaluation.sampling.max_new_tokens, 0, "evaluation")
+        if stage == "fit":
+            self.setup_training()
+        self._write_questions(stage)
+
+    def setup_training(self) -> None:
+        """Gets the training items, and checks them."""
+
+    def training_questions(self) -> list[Question]:
+        """The questions of the training items."""
+        return []
+
+    def _write_questions(self, stage: str) -> None:
+        """`questions-STAGE.json` in the stage's folder: the identities of the questions of each split that it uses, and
+        what its task left out."""
+        assert self.trainer is not None
+        if not self.trainer.is_global_zero:
+            return
+        used = {"train": self.training_questions(), "eval": self.eval_questions}
+        rows: dict[str, Any] = {name: sorted({q.identity for q in questions}) for name, questions in used.items()}
+        rows["left_out"] = {} if self.task is None else self.task.left_out()
+        folder = Path(self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"questions-{stage}.json", json.dumps(rows, indent=1) + "\n")
 
     @property
     def max_positions(self) -> int:

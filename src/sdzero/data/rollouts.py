@@ -68,15 +68,15 @@ class RolloutDataModule(StepDataModule):
     def num_items(self) -> int:
         return len(self.questions)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage != "fit":
-            return
+    def setup_training(self) -> None:
         assert self.task is not None
         self.questions = self.task.questions(self.split, self.num_questions)
         self._check_disjoint()
         extra = getattr(self.policy, "max_extra_tokens", lambda n: 0)(self.sampling.max_new_tokens)
         self.check_length(self.questions, self.sampling.max_new_tokens, extra, f"phase 2 ({self.split})")
+
+    def training_questions(self) -> list[Question]:
+        return self.questions
 
     def _check_disjoint(self) -> None:
         own, held_out = {q.identity for q in self.questions}, {q.identity for q in self.eval_questions}

@@ -11,7 +11,7 @@ from sdzero.engines.base import RolloutEngine
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import read_traces
 from sdzero.tasks.base import Task, TraceSource
-from sdzero.types import Trace, TraceBatch
+from sdzero.types import Question, Trace, TraceBatch
 
 
 class TraceFile(TraceSource):
@@ -71,10 +71,10 @@ class TraceDataModule(StepDataModule):
     def num_items(self) -> int:
         return len(self.traces)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage != "fit":
-            return
+    def training_questions(self) -> list[Question]:
+        return [trace.question for trace in self.traces]
+
+    def setup_training(self) -> None:
         self.traces = list(self.source.traces(self.policy.builder))
         if shared := sorted({t.question.identity for t in self.traces} & {q.identity for q in self.eval_questions}):
             raise ValueError(f"{len(shared)} questions of the traces are also in the evaluation, e.g. {shared[:3]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdzero.types import Question, Split, Trace, Verdict
 
@@ -36,6 +36,10 @@ class Task(ABC):
     def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
         """The verdicts on many (question, response), in order: override it where they can be had side by side."""
         return [self.verify(question, response) for question, response in answers]
+
+    def left_out(self) -> dict[str, Any]:
+        """What a data set holds that the task does not ask, and why; empty for a task that makes its questions."""
+        return {}
 
     def statement(self, question: Question) -> str:
         """What a question asks, without what the task adds to each of its questions: for comparing questions."""

@@ -126,6 +126,10 @@ class Rows(Task):
             "ask for fewer, or add rows"
         )
 
+    def left_out(self) -> dict[str, Any]:
+        """`dropped`: where a row stands -> its fault; `set_aside`: the rule -> number of rows."""
+        return {"dropped": dict(self.dropped), "set_aside": dict(self.set_aside)}
+
     def statement(self, question: Question) -> str:
         return self._statements.get(question.id, question.text)
 

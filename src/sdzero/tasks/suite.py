@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from sdzero.tasks.base import Task
 from sdzero.types import Question, Split, Verdict
@@ -59,6 +60,10 @@ class Suite(Task):
             own = [(_inner(answers[i][0]), answers[i][1]) for i in places]
             verdicts |= zip(places, task.verify_all(own) if own else (), strict=True)
         return [verdicts[i] for i in range(len(answers))]
+
+    def left_out(self) -> dict[str, Any]:
+        """By benchmark, what it leaves out."""
+        return {name: task.left_out() for name, task in self.benchmarks.items()}
 
     def statement(self, question: Question) -> str:
         return self.benchmarks[question.benchmark].statement(_inner(question))
