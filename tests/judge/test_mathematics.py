@@ -155,6 +155,8 @@ def test_a_sentence_is_no_gold_answer(gold: str) -> None:
     assert mathematics.check_quickly(gold) == "it is a sentence"
 
 
-@pytest.mark.parametrize("gold", [r"\sin x \cos y \tan z", r"\text{all lines through 3}", r"n \text{ is odd and } k", "f(x)=abc, def, ghi"])
+@pytest.mark.parametrize(
+    "gold", [r"\sin x \cos y \tan z", r"\text{all lines through 3}", r"n \text{ is odd and } k", "f(x)=abc, def, ghi"]
+)
 def test_formulas_with_words_are_no_sentences(gold: str) -> None:
     assert mathematics.check_quickly(gold) is None

@@ -9,7 +9,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,9 +124,16 @@ class OpenR1Demonstrations(Demonstrations):
     def solutions(self, questions: Sequence[Question]) -> dict[str, str]:
         ids = {question.id.partition("/")[2]: question.id for question in questions}
         lists = ("generations", "correctness_math_verify", "is_reasoning_complete", "finish_reasons")
-        rows = read(self.path, ("uuid", *lists), lambda row: row.get("uuid") in ids)
+        rows = _read(self.path, ("uuid", *lists), lambda row: row.get("uuid") in ids)
         found = {ids[row["uuid"]]: _first_right(*(row.get(name) or () for name in lists)) for row in rows}
         return {id: text for id, text in found.items() if text}
+
+
+def _read(source: Source, columns: Sequence[str], is_wanted: Callable[[Row], bool]) -> list[Row]:
+    try:
+        return read(source, columns, is_wanted)
+    except ValueError as error:
+        raise ValueError(f"data.source.path: {error}") from None
 
 
 def _first_right(
@@ -201,7 +208,7 @@ class CodeforcesDemonstrations(Demonstrations):
             def is_wanted(row: Row, asked: Mapping[str, Question] = asked) -> bool:
                 return row.get("id") in asked and row.get("finish_reason") != "length"
 
-            for row in read(self.path[language], ("id", "generation", "finish_reason"), is_wanted):
+            for row in _read(self.path[language], ("id", "generation", "finish_reason"), is_wanted):
                 question = asked[row["id"]]
                 if self.codeforces.program(question, row.get("generation") or "") is not None:
                     candidates[question.id].append(row["generation"])

