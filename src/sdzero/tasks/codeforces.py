@@ -35,7 +35,7 @@ _NUM_KEPT = 8  # problems whose tests stay in memory
 
 @dataclass(frozen=True)
 class _Tests:
-    """Where a problem's tests are: in its row, and where these are not all, also in a file of the repository."""
+    """A problem's tests: those of its row that can be used and, where they are not all, a file of the repository."""
 
     official: Sequence[Mapping[str, Any]]
     file: str | None
@@ -192,7 +192,7 @@ class Codeforces(Code):
             self._fetch([tests.file])
             path, _ = self._files[tests.file]
             table = pq.read_table(path, columns=["input", "output"], filters=[("problem_id", "=", problem)])
-            rows = [row for row in rows if not _is_cut(row)] + [row for row in table.to_pylist() if _is_whole(row)]
+            rows += [row for row in table.to_pylist() if _is_whole(row)]
         if not rows:
             raise ValueError(f"{tests.file} of {self.name} has no tests of problem {problem}")
         return tuple(StdioTest(_lines(row["input"]), _lines(row["output"])) for row in rows)
@@ -233,8 +233,8 @@ def _tests(row: Row) -> _Tests:
         )
     if not str(row.get("contest_id")).isdecimal():
         raise ValueError(f"contest_id is {row.get('contest_id')!r}: it must be a number, by which its tests are found")
-    whole = [test for test in official if _is_whole(test)]
-    return _Tests(whole, f"generated_tests/test_cases_{int(row['contest_id']):04d}.parquet")
+    usable = [test for test in official if _is_whole(test) and not _is_cut(test)]
+    return _Tests(usable, f"generated_tests/test_cases_{int(row['contest_id']):04d}.parquet")
 
 
 def _is_whole(test: Mapping[str, Any]) -> bool:
