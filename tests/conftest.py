@@ -7,12 +7,17 @@ import os
 import shutil
 from importlib.metadata import files
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
 from runs import SMOKE, sdzero
 from sandboxes import lacks_sandbox
 from sdzero.judge.backends import SANDBOXES
+
+# before `datasets` is imported, which reads it then: rows of made-up data sets do not outlive the tests
+DATASETS_CACHE = mkdtemp(prefix="sdzero-datasets-")
+os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -84,3 +89,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = sdzero("import-gguf", Path(str(source)), folder / "smollm2")
             assert done.returncode == 0, done.stdout + done.stderr
     return folder / "smollm2"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(DATASETS_CACHE, ignore_errors=True)

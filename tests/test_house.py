@@ -57,8 +57,9 @@ def built(source: Path, folder: Path) -> zipfile.ZipFile:
 def test_wheels_from_the_tree_and_from_the_sdist_hold_every_file_and_work(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
-    files = {path.relative_to(tree / "src").as_posix() for path in (tree / "src/sdzero").rglob("*.*")}
-    files |= {f"sdzero/{file.relative_to(tree)}" for linked in LINKED for file in (tree / linked).rglob("*.*")}
+    files = {path.relative_to(tree / "src").as_posix() for path in (tree / "src/sdzero").rglob("*.*") if path.is_file()}
+    linked = [path for name in LINKED for path in (tree / name).rglob("*.*") if path.is_file()]
+    files |= {f"sdzero/{path.relative_to(tree)}" for path in linked}
     assert {"sdzero/callbacks/__init__.py", "sdzero/report/page.html", "sdzero/configs/model/tiny/config.json"} <= files
     (cache := tree / "configs/recipes/own_data/__pycache__").mkdir()  # left by who used that recipe
     (cache / "verifier.cpython-311.pyc").touch()

@@ -33,9 +33,10 @@ OPENR1_GENERATIONS = HubDataset(
     revision="e4e141ec9dea9f8326f4d347be56105859b2bd68",  # as pinned in public code; not checked from here
     columns=(),
 )
+_COTS = "39ac85c150806230473c70ad72c31f6232fe3f41"  # as pinned in public code; not checked from here
 CODEFORCES_COTS: dict[Language, Source] = {
-    "cpp": HubDataset("open-r1/codeforces-cots", config="solutions", columns=()),
-    "python": HubDataset("open-r1/codeforces-cots", config="solutions_py", columns=()),
+    "cpp": HubDataset("open-r1/codeforces-cots", config="solutions", revision=_COTS, columns=()),
+    "python": HubDataset("open-r1/codeforces-cots", config="solutions_py", revision=_COTS, columns=()),
 }
 _AT_ONCE = 512  # programs that are judged between two notes of their verdicts
 

@@ -18,7 +18,11 @@ from sdzero.types import Question, Split
 
 Version = Literal["v1", "v2", "v3", "v4", "v5", "v6"]
 
-LIVECODEBENCH = HubDataset("livecodebench/code_generation_lite")
+LIVECODEBENCH = HubDataset(
+    "livecodebench/code_generation_lite",
+    split="test",
+    revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505",  # as pinned in public code; not checked from here
+)
 FILES = ("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl")
 LIVECODEBENCH_LIMITS = Limits(time=6.0, memory_mb=1024.0)
 
