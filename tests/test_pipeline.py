@@ -17,12 +17,15 @@ import yaml
 
 from runs import MODELS, SMOKE, STAGES, exit_code, num_calls, read_json, refusal, responses, scalars
 from sdzero import pipeline
+from sdzero.analysis import RunFolder
+from sdzero.cli import _check
 from sdzero.data import TraceDataModule, TraceFile
 from sdzero.keywords import count_keywords
 from sdzero.models import folder_sha256
 from sdzero.pipeline import content_sha256
+from sdzero.report import history, render
 from sdzero.rollouts import read_traces
-from sdzero.stages import resolved, stages
+from sdzero.stages import FIT_MODEL, Choices, resolved, stages
 from sdzero.tasks import Chains
 
 # a validation is two calls: answers, and revisions of them
@@ -245,6 +248,119 @@ def test_without_a_base_stage_the_base_is_the_model_that_collection_asks(recipe:
     edit(recipe / "collect.yaml", "model: {path: some/hub-id}\n", "")
     with pytest.raises(ValueError, match=r"collect\.yaml: model\.path is missing"):
         stages(recipe, tmp_path)
+
+
+# --- overlays, and phase 2 alone ------------------------------------------------------------------
+
+
+def write_overlay(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def nested(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[int(part) if isinstance(config, list) else part]
+    return config
+
+
+def test_overlays_are_laid_over_key_by_key_the_last_on_top(tmp_path: Path) -> None:
+    """What the run says of itself is what LightningCLI and `sdzero collect` make of the same files."""
+    first = write_overlay(
+        tmp_path / "first",
+        collect="{sampling: {temperature: 0.5}, task: {init_args: {max_ops: 3}}, num_questions: 9}",
+        self_distill="{model: {init_args: {optimizer: {init_args: {lr: 1.0e-6}}}}, trainer: {max_steps: 7}}",
+    )
+    second = write_overlay(
+        tmp_path / "second",
+        collect="num_questions: 10",
+        self_distill="trainer: {callbacks+: [{class_path: sdzero.callbacks.CopyTracker}], max_steps: 8}",
+    )
+    plan = stages(SMOKE, tmp_path, Choices(overlays=(first, second), seed=3))
+    changed = {"collect": 0, "self_distill": 0}
+    for stage in (stage for stage in plan if stage.name in changed):
+        files = [arg for arg in stage.arguments(tmp_path / stage.name) if arg.endswith(".yaml")]
+        names = [SMOKE, first, second]
+        assert files == [str(folder / f"{stage.name}.yaml") for folder in names]
+        whole = _check(stage.command, stage.arguments(tmp_path / stage.name))
+        for key, value in stage.resolved().items():
+            if ".callbacks" in key or key in (*stage.inputs, "out", "trainer.default_root_dir"):
+                continue
+            assert nested(whole, key) == value, key
+            changed[stage.name] += value != resolved(stage.config).get(key)
+        if stage.name == "self_distill":
+            kept = len(yaml.safe_load((SMOKE / "self_distill.yaml").read_text())["trainer"]["callbacks"])
+            assert len(whole["trainer"]["callbacks"]) == kept + 1
+            assert stage.resolved()["trainer.callbacks+.0.class_path"] == "sdzero.callbacks.CopyTracker"
+    assert changed == {"collect": 4, "self_distill": 3}  # the seed is one of each
+    untouched = next(stage for stage in plan if stage.name == "srt")
+    assert untouched.resolved() == {**resolved(SMOKE / "srt.yaml"), "seed_everything": 3}
+
+
+def test_an_overlay_over_a_finished_run_is_a_changed_key(
+    copy: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    overlay = write_overlay(tmp_path / "longer", srt="trainer: {max_steps: 9}")
+    said = refuse(SMOKE, "--out", copy, "--overlay", overlay)
+    assert "stage srt of" in said and "other config: trainer.max_steps changed" in said
+
+
+def test_the_runs_folder_is_named_after_what_was_asked(tmp_path: Path) -> None:
+    overlay = write_overlay(tmp_path / "table11", srt="{}")
+    assert pipeline._run_name(SMOKE, Choices()) == "smoke"
+    assert pipeline._run_name(SMOKE, Choices(overlays=(overlay, SMOKE))) == "smoke+table11+smoke"
+    assert pipeline._run_name(SMOKE, Choices((overlay,), phase2_only=True)) == "smoke+table11+phase2-only"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"self-distill": "{}", "srt": "{}"}, "self-distill.yaml is none of collect.yaml, srt.yaml, self_distill.yaml"),
+        ({}, "it has none of collect.yaml, srt.yaml, self_distill.yaml, eval.yaml"),
+        (None, "there is no such folder"),
+    ],
+)
+def test_an_overlay_that_lays_nothing_over_is_an_error(
+    tmp_path: Path, refuse: Callable[..., str], files: dict[str, str] | None, said: str
+) -> None:
+    if files is not None:
+        write_overlay(tmp_path / "overlay", **files)
+    assert said in refuse(SMOKE, "--out", tmp_path / "out", "--overlay", tmp_path / "overlay")
+    assert not (tmp_path / "out").exists()
+
+
+def test_phase_2_alone_starts_from_the_base(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Table 12, with the base that is there; the overlay makes it short."""
+    for stage in ("collect", "srt", "self_distill"):
+        shutil.rmtree(copy / stage)
+    lineage = read_json(copy / "lineage.json")
+    kept = {name: record for name, record in lineage.items() if name in ("base", "base/eval")}
+    (copy / "lineage.json").write_text(pipeline.json.dumps(kept))
+    trainer = "{max_steps: 1, callbacks: [{class_path: sdzero.callbacks.ExportModel}]}"
+    data = "{init_args: {evaluation: {num_questions: 0}}}"
+    overlay = write_overlay(tmp_path / "short", self_distill=f"{{trainer: {trainer}, data: {data}}}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only", "--overlay", overlay) == 0
+    lineage = read_json(copy / "lineage.json")
+    assert list(lineage) == ["base", "base/eval", "self_distill", "self_distill/eval"]
+    record = lineage["self_distill"]
+    assert record["inputs"] == {FIT_MODEL: lineage["base"]["outputs"]["model"]}
+    assert record["config"]["data.init_args.disjoint_from"] is None and record["config"]["trainer.max_steps"] == 1
+    base, distilled = read_json(copy / "summary.json")
+    assert (base["stage"], distilled["stage"]) == ("base", "self_distill")
+    assert distilled["num_generations"] == 16 and distilled["num_tokens_trained"] > 0
+    assert distilled["accuracy_gain"] == pytest.approx(distilled["accuracy"] - base["accuracy"])
+    page = render(RunFolder(copy))
+    assert "SD-Zero" in page and history.missing(RunFolder(copy)) == []
+    capsys.readouterr()
+    monkeypatch.setattr(pipeline.subprocess, "run", no_child)
+    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only", "--overlay", overlay) == 0
+    said = str(exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only"))
+    assert "stage self_distill of" in said and "trainer.max_steps" in said
 
 
 # --- what a run leaves ----------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def _check(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """
     if command == "collect":
         parser = _collect_parser()
-        return yaml.safe_load(parser.dump(parser.parse_args([*arguments])))
+        return yaml.safe_load(parser.dump(parser.parse_args([*arguments]), skip_unset=False))
     from sdzero.lightning_cli import SDZeroCLI
 
     return SDZeroCLI.check([command, *arguments])

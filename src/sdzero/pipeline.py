@@ -171,12 +171,20 @@ def main(arguments: list[str], check: Check) -> None:
     if options.dry_run:
         from sdzero.plan import dry_run  # brings torch
 
-        configs = {stage.name: check(stage.command, stage.arguments(out / stage.name)) for stage in plan}
-        return dry_run(options.recipe, configs)
+        return dry_run(options.recipe, parse(plan, out, check))
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         _acquire(lock, out)
         Run(plan, out, lock).execute(check)
+
+
+def parse(plan: Sequence[Stage], out: Path, check: Check) -> dict[str, dict[str, Any]]:
+    """The stages' whole configs. The evaluations share one, that of the first: only their models differ."""
+    parsed: dict[Path, dict[str, Any]] = {}
+    for stage in plan:
+        if stage.config not in parsed:
+            parsed[stage.config] = check(stage.command, stage.arguments(out / stage.name))
+    return {stage.name: parsed[stage.config] for stage in plan}
 
 
 def _parser() -> argparse.ArgumentParser:

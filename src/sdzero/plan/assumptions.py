@@ -63,10 +63,10 @@ def load_assumptions(recipe: Path) -> Assumptions | None:
     path = recipe / "plan.yaml"
     if not path.is_file():
         return None
-    values = yaml.safe_load(path.read_text())
+    values: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
     known = {field.name: field for field in fields(Assumptions)}
-    if not isinstance(values, dict) or (unknown := sorted(values.keys() - known.keys())):
-        raise ValueError(f"{path}: unknown key {unknown[0] if values else values!r}; it has {', '.join(known)}")
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ValueError(f"{path}: unknown key {unknown[0]}; it has {', '.join(known)}")
     if missing := [name for name, f in known.items() if f.default is MISSING and name not in values]:
         raise ValueError(f"{path}: {missing[0]} is missing")
     for name, value in values.items():

@@ -94,7 +94,7 @@ def num_traces(config: Config, assumptions: Assumptions | None) -> tuple[int, bo
     revisions = config["num_questions"] * config["num_initial"] * config["num_revisions"]
     if config["branches"] == "incorrect" and assumptions and assumptions.correct_share:
         revisions = round(revisions * (1 - assumptions.correct_share))
-    wanted = config.get("num_traces")
+    wanted = config["num_traces"]
     return (revisions, True) if wanted is None else (min(wanted, revisions), False)
 
 

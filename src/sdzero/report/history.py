@@ -47,9 +47,15 @@ class Stage:
     versions: str
 
 
+PHASE_1 = ("collect", "srt", "srt/eval")
+
+
 def missing(run: RunFolder) -> list[str]:
-    """The stages that have not finished."""
-    return [stage for stage, output in OUTPUTS.items() if not (run.path / stage / output).exists()]
+    """The stages that have not finished. A run of phase 2 alone, which began without phase 1, has none of that."""
+    lineage = run.lineage()
+    left_out = PHASE_1 if "self_distill" in lineage and not lineage.keys() & set(PHASE_1) else ()
+    stages = [stage for stage in OUTPUTS if stage not in left_out]
+    return [stage for stage in stages if not (run.path / stage / OUTPUTS[stage]).exists()]
 
 
 def collection(statistics: Mapping[str, Any]) -> Collection | None:
