@@ -12,8 +12,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from runs import ROOT, read_json, responses, scalars
 from sdzero.analysis import RunFolder
-from sdzero.lightning_cli import LAYOUT
 from sdzero.keywords import count_keywords
+from sdzero.lightning_cli import LAYOUT
 
 PAGE = (ROOT / "docs/curves.md").read_text()
 ROWS = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| `")]

@@ -25,8 +25,8 @@ from helpers import (
 )
 from sdzero.callbacks import TokenKLRecorder
 from sdzero.data import Evaluation, EvaluationDataModule
-from sdzero.methods import Method, SelfDistill
 from sdzero.estimates import top_share
+from sdzero.methods import Method, SelfDistill
 from sdzero.models import ModelConfig
 from sdzero.prompts import Demonstration, PromptBuilder
 from sdzero.types import Question, Sampling, ScoredRollout

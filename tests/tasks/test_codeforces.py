@@ -292,10 +292,10 @@ def test_languages_that_there_are_not(languages: Any) -> None:
 def test_files_are_had_for_the_questions_that_are_asked(repository: Path, fetched: list[list[str]]) -> None:
     task = task_of(repository)
     for split in SPLITS:
-        task.without_tests(split, None)
+        task.to_read(split, None)
     assert fetched == []
     need = {"902/B": "0902", "42/A": "0042"}
-    order: dict[Split, list[Question]] = {split: task.without_tests(split, None) for split in SPLITS}
+    order: dict[Split, list[Question]] = {split: task.to_read(split, None) for split in SPLITS}
     for split, questions in order.items():
         place = next((i for i, q in enumerate(questions) if q.meta["problem"] in need), None)
         if place is None:
@@ -314,7 +314,7 @@ def test_files_are_had_for_the_questions_that_are_asked(repository: Path, fetche
 
 def test_tests_are_read_when_answers_are_judged(repository: Path, fetched: list[list[str]]) -> None:
     task = task_of(repository)
-    questions = [question for split in SPLITS for question in task.without_tests(split, None)]
+    questions = [question for split in SPLITS for question in task.to_read(split, None)]
     assert task._kept.cache_info().misses == 0
     two = [q for q in questions if q.meta["problem"] == "902/B"]
     answers = [(q, f"```{q.meta['language']}\ncorrect\n```") for q in two]

@@ -219,7 +219,7 @@ def test_the_first_program(folder: Path, builder: PromptBuilder, verified: bool)
         for generation in generations:
             if not verified or re.findall(rf"```{language}\n(.*?)```", generation, re.DOTALL)[-1] == right:
                 expected.setdefault(id, generation)
-    questions = task.without_tests("phase1", None)
+    questions = task.to_read("phase1", None)
     wanted = {q.id: expected[q.id] for q in questions if q.id in expected}
     assert texts(source.traces(builder), builder) == wanted
     assert source.set_aside.total() == len(questions) - len(wanted)

@@ -25,6 +25,10 @@ class Task(ABC):
             ValueError: the split holds fewer questions than asked for, or has no end and was asked for all.
         """
 
+    def to_read(self, split: Split, num_questions: int | None) -> list[Question]:
+        """The questions for whom judges no answers: what only judging needs, and has to be fetched, is not."""
+        return self.questions(split, num_questions)
+
     @abstractmethod
     def verify(self, question: Question, response: str) -> Verdict:
         """The verdict on a finished response's text (without its end-of-turn token).

@@ -148,7 +148,7 @@ class Codeforces(Code):
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         """As every task's, with the files of generated tests that the questions need."""
         while True:
-            questions = self.without_tests(split, num_questions)
+            questions = self.to_read(split, num_questions)
             self._fetch(file for q in questions if (file := self._tests[q.meta["problem"]].file))
             lacking = {q.id for q in questions if not self._has_tests(q.meta["problem"])}
             if not lacking:
@@ -158,7 +158,7 @@ class Codeforces(Code):
             self._drop(dropped, len(questions), f"questions of split {split!r}")
             self._all = [(of, question) for of, question in self._all if question.id not in lacking]
 
-    def without_tests(self, split: Split, num_questions: int | None) -> list[Question]:
+    def to_read(self, split: Split, num_questions: int | None) -> list[Question]:
         """The questions alone, for whom judges no answers: no file of generated tests is downloaded."""
         return super().questions(split, num_questions)
 

@@ -184,7 +184,7 @@ class CodeforcesDemonstrations(Demonstrations):
     def questions(self) -> list[Question]:
         if self.verified:
             return super().questions()
-        return self.codeforces.without_tests(self.split, self.num_questions)
+        return self.codeforces.to_read(self.split, self.num_questions)
 
     def solutions(self, questions: Sequence[Question]) -> dict[str, str]:
         candidates = self._candidates(questions)

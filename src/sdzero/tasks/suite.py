@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sdzero.tasks.base import Task
 from sdzero.types import Question, Split, Verdict
+
+Ask = Callable[[Split, int | None], list[Question]]
 
 
 class Suite(Task):
@@ -36,13 +38,19 @@ class Suite(Task):
         self.benchmarks, self.limits = benchmarks, limits
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
+        return self._joined(split, num_questions, [(name, task.questions) for name, task in self.benchmarks.items()])
+
+    def to_read(self, split: Split, num_questions: int | None) -> list[Question]:
+        return self._joined(split, num_questions, [(name, task.to_read) for name, task in self.benchmarks.items()])
+
+    def _joined(self, split: Split, num_questions: int | None, asked: Sequence[tuple[str, Ask]]) -> list[Question]:
         if split != "eval":
             raise ValueError(f"a suite of benchmarks is for evaluation, and has no split {split!r}: train on a task")
         questions = [
             replace(question, id=f"{name}/{question.id}", family=question.identity)  # the identity that training knows
-            for name, task in self.benchmarks.items()
+            for name, ask in asked
             if self.limits.get(name) != 0
-            for question in _first(task, self.limits.get(name))
+            for question in _first(ask, self.limits.get(name))
         ]
         if num_questions is not None and num_questions > len(questions):
             raise ValueError(
@@ -75,11 +83,11 @@ def _inner(question: Question) -> Question:
     return replace(question, id=own_id, family="" if question.family == own_id else question.family)
 
 
-def _first(task: Task, limit: int | None) -> list[Question]:
+def _first(ask: Ask, limit: int | None) -> list[Question]:
     """The first `limit` held-out questions of a benchmark, or all where there are fewer."""
     try:
-        return task.questions("eval", None)[:limit]
+        return ask("eval", None)[:limit]
     except ValueError:
         if limit is None:
             raise
-        return task.questions("eval", limit)  # without an end; what is wrong with the data is raised once more
+        return ask("eval", limit)  # without an end; what is wrong with the data is raised once more
