@@ -33,7 +33,11 @@ def test_recipe_is_whole_and_points_at_its_own_run(recipe: Path) -> None:
         assert f"runs/{recipe.name}" in text
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [recipe for recipe in RECIPES if not (recipe / "plan.yaml").is_file()],  # the others ask the hub
+    ids=lambda p: p.name,
+)
 def test_collect_config(recipe: Path) -> None:
     parser = _collect_parser()
     made = parser.instantiate(parser.parse_args(["--config", str(recipe / "collect.yaml")]))
