@@ -15,6 +15,8 @@ import yaml
 ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
 FIT_MODEL = "model.init_args.model.path"
 DISJOINT_FROM = "data.init_args.disjoint_from"
+TRAINED, EVALUATED = ("model", "questions-fit.json"), ("results.json", "rewards.json", "questions-test.json")
+"""What a training and an evaluation leave behind."""
 NAMES = ("collect", "srt", "self_distill", "eval")
 """The files of a recipe, and of an overlay, without their ending."""
 
@@ -106,23 +108,23 @@ def stages(recipe: Path, out: Path, choices: Choices = Choices()) -> list[Stage]
         return Stage(name, command, recipe / file, overlays, dict(inputs), outputs, settings).chosen(choices)
 
     def evaluation(name: str, model: Path) -> Stage:
-        return stage(f"{name}/eval", "test", {FIT_MODEL: model}, "results.json", "rewards.json")
+        return stage(f"{name}/eval", "test", {FIT_MODEL: model}, *EVALUATED)
 
     collect = stage("collect", "collect", {}, "traces.jsonl", "questions.json", "statistics.json")
     has_base = (recipe / "base.yaml").is_file()
     base = out / "base/model" if has_base else Path(_model_path(collect))
     srt, self_distill = out / "srt/model", out / "self_distill/model"
-    plan = [stage("base", "fit", {}, "model")] if has_base else []
+    plan = [stage("base", "fit", {}, *TRAINED)] if has_base else []
     plan += [evaluation("base", base)]
     if choices.phase2_only:
-        plan += [stage("self_distill", "fit", {FIT_MODEL: base}, "model", **{DISJOINT_FROM: None})]
+        plan += [stage("self_distill", "fit", {FIT_MODEL: base}, *TRAINED, **{DISJOINT_FROM: None})]
     else:
         traces = out / "collect/traces.jsonl"
         plan += [
             replace(collect, inputs={"model.path": base}),
-            stage("srt", "fit", {FIT_MODEL: base, "data.init_args.source.init_args.path": traces}, "model"),
+            stage("srt", "fit", {FIT_MODEL: base, "data.init_args.source.init_args.path": traces}, *TRAINED),
             evaluation("srt", srt),
-            stage("self_distill", "fit", {FIT_MODEL: srt, DISJOINT_FROM: out / "collect/questions.json"}, "model"),
+            stage("self_distill", "fit", {FIT_MODEL: srt, DISJOINT_FROM: out / "collect/questions.json"}, *TRAINED),
         ]
     return [*plan, evaluation("self_distill", self_distill)]
 

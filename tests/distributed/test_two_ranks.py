@@ -92,7 +92,6 @@ def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: 
         "--trainer.accelerator=cpu",
         "--trainer.devices=2",
         "--trainer.precision=32-true",
-        "--trainer.strategy.data_parallel_size=2",
         "--trainer.max_steps=3",
         f"--trainer.default_root_dir={tmp_path}",
         f"--model.model.path={smoke_run / 'srt/model'}",

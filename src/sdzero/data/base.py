@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, IterableDataset
 
 from sdzero.data.answers import AnswerStream, Evaluation, Policy
@@ -169,7 +170,7 @@ class StepDataModule(L.LightningDataModule):
         rows["left_out"] = {} if self.task is None else self.task.left_out()
         folder = Path(self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"questions-{stage}.json", json.dumps(rows, indent=1) + "\n")
+        write_text(folder / f"questions-{TrainerFn(stage).value}.json", json.dumps(rows, indent=1) + "\n")
 
     @property
     def max_positions(self) -> int:
