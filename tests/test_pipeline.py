@@ -381,9 +381,12 @@ def test_lineage_has_config_versions_and_hashes(smoke_run: Path) -> None:
 
     for name in MODELS:
         weights = folder_sha256(smoke_run / name / "model")
-        assert lineage[name]["outputs"] == {"model": weights}
+        assert lineage[name]["outputs"] == {
+            "model": weights,
+            "questions-fit.json": sha256(f"{name}/questions-fit.json"),
+        }
         assert lineage[f"{name}/eval"]["inputs"] == {"model.init_args.model.path": weights}
-        files = ("results.json", "rewards.json")
+        files = ("results.json", "rewards.json", "questions-test.json")
         assert lineage[f"{name}/eval"]["outputs"] == {file: sha256(f"{name}/eval/{file}") for file in files}
     traces, questions = sha256("collect/traces.jsonl"), sha256("collect/questions.json")
     assert lineage["collect"]["inputs"] == {"model.path": lineage["base"]["outputs"]["model"]}
