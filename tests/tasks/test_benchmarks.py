@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from fixtures import benchmarks, mathematics
 from fixtures.make import make
 from runs import ROOT
-from sdzero.tasks import AMOBench, Instructions, Math, MultipleChoice, OpenR1Math, Rows, Suite, Task
+from sdzero.tasks import AMOBench, Code, Instructions, Math, MultipleChoice, OpenR1Math, Rows, Suite, Task
 from sdzero.tasks.sources import HubDataset, read
 from sdzero.types import Question
 
@@ -225,6 +225,7 @@ def test_table_16s_benchmarks() -> None:
     assert suite.limits == {"countdown": 1000}
 
 
+@pytest.mark.sandbox  # the benchmarks of programs start a judge
 def test_every_part_pins_a_commit_or_says_that_it_has_none() -> None:
     for file in sorted(DATA.rglob("*.yaml")):
         if file.parent.name == "benchmarks" or file.stem in ("openr1_math", "countdown"):
@@ -236,7 +237,9 @@ def test_every_part_pins_a_commit_or_says_that_it_has_none() -> None:
                     assert len(source.revision or "") == 40, file
 
 
+@pytest.mark.sandbox  # the benchmarks of programs start a judge
 def test_parts_are_tasks_of_their_domain() -> None:
     kinds = {file.stem: type(load(f"benchmarks/{file.stem}")) for file in (DATA / "benchmarks").iterdir()}
     assert issubclass(kinds["amo_bench"], Math) and issubclass(kinds["champ"], Math)
+    assert issubclass(kinds["livecodebench"], Code) and issubclass(kinds["human_eval"], Code)
     assert kinds["mmlu"] is kinds["mmlu_pro"] is MultipleChoice
