@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from sdzero.data.base import stream_loader
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import OnFinished, SyncReport, ignore
+from sdzero.engines.base import OnTokens, Piece, SyncReport, ignore
 from sdzero.methods import Method
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import Task
@@ -54,10 +54,11 @@ class Notes(ScriptedEngine):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         self.calls.append((policy_version, list(prompts)))
-        return super().generate(prompts, sampling, seed, policy_version, on_finished)
+        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
 
 
 class Stored(L.LightningDataModule):

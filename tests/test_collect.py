@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from runs import ROOT, num_calls, read_json, refusal, rows
 from sdzero.collect import Collect
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import EngineError, OnFinished, ignore
+from sdzero.engines.base import EngineError, OnTokens, Piece, ignore
 from sdzero.models import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks import Chains
@@ -52,10 +52,11 @@ class Actor(ScriptedEngine):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         self._rng = random.Random(seed)
-        rollouts = super().generate(prompts, sampling, seed, policy_version, on_finished)
+        rollouts = super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
         if self.num_generate_calls == self.dies_in:
             raise EngineError("the engine died in the middle of a call")
         self.log += [(prompt, rollout.text) for prompt, rollout in zip(prompts, rollouts, strict=True)]

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from helpers import Toy
 from sdzero import rollouts
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import EngineSpec, OnFinished, RolloutEngine, ignore
+from sdzero.engines.base import EngineSpec, OnTokens, Piece, RolloutEngine, ignore, is_complete
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler, read_jsonl, read_traces, score, write_text, write_traces
 from sdzero.seeds import derive_seed
@@ -27,6 +28,7 @@ from sdzero.types import Prompt, Question, Rollout, Sampling, Trace
 from tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=8)
+END = 0.3  # with it a response has 3.1 tokens, and in 8 of 100 cases 8 that are cut
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +49,30 @@ class Seeds(ScriptedEngine):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         self.calls.append((seed, [prompt.question.id for prompt in prompts]))
-        return super().generate(prompts, sampling, seed, policy_version, on_finished)
+        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
 
 
 class Killed(BaseException):
     """What no code is there to catch."""
 
 
-class OneByOne(Seeds):
-    """Finishes its requests one by one in an order of its own, as vLLM does, and is killed after `lives` of them."""
+class Stepping(ScriptedEngine):
+    """Draws all responses of a call side by side, a token a step, as vLLM does, and is killed after `lives` steps.
 
-    keeps_finished = True
+    Each token is the last one with a probability of `END`. A token's log-probability is told from the token.
+    """
+
+    keeps_partial = True
 
     def __init__(self, lives: int = 1000) -> None:
-        super().__init__()
+        super().__init__({})
         self.lives = lives
+        self.calls: list[tuple[int, list[str]]] = []  # each call's seed, and the questions that it drew tokens for
+        self.num_drawn = 0
 
     def generate(
         self,
@@ -72,21 +80,33 @@ class OneByOne(Seeds):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
-        drawn = super().generate(prompts, sampling, seed, policy_version)
-        for place in random.Random(seed).sample(range(len(prompts)), len(prompts)):
+        limit, noise, end_ids = sampling.max_new_tokens, random.Random(seed), self._builder.end_ids
+        ids = [list(piece.token_ids) for piece in begun] or [[] for _ in prompts]
+        values = [list(piece.logprobs) for piece in begun] or [[] for _ in prompts]
+        running = [place for place, row in enumerate(ids) if not is_complete(row, end_ids, limit)]
+        self.calls.append((seed, [prompts[place].question.id for place in running]))
+        while running:
             if self.lives == 0:
                 raise Killed
             self.lives -= 1
-            on_finished(place, drawn[place])
-        return drawn
+            tokens = [self._builder.end_id if noise.random() < END else noise.randrange(10, 90) for _ in running]
+            step = {place: Piece((token,), (-token / 7,)) for place, token in zip(running, tokens, strict=True)}
+            for place, piece in step.items():
+                ids[place] += piece.token_ids
+                values[place] += piece.logprobs
+            self.num_drawn += len(step)
+            on_tokens(step)
+            running = [place for place in running if not is_complete(ids[place], end_ids, limit)]
+        return [self._rollout(self._builder, *response, limit) for response in zip(prompts, ids, values, strict=True)]
 
 
-class ByBatches(OneByOne):
+class ByBatches(Stepping):
     """Like the transformers engine: a call that broke off is redone."""
 
-    keeps_finished = False
+    keeps_partial = False
 
 
 def sampler(
@@ -107,7 +127,7 @@ def prompts(builder: PromptBuilder, num: int = 5) -> list[Prompt]:
 
 
 def calls(sampler: Sampler) -> list[tuple[int, list[str]]]:
-    assert isinstance(sampler.engine, Seeds)
+    assert isinstance(sampler.engine, Seeds | Stepping)
     return sampler.engine.calls
 
 
@@ -188,121 +208,186 @@ def test_ranks_that_share_an_engine_make_every_call_together(builder: PromptBuil
 # --- calls that broke off -------------------------------------------------------------------------
 
 
-def killed(builder: PromptBuilder, folder: Path, engine: OneByOne, num: int = 6, **options: Any) -> None:
+def killed(builder: PromptBuilder, folder: Path, engine: Stepping, num: int = 6, **options: Any) -> None:
     """A draw of `num` prompts in one call that does not come to its end."""
     with pytest.raises(Killed):
         sampler(builder, folder, num, engine=engine).sample(prompts(builder, num), SAMPLING, "g", 0, **options)
 
 
-def partial(folder: Path) -> dict[int, dict[str, Any]]:
-    return {row["place"]: row["response"] for row in map(json.loads, (folder / "call.partial").open())}
+def partial(folder: Path) -> dict[int, list[int]]:
+    """Place -> tokens in `call.partial`, from its whole lines."""
+    drawn: dict[int, list[int]] = {}
+    lines = (folder / "call.partial").read_bytes().split(b"\n")[1:-1]
+    for step in map(json.loads, lines):
+        for place, (token_ids, logprobs) in step.items():
+            assert logprobs == [-token / 7 for token in token_ids]
+            drawn.setdefault(int(place), []).extend(token_ids)
+    return drawn
 
 
-def test_a_call_that_broke_off_keeps_its_finished_responses(
+def complete(builder: PromptBuilder, token_ids: Sequence[int]) -> bool:
+    return is_complete(token_ids, builder.end_ids, SAMPLING.max_new_tokens)
+
+
+def test_a_call_that_broke_off_goes_on_where_it_stood(
     builder: PromptBuilder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    killed(builder, tmp_path, OneByOne(2))
+    killed(builder, tmp_path, Stepping(3))
     kept = partial(tmp_path)
-    assert len(kept) == 2
-    engine = OneByOne()
+    num_kept = sum(map(len, kept.values()))
+    running = [place for place in range(6) if not complete(builder, kept[place])]
+    assert 0 < len(running) < 6 and all(len(kept[place]) == 3 for place in running)
+    engine = Stepping()
     again = sampler(builder, tmp_path, 6, engine=engine)
     scored = again.sample(prompts(builder, 6), SAMPLING, "g", 0)
     ids = [f"phase1-{i}" for i in range(6)]
     assert [s.rollout.prompt.question.id for s in scored] == ids
-    [(seed, asked)] = engine.calls
-    assert asked == [ids[place] for place in range(6) if place not in kept]
-    first_seed = derive_seed(7, "g", 0, 0)
-    assert seed != first_seed, "a redrawn answer must not meet the noise that a kept one to its question was drawn with"
-    texts = [str(first_seed if place in kept else seed)[:5] for place in range(6)]
-    assert [s.rollout.text for s in scored] == texts
-    assert caplog.messages == ["g, call 0: 2 of 6 responses were made before a stop, and are kept"]
+    seed = derive_seed(derive_seed(7, "g", 0, 0), "rest", num_kept)
+    assert engine.calls == [(seed, [ids[place] for place in running])]
+    for place, one in enumerate(scored):
+        ids, logprobs, drawn = one.rollout.token_ids, one.rollout.logprobs, kept[place]
+        assert list(ids[: len(drawn)]) == drawn and (len(ids) > len(drawn)) == (place in running)
+        assert logprobs == tuple(-token / 7 for token in ids)
+        assert one.rollout.finish_reason == ("stop" if ids[-1] in builder.end_ids else "length")
+    assert sum(len(s.rollout.token_ids) for s in scored) == num_kept + engine.num_drawn
+    assert caplog.messages == [f"g, call 0: goes on from the {num_kept} tokens it had before a stop"]
     assert again.journal.num_started == 1
     assert sorted(f.name for f in tmp_path.iterdir()) == ["calls.log", "g.jsonl"]
-    [row] = read_jsonl(tmp_path / "g.jsonl")
-    assert {place: row["responses"][place] for place in kept} == kept
-    assert sampler(builder, tmp_path, 6, engine=OneByOne(0)).sample(prompts(builder, 6), SAMPLING, "g", 0) == scored
+    assert sampler(builder, tmp_path, 6, engine=Stepping(0)).sample(prompts(builder, 6), SAMPLING, "g", 0) == scored
 
 
 @pytest.mark.parametrize("change", ["sampling", "weights", "prompts", "seed", "group", "engine"])
-def test_the_rest_of_a_call_of_another_identity_is_no_use(builder: PromptBuilder, tmp_path: Path, change: str) -> None:
-    killed(builder, tmp_path, OneByOne(2))
-    engine = type("Another", (OneByOne,), {})() if change == "engine" else OneByOne()
+def test_the_begin_of_a_call_of_another_identity_is_no_use(builder: PromptBuilder, tmp_path: Path, change: str) -> None:
+    killed(builder, tmp_path, Stepping(2))
+    engine = type("Another", (Stepping,), {})() if change == "engine" else Stepping()
     again = sampler(builder, tmp_path, 6, seed=8 if change == "seed" else 7, engine=engine)
     again.weights = "other" if change == "weights" else "w"
     asked = prompts(builder, 6)[::-1] if change == "prompts" else prompts(builder, 6)
     sampling = Sampling(0.5, 1.0, 8) if change == "sampling" else SAMPLING
     scored = again.sample(asked, sampling, "h" if change == "group" else "g", 0)
-    assert [len(ids) for _, ids in engine.calls] == [6] and len({s.rollout.text for s in scored}) == 1
+    assert [len(ids) for _, ids in engine.calls] == [6]
+    assert engine.num_drawn == sum(len(s.rollout.token_ids) for s in scored)
     assert not (tmp_path / "call.partial").exists() and again.journal.num_started == 2
 
 
-@pytest.mark.parametrize(("kind", "options"), [(ByBatches, {}), (OneByOne, {"keep_finished": False})])
+@pytest.mark.parametrize(("kind", "options"), [(ByBatches, {}), (Stepping, {"keep_partial": False})])
 def test_other_calls_that_broke_off_are_made_anew(
-    builder: PromptBuilder, tmp_path: Path, kind: type[OneByOne], options: dict[str, Any]
+    builder: PromptBuilder, tmp_path: Path, kind: type[Stepping], options: dict[str, Any]
 ) -> None:
-    """Of an engine that repeats to the bit, and of a training step, which must not lean towards short responses."""
+    """Of an engine that repeats to the bit, and of a training step."""
     killed(builder, tmp_path, kind(2), **options)
     assert [f.name for f in tmp_path.iterdir()] == ["calls.log"]
     again = sampler(builder, tmp_path, 6, engine=kind())
-    scored = again.sample(prompts(builder, 6), SAMPLING, "g", 0, **options)
+    again.sample(prompts(builder, 6), SAMPLING, "g", 0, **options)
     assert calls(again) == [(derive_seed(7, "g", 0, 0), [f"phase1-{i}" for i in range(6)])]
-    assert len({s.rollout.text for s in scored}) == 1 and again.journal.num_started == 2
+    assert again.journal.num_started == 2
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400)), max_size=4), st.integers(1, 5))
-def test_every_prompt_is_answered_once_whatever_the_kills(
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 400)), max_size=4), st.integers(1, 5))
+def test_every_response_goes_on_from_its_tokens_whatever_the_kills(
     builder: PromptBuilder, tmp_path_factory: pytest.TempPathFactory, kills: list[tuple[int, int]], call_size: int
 ) -> None:
-    """Each kill comes after some responses, and may cut bytes off the file as a lost machine does."""
-    folder, kept, num_asked, finished = tmp_path_factory.mktemp("kills"), {}, 0, False
-    for lives, num_cut in kills:
-        engine = OneByOne(lives)
+    """Each kill comes after some steps, and may cut bytes off the file as a lost machine does."""
+    folder = tmp_path_factory.mktemp("kills")
+    for lives, num_cut in [*kills, (1000, 0)]:
+        before = read_jsonl(folder / "g.jsonl") if (folder / "g.jsonl").exists() else []
+        kept = partial(folder) if (folder / "call.partial").exists() else {}
+        engine = Stepping(lives)
+        one = sampler(builder, folder, call_size, engine=engine)
         try:
-            sampler(builder, folder, call_size, engine=engine).sample(prompts(builder), SAMPLING, "g", 0)
-            finished = True
+            scored = one.sample(prompts(builder), SAMPLING, "g", 0)
         except Killed:
-            pass
-        num_asked += lives - engine.lives
-        if (file := folder / "call.partial").exists():
-            whole = file.read_bytes()
-            file.write_bytes(whole[: max(0, len(whole) - num_cut)])
-            lines = file.read_bytes().split(b"\n")[:-1]
-            num_asked -= whole.count(b"\n") - len(lines)
-            kept = {row["place"]: row["response"] for row in map(json.loads, lines)}
+            now = partial(folder)
         else:
-            kept = {}
-    before = read_jsonl(folder / "g.jsonl") if (folder / "g.jsonl").exists() else []
-    engine = OneByOne()
-    scored = sampler(builder, folder, call_size, engine=engine).sample(prompts(builder), SAMPLING, "g", 0)
+            assert not (folder / "call.partial").exists()
+            now = {}
+        after = read_jsonl(folder / "g.jsonl") if (folder / "g.jsonl").exists() else []
+        assert after[: len(before)] == before and [row["key"] for row in after] == [str(i) for i in range(len(after))]
+        made = [[r["token_ids"] for r in row["responses"]] for row in after[len(before) :]]
+        made.append([now.get(place, []) for place in range(max(now, default=-1) + 1)])
+        for place, token_ids in kept.items():  # they belong to the first call that was not in the journal
+            assert made[0][place][: len(token_ids)] == token_ids
+            assert not complete(builder, token_ids) or made[0][place] == token_ids
+        assert sum(len(ids) for row in made for ids in row) == sum(map(len, kept.values())) + engine.num_drawn
+        if (file := folder / "call.partial").exists():
+            file.write_bytes(file.read_bytes()[: max(0, file.stat().st_size - num_cut)])
     assert [s.rollout.prompt.question.id for s in scored] == [f"phase1-{i}" for i in range(5)]
-    assert num_asked + sum(len(ids) for _, ids in engine.calls) == 5
-    after = read_jsonl(folder / "g.jsonl")
-    assert after[: len(before)] == before and [row["key"] for row in after] == [str(i) for i in range(len(after))]
-    assert [r["text"] for row in after for r in row["responses"]] == [s.rollout.text for s in scored]
-    if not finished and kept:
-        assert {place: after[len(before)]["responses"][place] for place in kept} == kept
+    assert [list(s.rollout.token_ids) for s in scored] == [r["token_ids"] for row in after for r in row["responses"]]
+    assert all(complete(builder, s.rollout.token_ids) for s in scored)
 
 
-def test_responses_are_on_disk_within_a_second_without_an_fsync_each(
+def lengths_of_killed_calls(builder: PromptBuilder, folder: Path, finished_alone: bool) -> list[int]:
+    """Lengths of 4,000 responses, by 40 a call that is killed after 3 steps and then made to its end.
+
+    finished_alone: of the killed call only the finished responses are left, and the others are drawn from their start.
+    """
+    lengths = []
+    for seed in range(100):
+        own, asked = folder / str(seed), prompts(builder, 40)
+        with pytest.raises(Killed):
+            sampler(builder, own, 40, seed=seed, engine=Stepping(3)).sample(asked, SAMPLING, "g", 0)
+        if finished_alone:
+            kept = {place: ids for place, ids in partial(own).items() if complete(builder, ids)}
+            header = (own / "call.partial").read_text().splitlines()[0]
+            step = {place: (ids, [-token / 7 for token in ids]) for place, ids in kept.items()}
+            (own / "call.partial").write_text(f"{header}\n{json.dumps(step)}\n")
+        scored = sampler(builder, own, 40, seed=seed, engine=Stepping()).sample(asked, SAMPLING, "g", 0)
+        lengths += [len(s.rollout.token_ids) for s in scored]
+    return lengths
+
+
+def chi_square(lengths: Sequence[int]) -> float:
+    """Of lengths against those of calls that nobody kills: geometric, and cut at the limit. 7 degrees of freedom."""
+    limit, counts = SAMPLING.max_new_tokens, Counter(lengths)
+    shares = [END * (1 - END) ** (length - 1) for length in range(1, limit)] + [(1 - END) ** (limit - 1)]
+    expected = [share * len(lengths) for share in shares]
+    return sum((counts[length] - mean) ** 2 / mean for length, mean in enumerate(expected, 1))
+
+
+def test_a_kill_changes_no_distribution(builder: PromptBuilder, tmp_path: Path) -> None:
+    """By chance 26 is passed once in 2,000; keeping what was finished alone favours short responses beyond doubt."""
+    assert chi_square(lengths_of_killed_calls(builder, tmp_path / "continued", finished_alone=False)) < 26
+    assert chi_square(lengths_of_killed_calls(builder, tmp_path / "redrawn", finished_alone=True)) > 500
+
+
+def test_each_step_is_handed_to_the_system_and_on_disk_within_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, synced = [100.0], []
     monkeypatch.setattr(rollouts.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(now[0]))
     journal = CallJournal(tmp_path)
-    for place in range(100):
-        now[0] += 0.03125
-        journal.add("f", place, {"text": "x"})
-    assert len(journal.finished("f")) == 100 and synced == [101.0, 102.0, 103.0]
+    with journal.writing("f") as write:
+        for step in range(1, 101):
+            now[0] += 0.03125
+            write({0: Piece((step,), (-0.5,)), 7: Piece((), ())})
+            assert len(partial_lines(tmp_path)) == 1 + step
+    assert journal.begun("f") == {0: Piece(tuple(range(1, 101)), (-0.5,) * 100), 7: Piece()}
+    assert synced == [101.0, 102.0, 103.0]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5])
+def test_a_file_that_was_lost_but_for_its_name_holds_nothing(tmp_path: Path, num_bytes: int) -> None:
+    journal = CallJournal(tmp_path)
+    with journal.writing("f") as write:
+        write({0: Piece((3,), (-0.5,))})
+    with (tmp_path / "call.partial").open("r+b") as file:
+        file.truncate(num_bytes)
+    assert journal.begun("f") == {} and not (tmp_path / "call.partial").exists()
+
+
+def partial_lines(folder: Path) -> list[str]:
+    return (folder / "call.partial").read_text().splitlines()
 
 
 def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBuilder, tmp_path: Path) -> None:
-    """One rank kept three of five responses, the other has all of its two: both make the call, from new seeds."""
+    """One rank stopped in the middle of its five responses, the other has its two: both make the call, from new
+    seeds."""
     said: list[list[int]] = []
 
-    def run(rank: int, others: list[int]) -> OneByOne:
-        """What `largest` hears of the other rank: its number of calls, whether it lacks the call, how many it has."""
-        engine, heard = OneByOne(), iter(others)
+    def run(rank: int, others: list[int]) -> Stepping:
+        """What `largest` hears of the other rank: its number of calls, whether it lacks the call, its tokens."""
+        engine, heard = Stepping(), iter(others)
         one = sampler(builder, tmp_path / str(rank), 5, rank, engine=engine)
 
         def largest(value: int) -> int:
@@ -314,14 +399,18 @@ def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBui
         one.sample(prompts(builder, (5, 2)[rank]), SAMPLING, "g", 0)
         return engine
 
-    with pytest.raises(Killed):
-        sampler(builder, tmp_path / "0", 5, engine=OneByOne(3)).sample(prompts(builder, 5), SAMPLING, "g", 0)
-    sampler(builder, tmp_path / "1", 5, 1, engine=OneByOne()).sample(prompts(builder, 2), SAMPLING, "g", 0)
-    [(seed, first)], [(other_seed, second)] = run(0, [1, 0, 2]).calls, run(1, [1, 1, 3]).calls
-    assert (len(first), second) == (2, []) and said == [[1, 1, 3], [1, 0, 2]]
-    assert [seed, other_seed] == [derive_seed(derive_seed(7, "g", 0, rank), "rest", 3) for rank in (0, 1)]
+    killed(builder, tmp_path / "0", Stepping(2), 5)
+    num_kept = sum(map(len, partial(tmp_path / "0").values()))
+    scored = sampler(builder, tmp_path / "1", 5, 1, engine=Stepping()).sample(prompts(builder, 2), SAMPLING, "g", 0)
+    num_whole = sum(len(s.rollout.token_ids) for s in scored)
+    [(seed, first)], [(other_seed, second)] = run(0, [1, 0, num_whole]).calls, run(1, [1, 1, num_kept]).calls
+    assert 0 < len(first) <= 5 and second == [] and said == [[1, 1, num_kept], [1, 0, num_whole]]
+    largest = max(num_kept, num_whole)
+    assert [seed, other_seed] == [derive_seed(derive_seed(7, "g", 0, rank), "rest", largest) for rank in (0, 1)]
     for rank, num in ((0, 5), (1, 2)):
         assert [len(row["responses"]) for row in read_jsonl(tmp_path / f"{rank}/g.jsonl")][-1] == num
+    again = sampler(builder, tmp_path / "1", 5, 1, engine=Stepping(0)).sample(prompts(builder, 2), SAMPLING, "g", 0)
+    assert again == scored
 
 
 # --- scores ---------------------------------------------------------------------------------------

@@ -8,19 +8,20 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdzero.engines.base import RolloutEngine, ignore
+from sdzero.engines.base import OnTokens, Piece, RolloutEngine
 from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Trace, Verdict
 
 log = logging.getLogger(__name__)
 
-FSYNC_SECONDS = 1.0  # while a call is made: its hundreds of short responses must not cost as many of them
+FSYNC_SECONDS = 1.0  # while a call is made: its thousands of steps must not cost as many of them
 
 
 def score(rollouts: Sequence[Rollout], task: Task) -> list[ScoredRollout]:
@@ -105,8 +106,10 @@ class CallJournal:
 
     A call is reused only under the same key and fingerprint (prompts, sampling, seed, policy weights).
     `calls.log` holds a line per call that was started, also the ones that a kill cut short.
-    `call.partial` holds the responses of the call that is being made, where its engine `keeps_finished`: one JSON line
-    each, on disk within about a second. A restart's first new call is the one that was cut short, so one file will do.
+    `call.partial` holds the call that is being made, where its engine `keeps_partial`: a first line with its
+    fingerprint, then a JSON line per step of the engine, place in the call -> [new token ids, their log-probabilities].
+    Any number of whole lines is one state of all responses. A restart's first new call is the one that was cut short,
+    so one file will do.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,7 +118,6 @@ class CallJournal:
         self._group = ""
         self._rows: dict[str, dict[str, Any]] = {}
         self._partial = folder / "call.partial"
-        self._synced = time.monotonic()
 
     def _file(self, group: str) -> Path:
         return self.folder / f"{group}.jsonl"
@@ -142,22 +144,42 @@ class CallJournal:
         if group == self._group:
             self._rows[key] = row
 
-    def finished(self, fingerprint: str) -> dict[int, dict[str, Any]]:
-        """What an unfinished call has so far: place in the call -> response. Another call's file is removed."""
-        rows = read_jsonl(self._partial) if self._partial.exists() else []
-        if rows and rows[0]["fingerprint"] == fingerprint:
-            return {row["place"]: row["response"] for row in rows}
-        self._partial.unlink(missing_ok=True)
-        return {}
+    def begun(self, fingerprint: str) -> dict[int, Piece]:
+        """What an unfinished call has so far: place in the call -> tokens. Another call's file is removed."""
+        first, *steps = (read_jsonl(self._partial) if self._partial.exists() else []) or [{}]
+        if first.get("fingerprint") != fingerprint:
+            self._partial.unlink(missing_ok=True)
+            return {}
+        drawn: dict[int, tuple[list[int], list[float]]] = {}
+        for step in steps:
+            for place, (token_ids, logprobs) in step.items():
+                ids, values = drawn.setdefault(int(place), ([], []))
+                ids += token_ids
+                values += logprobs
+        return {place: Piece(tuple(ids), tuple(values)) for place, (ids, values) in drawn.items()}
 
-    def add(self, fingerprint: str, place: int, response: dict[str, Any]) -> None:
-        """Keeps one response of the call that is being made; `finished` was asked for the others before."""
+    @contextmanager
+    def writing(self, fingerprint: str) -> Iterator[OnTokens]:
+        """What keeps the tokens of the call that is being made; `begun` was asked for those before.
+
+        Every step is handed to the system at once: were it done when a response ends, a kill would take back tokens
+        only of responses that went on, and each of them would get a second chance to end.
+        """
         with self._partial.open("a") as file:
-            file.write(json.dumps({"fingerprint": fingerprint, "place": place, "response": response}) + "\n")
-            file.flush()
-            if time.monotonic() - self._synced >= FSYNC_SECONDS:
-                os.fsync(file.fileno())
-                self._synced = time.monotonic()
+            synced = time.monotonic()
+            if not file.tell():
+                file.write(json.dumps({"fingerprint": fingerprint}) + "\n")
+
+            def write(pieces: Mapping[int, Piece]) -> None:
+                nonlocal synced
+                step = {place: (piece.token_ids, piece.logprobs) for place, piece in pieces.items()}
+                file.write(json.dumps(step, separators=(",", ":")) + "\n")
+                file.flush()
+                if time.monotonic() - synced >= FSYNC_SECONDS:
+                    os.fsync(file.fileno())
+                    synced = time.monotonic()
+
+            yield write
 
     @property
     def num_started(self) -> int:
@@ -200,14 +222,14 @@ class Sampler:
         group: str,
         policy_version: int,
         progress: Callable[[int], None] = lambda done: None,
-        keep_finished: bool = True,
+        keep_partial: bool = True,
     ) -> list[ScoredRollout]:
         """One scored response per prompt, in order. `group` names the draw, e.g. "train-000012".
 
-        With `keep_finished`, an engine that allows it makes only the rest of a call that was cut short. It is the long
-        responses that were not finished: drawn anew, some come out short, so such a call leans towards short ones.
+        With `keep_partial`, an engine that allows it continues each response of a call that was cut short from its
+        tokens so far. (Were only finished responses kept and the long ones drawn anew, short ones would be favoured.)
         """
-        keep = keep_finished and self.engine.keeps_finished
+        keep = keep_partial and self.engine.keeps_partial
         scored: list[ScoredRollout] = []
         for call in range(self.largest(-(-len(prompts) // self.call_size))):
             mine = prompts[call * self.call_size : (call + 1) * self.call_size]
@@ -225,29 +247,30 @@ class Sampler:
         responses = self.journal.get(group, key, fingerprint)
         missing = self.largest(int(responses is None))
         if responses is None or missing:
-            made: dict[int, dict[str, Any]] = {}
-            if keep:
-                made = self.journal.finished(fingerprint) if responses is None else dict(enumerate(responses))
-                seed = self._seed_of_rest(seed, len(made))
-            if made:
-                what = "%s, call %s: %d of %d responses were made before a stop, and are kept"
-                log.warning(what, group, key, len(made), len(prompts))
+            made = self._made(fingerprint, responses) if keep else {}
+            if num_made := sum(len(piece.token_ids) for piece in made.values()):
+                log.warning("%s, call %s: goes on from the %d tokens it had before a stop", group, key, num_made)
             else:
                 self.journal.start(group, key)
-            rest = [place for place in range(len(prompts)) if place not in made]
-
-            def on_finished(place: int, rollout: Rollout) -> None:
-                self.journal.add(fingerprint, rest[place], _encode(rollout))
-
-            asked = [prompts[place] for place in rest]
-            drawn = self.engine.generate(asked, sampling, seed, policy_version, on_finished if keep else ignore)
-            made |= {place: _encode(rollout) for place, rollout in zip(rest, drawn, strict=True)}
-            responses = [made[place] for place in range(len(prompts))]
+            if keep:
+                begun = [made.get(place, Piece()) for place in range(len(prompts))]
+                seed = self._seed_of_rest(seed, num_made)
+                with self.journal.writing(fingerprint) as on_tokens:
+                    drawn = self.engine.generate(prompts, sampling, seed, policy_version, on_tokens, begun)
+            else:
+                drawn = self.engine.generate(prompts, sampling, seed, policy_version)
+            responses = [_encode(rollout) for rollout in drawn]
             self.journal.put(group, key, fingerprint, responses)
         return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, responses, strict=True)]
 
+    def _made(self, fingerprint: str, responses: list[dict[str, Any]] | None) -> dict[int, Piece]:
+        """Place -> tokens: of a whole call where only ranks that share the engine lack it, else of what it has."""
+        if responses is None:
+            return self.journal.begun(fingerprint)
+        return {i: Piece(tuple(row["token_ids"]), tuple(row["logprobs"])) for i, row in enumerate(responses)}
+
     def _seed_of_rest(self, seed: int, num_made: int) -> int:
-        """Another seed where a part was made: from the same one, an answer's noise could be that of a kept one."""
+        """Another seed where a part was made: from the same one, tokens would meet the noise of tokens before them."""
         num_made = self.largest(num_made)
         return derive_seed(seed, "rest", num_made) if num_made else seed
 

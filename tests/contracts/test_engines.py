@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sdzero.engines import ScriptedEngine, TransformersEngine, VLLMEngine
-from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
+from sdzero.engines.base import EngineError, EngineSpec, Piece, RolloutEngine
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
 from tiny_model import write_tiny_model
@@ -138,16 +138,53 @@ def test_one_response_per_prompt_in_order(engine: RolloutEngine, builder: Prompt
     assert reasons == {"stop", "length"} or isinstance(engine, ScriptedEngine)
 
 
-def test_each_response_is_handed_out_once(engine: RolloutEngine, builder: PromptBuilder) -> None:
-    handed: list[tuple[int, Rollout]] = []
-    rollouts = engine.generate(
-        prompts(builder, 40), Sampling(1.0, 1.0, 30), 5, 1, lambda place, rollout: handed.append((place, rollout))
-    )
-    assert sorted(place for place, _ in handed) == list(range(40))
-    assert all(rollouts[place] is rollout for place, rollout in handed)
-    as_they_finish = [len(rollout.token_ids) for _, rollout in handed]
-    assert as_they_finish == sorted(as_they_finish) or not isinstance(engine, VLLMEngine)
-    assert engine.keeps_finished == isinstance(engine, VLLMEngine), "the others repeat a call to the bit"
+def joined(steps: Iterable[Mapping[int, Piece]], count: int) -> list[Piece]:
+    """What all steps together drew of each of `count` responses."""
+    drawn: list[Piece] = [Piece()] * count
+    for step in steps:
+        for place, piece in step.items():
+            drawn[place] = Piece(drawn[place].token_ids + piece.token_ids, drawn[place].logprobs + piece.logprobs)
+    return drawn
+
+
+def test_every_step_is_handed_out(engine: RolloutEngine, builder: PromptBuilder) -> None:
+    steps: list[Mapping[int, Piece]] = []
+    rollouts = engine.generate(prompts(builder, 40), Sampling(1.0, 1.0, 30), 5, 1, steps.append)
+    assert engine.keeps_partial == isinstance(engine, VLLMEngine), "the others repeat a call to the bit"
+    if engine.keeps_partial:
+        assert joined(steps, 40) == [Piece(rollout.token_ids, rollout.logprobs) for rollout in rollouts]
+        assert len(steps) >= 30 and all(len(piece.token_ids) == 1 for step in steps for piece in step.values())
+    else:
+        assert steps == []
+
+
+@pytest.mark.parametrize("num_steps", [1, 9])
+def test_a_continued_response_is_that_of_a_call_that_was_not_cut_short(
+    engine: RolloutEngine, builder: PromptBuilder, num_steps: int
+) -> None:
+    """Greedy, so that it is told by its tokens. What has ended is not drawn on, and no token is drawn twice."""
+    asked, sampling = prompts(builder, 40), Sampling(0.0, 1.0, 12)
+    steps: list[Mapping[int, Piece]] = []
+    whole = engine.generate(asked, sampling, 5, 1, steps.append)
+    begun, rest = joined(steps[:num_steps], 40), list[Mapping[int, Piece]]()
+    continued = engine.generate(asked, sampling, 6, 1, rest.append, begun)
+    if not engine.keeps_partial:
+        assert rest == [] and continued == engine.generate(asked, sampling, 6, 1), "they draw anew"
+        return
+    assert ids(continued) == ids(whole)
+    for one, other, before, after in zip(continued, whole, begun, joined(rest, 40), strict=True):
+        assert one.token_ids == before.token_ids + after.token_ids and one.finish_reason == other.finish_reason
+        assert one.logprobs[: len(before.logprobs)] == before.logprobs
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-3, rtol=0)
+
+
+def test_a_continued_response_may_fill_the_engine(engine: RolloutEngine) -> None:
+    prompt = Prompt(Question("long", "", ""), (5,) * (MAX_MODEL_LEN - 4))
+    begun = [Piece((6, 7, 8), (-1.0, -1.0, -1.0))]
+    [rollout] = engine.generate([prompt], Sampling(1.0, 1.0, 4), 0, 1, begun=begun)
+    assert len(rollout.token_ids) <= 4 and (rollout.token_ids[:3] == (6, 7, 8)) == engine.keeps_partial
+    with pytest.raises(ValueError, match=r"'long'.*lower max_new_tokens"):
+        engine.generate([prompt], Sampling(1.0, 1.0, 5), 0, 1, begun=begun)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])

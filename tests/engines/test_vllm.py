@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sdzero.engines import VLLMEngine, vllm
-from sdzero.engines.base import EngineError, EngineSpec
+from sdzero.engines.base import EngineError, EngineSpec, Piece
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
 from tiny_model import write_tiny_model
@@ -22,10 +22,11 @@ from tiny_model import write_tiny_model
 PROMPTS = [Prompt(Question(f"q{i}", "", ""), (5, 6, 7)) for i in range(4)]
 
 
-def finished(request_id: str, token_ids: list[int], reason: str = "length") -> Any:
+def finished(request_id: str, token_ids: list[int], reason: str | None = "length") -> Any:
+    """What a step brought for a request: with a reason, its end."""
     logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in token_ids]
     output = SimpleNamespace(token_ids=token_ids, logprobs=logprobs, finish_reason=reason)
-    return SimpleNamespace(request_id=request_id, finished=True, outputs=[output])
+    return SimpleNamespace(request_id=request_id, finished=reason is not None, outputs=[output])
 
 
 class FakeLLM:
@@ -36,12 +37,14 @@ class FakeLLM:
         self.calls: list[str] = []
         self.model = AutoModelForCausalLM.from_pretrained(options["model"])
         self.llm_engine = self
+        self.asked: list[tuple[list[int], int]] = []  # each request's tokens, and how many may follow
         self.waiting: list[str] = []
         self.on_step: Callable[[], list[Any]] | None = None
         self.can_reset = True
 
     def add_request(self, request_id: str, prompt: dict[str, list[int]], params: Any) -> None:
         self.params = params
+        self.asked.append((prompt["prompt_token_ids"], params.max_tokens))
         self.waiting.append(request_id)
 
     def has_unfinished_requests(self) -> bool:
@@ -140,6 +143,7 @@ def test_responses_come_back_in_the_order_of_their_prompts(start: Any) -> None:
     params = llm.params
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 0.9, 0, 2)
     assert params.stop_token_ids == [0, 2] and params.seed is None  # a seed raises in vLLM's CPU build
+    assert params.output_kind.name == "DELTA"
 
 
 def test_a_step_that_raises_is_the_engines_death(start: Any) -> None:
@@ -158,20 +162,54 @@ def test_a_step_that_raises_is_the_engines_death(start: Any) -> None:
         engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 0)
 
 
-def test_responses_are_handed_out_as_they_finish_and_a_taker_that_fails_leaves_no_engine(start: Any) -> None:
+def test_tokens_are_handed_out_step_by_step_and_a_taker_that_fails_leaves_no_engine(start: Any) -> None:
     engine, llm = start()
-    handed: list[tuple[int, int]] = []
+    handed: list[tuple[dict[int, Piece], int]] = []
 
-    def take(place: int, rollout: Any) -> None:
-        handed.append((place, len(llm.waiting)))
-        if place == 1:
+    def step() -> list[Any]:
+        news = [finished(request, [10 + int(request)], None) for request in llm.waiting[:-1]]
+        return [*news, finished(llm.waiting.pop(), [8, 9])]
+
+    def take(pieces: dict[int, Piece]) -> None:
+        handed.append((pieces, len(llm.waiting)))
+        if len(handed) == 3:
             raise OSError("No space left on device")
 
+    llm.on_step = step
     with pytest.raises(OSError, match="No space left"):  # not "vLLM died"
-        engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 0, take)
-    assert handed == [(3, 3), (2, 2), (1, 1)]
+        engine.generate(PROMPTS, Sampling(1.0, 1.0, 4), 0, 0, take)
+    ends, goes_on = Piece((8, 9), (-0.5, -0.5)), [Piece((10 + place,), (-0.5,)) for place in range(4)]
+    assert [waiting for _, waiting in handed] == [3, 2, 1]
+    assert [pieces for pieces, _ in handed] == [{**dict(enumerate(goes_on[:end])), end: ends} for end in (3, 2, 1)]
     with pytest.raises(EngineError, match="holds None"):
-        engine.generate(PROMPTS, Sampling(1.0, 1.0, 2), 0, 0)
+        engine.generate(PROMPTS, Sampling(1.0, 1.0, 4), 0, 0)
+
+
+def test_what_was_begun_is_prompt_and_only_the_rest_is_asked_for(start: Any) -> None:
+    """Of four responses one is at its end by its last token, one by the limit, one has a token and one none."""
+    engine, llm = start()
+    begun = [Piece((7, 2), (-1.0, -2.0)), Piece((7,), (-3.0,)), Piece((7, 8, 9), (-4.0, -5.0, -6.0)), Piece()]
+
+    def step() -> list[Any]:
+        llm.waiting.clear()
+        return [finished("0", [9, 2], "stop"), finished("1", [9, 9, 2], "stop")]
+
+    llm.on_step = step
+    steps: list[dict[int, Piece]] = []
+    rollouts = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, steps.append, begun)
+    assert llm.asked == [([5, 6, 7, 7], 2), ([5, 6, 7], 3)]
+    assert [rollout.prompt for rollout in rollouts] == PROMPTS
+    assert [rollout.token_ids for rollout in rollouts] == [(7, 2), (7, 9, 2), (7, 8, 9), (9, 9, 2)]
+    assert [rollout.finish_reason for rollout in rollouts] == ["stop", "stop", "length", "stop"]
+    assert rollouts[1].logprobs == (-3.0, -0.5, -0.5) and rollouts[2].logprobs == begun[2].logprobs
+    assert list(steps[0]) == [1, 3] and len(steps) == 1
+
+
+def test_a_call_without_a_token_left_to_draw_asks_nothing(start: Any) -> None:
+    engine, llm = start()
+    begun = [Piece((7, 2), (-1.0, -2.0))] * 4
+    rollouts = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, begun=begun)
+    assert llm.asked == [] and [rollout.token_ids for rollout in rollouts] == [(7, 2)] * 4
 
 
 def test_the_deadline_ends_a_slow_call_and_tells_how_far_it_came(start: Any) -> None:
@@ -190,7 +228,7 @@ def test_the_deadline_ends_a_slow_call_and_tells_how_far_it_came(start: Any) -> 
     ("step", "message"),
     [
         (lambda: [], "returned 0 of 4 responses"),
-        (lambda: [finished("0", [9, 9]), finished("0", [9, 9])], "request 0 twice"),
+        (lambda: [finished("0", [9, 9]), finished("0", [9, 9])], "went on with request 0"),
         (lambda: [finished(str(i), []) for i in range(4)], "broken response to question 'q0': 0 tokens"),
         (lambda: [finished(str(i), [9]) for i in range(4)], "broken response to question 'q0': 1 tokens"),
         (lambda: [finished(str(i), [2, 9]) for i in range(4)], None),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import Notes, Toy, fit, make_batch, make_scored
 from sdzero.data import Evaluation, RolloutDataModule
-from sdzero.engines.base import OnFinished, SyncReport, ignore
+from sdzero.engines.base import OnTokens, Piece, SyncReport, ignore
 from sdzero.methods import SelfDistill
 from sdzero.models import ModelConfig
 from sdzero.prompts import FinalAnswer, PromptBuilder
@@ -43,10 +43,11 @@ class Sleeper(Notes):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         assert not self.asleep
-        return super().generate(prompts, sampling, seed, policy_version, on_finished)
+        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
 
     def sleep(self) -> None:
         self.asleep = True

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from helpers import Notes, Toy, fit, make_batch, make_scored, plain_logprobs, plain_model, same, weights_of
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.engines import TransformersEngine
-from sdzero.engines.base import EngineError, OnFinished, ignore
+from sdzero.engines.base import EngineError, OnTokens, Piece, ignore
 from sdzero.methods import Method, SelfDistill
 from sdzero.models import ModelConfig
 from sdzero.prompts import PromptBuilder
@@ -68,9 +68,9 @@ class Sent(Notes):
 
 
 class LikeVLLM(Notes):
-    """Like vLLM its finished responses may be kept; says of each call whether they are."""
+    """Like vLLM it may continue a call that was cut short; says of each call whether it is kept for that."""
 
-    keeps_finished = True
+    keeps_partial = True
 
     def __init__(self) -> None:
         super().__init__(answer)
@@ -82,11 +82,12 @@ class LikeVLLM(Notes):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         split = prompts[0].question.id.partition("-")[0]
-        self.kept.append((split, on_finished is not ignore))
-        return super().generate(prompts, sampling, seed, policy_version, on_finished)
+        self.kept.append((split, on_tokens is not ignore))
+        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
 
 
 def test_a_training_step_keeps_whole_calls_alone(path: Path, tmp_path: Path) -> None:

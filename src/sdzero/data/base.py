@@ -250,14 +250,14 @@ class StepDataModule(L.LightningDataModule):
         return {"logprob_gap": gap}
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_finished: bool = True
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
     ) -> tuple[list[ScoredRollout], dict[str, float]]:
         """Scored responses of the current policy, and figures of the sampling. Collective over ranks."""
         stats = self.sync_policy()
         started = time.monotonic()
         self.sampler.call_size = call_size
         version = self.policy.policy_version
-        scored = self.sampler.sample(prompts, sampling, group, version, keep_finished=keep_finished)
+        scored = self.sampler.sample(prompts, sampling, group, version, keep_partial=keep_partial)
         stats |= {"generate_seconds": time.monotonic() - started, **self.check_policy(scored)}
         return scored, stats
 

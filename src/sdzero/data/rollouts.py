@@ -97,7 +97,7 @@ class RolloutDataModule(StepDataModule):
         questions = [self.questions[i] for i in indices for _ in range(self.rollouts_per_prompt)]
         prompts = [self.policy.builder.prompt(question) for question in questions]
         # whole calls: what a kill leaves finished are the short responses, and a step must not lean towards them
-        scored, stats = self.sample(prompts, self.sampling, f"train-{counter:06d}", self.call_size, keep_finished=False)
+        scored, stats = self.sample(prompts, self.sampling, f"train-{counter:06d}", self.call_size, keep_partial=False)
         return RolloutBatch(scored, self.policy.policy_version, counter, stats)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdzero.prompts import PromptBuilder
-from sdzero.types import Prompt, Rollout, Sampling
+from sdzero.types import Prompt, Rollout, Sampling, TokenIds
 
 
 class EngineError(RuntimeError):
@@ -46,12 +46,25 @@ class SyncReport:
     checksum: str
 
 
-OnFinished = Callable[[int, Rollout], None]
-"""Takes a response when it is finished: its prompt's place in the call, and the response."""
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of a response, and the engine's untempered log-probability of each."""
+
+    token_ids: TokenIds = ()
+    logprobs: tuple[float, ...] = ()
 
 
-def ignore(place: int, rollout: Rollout) -> None:
-    """Does nothing with a finished response."""
+OnTokens = Callable[[Mapping[int, Piece]], None]
+"""Takes what one step of the engine drew: a prompt's place in the call -> the new tokens of its response."""
+
+
+def ignore(pieces: Mapping[int, Piece]) -> None:
+    """Does nothing with new tokens."""
+
+
+def is_complete(token_ids: Sequence[int], end_ids: Collection[int], max_new_tokens: int) -> bool:
+    """Whether a response is at its end: an end-of-turn token, or the limit."""
+    return len(token_ids) == max_new_tokens or (bool(token_ids) and token_ids[-1] in end_ids)
 
 
 class RolloutEngine(ABC):
@@ -63,9 +76,9 @@ class RolloutEngine(ABC):
     policy_version: int | None = None
     """Version of the last completed sync (0 after a start with `load_weights`); None: no weights yet."""
 
-    keeps_finished: ClassVar[bool] = False
-    """Whether the finished responses of a call that broke off may be kept, and only the rest made: an engine that draws
-    each request by itself, and would not repeat the call to the bit anyway."""
+    keeps_partial: ClassVar[bool] = False
+    """Whether a call that broke off is continued where it stood: an engine that draws token by token, and would not
+    repeat the call to the bit anyway. The others ignore `on_tokens` and `begun`."""
 
     @abstractmethod
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
@@ -92,11 +105,16 @@ class RolloutEngine(ABC):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         """One response per prompt, in order. The unit of durability: same call, same seed, same weights.
 
-        `on_finished` is handed each response once, as the engine has it.
+        Args:
+            on_tokens: is handed what is drawn, once per step of the engine and for all responses of that step at once,
+                so that what it has seen is always the state of one moment.
+            begun: what was drawn of each response before, none or one piece per prompt. Only what follows is drawn,
+                and nothing where a response is complete; the result is the whole.
 
         Raises:
             ValueError: a prompt with its new tokens is longer than the engine's `max_model_len`; nothing is cut.
@@ -146,7 +164,7 @@ class RolloutEngine(ABC):
         """A response from what the engine returned, checked: it ends at its first end-of-turn token or at the limit."""
         ended = bool(token_ids) and token_ids[-1] in builder.end_ids
         body = builder.body(token_ids)
-        complete = ended or len(token_ids) == max_new_tokens
+        complete = is_complete(token_ids, builder.end_ids, max_new_tokens)
         if not complete or len(body) != len(token_ids) - ended or len(logprobs) != len(token_ids):
             raise EngineError(
                 f"the engine returned a broken response to question {prompt.question.id!r}: {len(token_ids)} tokens of "

@@ -7,7 +7,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from sdzero.engines.base import EngineSpec, OnFinished, RolloutEngine, SyncReport, ignore
+from sdzero.engines.base import EngineSpec, OnTokens, Piece, RolloutEngine, SyncReport, ignore
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
@@ -43,16 +43,13 @@ class ScriptedEngine(RolloutEngine):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
         self.num_generate_calls += 1
-        rollouts = []
-        for place, prompt in enumerate(prompts):
-            rollouts.append(self._respond(prompt, sampling.max_new_tokens, seed))
-            on_finished(place, rollouts[place])
-        return rollouts
+        return [self._respond(prompt, sampling.max_new_tokens, seed) for prompt in prompts]
 
     def _respond(self, prompt: Prompt, max_new_tokens: int, seed: int) -> Rollout:
         builder = self._builder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sdzero.engines.base import EngineSpec, OnFinished, RolloutEngine, SyncReport, ignore, preserved_rng
+from sdzero.engines.base import EngineSpec, OnTokens, Piece, RolloutEngine, SyncReport, ignore, preserved_rng
 from sdzero.engines.checks import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
@@ -65,7 +65,8 @@ class TransformersEngine(RolloutEngine):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
@@ -73,8 +74,6 @@ class TransformersEngine(RolloutEngine):
         with preserved_rng(seed), torch.inference_mode():
             for start in range(0, len(prompts), self.max_batch_size):
                 rollouts += self._sample(prompts[start : start + self.max_batch_size], sampling)
-                for place in range(start, len(rollouts)):
-                    on_finished(place, rollouts[place])
         return rollouts
 
     def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:

@@ -16,9 +16,19 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sdzero.engines import vllm_patches
-from sdzero.engines.base import EngineError, EngineSpec, OnFinished, RolloutEngine, SyncReport, ignore, preserved_rng
+from sdzero.engines.base import (
+    EngineError,
+    EngineSpec,
+    OnTokens,
+    Piece,
+    RolloutEngine,
+    SyncReport,
+    ignore,
+    is_complete,
+    preserved_rng,
+)
 from sdzero.engines.checks import SyncCheck, WeightLayout
-from sdzero.engines.vllm_requests import logprobs, run_requests, sampling_params, shared_requests
+from sdzero.engines.vllm_requests import Request, run_requests, sampling_params, shared_requests
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
@@ -45,7 +55,7 @@ class VLLMEngine(RolloutEngine):
             hangs in native code ends the process a minute later, with the stacks of all threads on stderr.
     """
 
-    keeps_finished = True
+    keeps_partial = True
 
     def __init__(
         self,
@@ -148,27 +158,31 @@ class VLLMEngine(RolloutEngine):
         sampling: Sampling,
         seed: int,
         policy_version: int,
-        on_finished: OnFinished = ignore,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
-        requests, first, seed = shared_requests([p.token_ids for p in prompts], seed, self.tensor_parallel_size)
-        rollouts: dict[int, Rollout] = {}
+        begun, limit = begun or [Piece()] * len(prompts), sampling.max_new_tokens
+        drawn = [(list(piece.token_ids), list(piece.logprobs)) for piece in begun]
+        asked = [place for place, (ids, _) in enumerate(drawn) if not is_complete(ids, self._builder.end_ids, limit)]
+        mine = [Request((*prompts[place].token_ids, *drawn[place][0]), limit - len(drawn[place][0])) for place in asked]
+        requests, first, seed = shared_requests(mine, seed, self.tensor_parallel_size)
+        own = {first + index: place for index, place in enumerate(asked)}  # the others are those of sharing ranks
         with preserved_rng(seed), self._guarded():
             self._forget_prefixes()  # what a call returns must not depend on the calls before it
             params = sampling_params(sampling, self._builder)
             try:
-                for index, output in run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds):
-                    place = index - first
-                    if 0 <= place < len(prompts):  # the others are those of the ranks that share the engine
-                        ids, values = output.token_ids, logprobs(output)
-                        rollout = self._rollout(self._builder, prompts[place], ids, values, sampling.max_new_tokens)
-                        rollouts[place] = rollout
-                        on_finished(place, rollout)
+                for step in run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds):
+                    pieces = {own[index]: piece for index, piece in step.items() if index in own}
+                    for place, piece in pieces.items():
+                        drawn[place][0].extend(piece.token_ids)
+                        drawn[place][1].extend(piece.logprobs)
+                    on_tokens(pieces)
             except BaseException:  # requests may be left in vLLM: its scheduler's state is unknown from here on
                 self.policy_version = None
                 raise
-        return [rollouts[place] for place in range(len(prompts))]
+        return [self._rollout(self._builder, prompt, *drawn[place], limit) for place, prompt in enumerate(prompts)]
 
     def sleep(self) -> None:
         if not self._is_cpu and not self._asleep:
