@@ -15,32 +15,36 @@ import yaml
 from runs import ROOT, environment, read_json, rows
 
 NUM_QUESTIONS, NUM_SAMPLES, CALL_SIZE, MAX_NEW_TOKENS = 20, 8, 80, 24
-KILLED_AFTER = 110  # responses: the first call and a part of the second
+KILLED_AT = 30  # steps of the second call: some responses are at their end, some on their way, some not begun
 
 TEST = """
 import os, signal, sys
 from sdzero.cli import main
 from sdzero.engines import VLLMEngine
 
-asked, lives = sys.argv.pop(1), int(sys.argv.pop(1))
-generate = VLLMEngine.generate
+drawn, killed_at = sys.argv.pop(1), int(sys.argv.pop(1))
+generate, calls = VLLMEngine.generate, 0
 
-def noting(self, prompts, sampling, seed, policy_version, on_finished):
-    def counting(place, rollout):
-        global lives
-        on_finished(place, rollout)
-        lives -= 1
-        if lives == 0:
+def noting(self, prompts, sampling, seed, policy_version, on_tokens, begun):
+    global calls
+    calls += 1
+    steps = []
+
+    def counting(pieces):
+        on_tokens(pieces)
+        steps.append(sum(len(piece.token_ids) for piece in pieces.values()))
+        if (calls, len(steps)) == (2, killed_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with open(asked, "a") as file:
-        print(len(prompts), file=file)
-    return generate(self, prompts, sampling, seed, policy_version, counting)
+    rollouts = generate(self, prompts, sampling, seed, policy_version, counting, begun)
+    with open(drawn, "a") as file:
+        print(sum(steps), file=file)
+    return rollouts
 
 VLLMEngine.generate = noting
 main()
 """
-"""`sdzero ASKED LIVES test ...` notes the number of prompts of each call, and kills itself after LIVES responses."""
+"""`sdzero DRAWN STEP test ...` notes the number of tokens of each call, and kills itself at a STEP of the second."""
 
 
 def config(model: Path, out: Path) -> dict[str, Any]:
@@ -64,49 +68,68 @@ class Interrupted:
     """The folder of an evaluation after its end, what it had at the kill, and what its second run printed."""
 
     out: Path
-    asked: list[int]
+    drawn: list[int]
     whole: list[dict[str, Any]]
     partial: list[dict[str, Any]]
     said: str
+
+    def kept(self) -> dict[int, tuple[list[int], list[float]]]:
+        """Place in the second call -> tokens and their log-probabilities that were on disk at the kill."""
+        kept: dict[int, tuple[list[int], list[float]]] = {}
+        for step in self.partial[1:]:
+            for place, (token_ids, logprobs) in step.items():
+                ids, values = kept.setdefault(int(place), ([], []))
+                ids += token_ids
+                values += logprobs
+        return kept
 
 
 @pytest.fixture(scope="module")
 def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     folder = tmp_path_factory.mktemp("interrupted")
-    out, asked = folder / "out", folder / "asked"
+    out, drawn = folder / "out", folder / "drawn"
     (folder / "eval.yaml").write_text(yaml.safe_dump(config(smollm2, out)))
 
-    def start(lives: int) -> subprocess.CompletedProcess[str]:
-        arguments = [str(asked), str(lives), "test", "--config", str(folder / "eval.yaml")]
+    def start(killed_at: int) -> subprocess.CompletedProcess[str]:
+        arguments = [str(drawn), str(killed_at), "test", "--config", str(folder / "eval.yaml")]
         options: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
         return subprocess.run([sys.executable, "-c", TEST, *arguments], check=False, **options)
 
-    killed = start(KILLED_AFTER)
+    killed = start(KILLED_AT)
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     whole, partial = rows(journal(out, 0)), rows(out / "journal/rank0/call.partial")
-    done = start(1_000_000)
+    done = start(0)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Interrupted(out, list(map(int, asked.read_text().split())), whole, partial, done.stdout + done.stderr)
+    return Interrupted(out, list(map(int, drawn.read_text().split())), whole, partial, done.stdout + done.stderr)
 
 
 def journal(out: Path, call: int) -> Path:
     return out / f"journal/rank0/eval-000000-{call:05d}.jsonl"
 
 
-def test_only_what_was_missing_was_asked_for_again(run: Interrupted) -> None:
-    num_kept = KILLED_AFTER - CALL_SIZE
-    assert len(run.partial) == num_kept
-    assert run.asked == [CALL_SIZE, CALL_SIZE, CALL_SIZE - num_kept]
-    assert f"{num_kept} of {CALL_SIZE} responses were made before a stop" in run.said
+def num_tokens(responses: list[dict[str, Any]]) -> int:
+    return sum(len(response["token_ids"]) for response in responses)
 
 
-def test_finished_requests_are_untouched(run: Interrupted) -> None:
+def test_only_the_tokens_that_were_missing_were_drawn(run: Interrupted) -> None:
+    num_kept = sum(len(token_ids) for token_ids, _ in run.kept().values())
+    [first], [second] = run.whole, rows(journal(run.out, 1))
+    assert 0 < num_kept < num_tokens(second["responses"])
+    assert run.drawn == [num_tokens(first["responses"]), num_tokens(second["responses"]) - num_kept]
+    assert f"call 0: goes on from the {num_kept} tokens it had before a stop" in run.said
+
+
+def test_responses_begin_with_what_they_had_and_finished_ones_are_untouched(run: Interrupted) -> None:
     assert rows(journal(run.out, 0)) == run.whole
     [row] = rows(journal(run.out, 1))
-    assert len(row["responses"]) == CALL_SIZE
-    for kept in run.partial:
-        assert kept["fingerprint"] == row["fingerprint"]
-        assert row["responses"][kept["place"]] == kept["response"]
+    assert len(row["responses"]) == CALL_SIZE and run.partial[0] == {"fingerprint": row["fingerprint"]}
+    num_longer = 0
+    for place, (token_ids, logprobs) in run.kept().items():
+        response = row["responses"][place]
+        assert response["token_ids"][: len(token_ids)] == token_ids
+        assert response["logprobs"][: len(logprobs)] == logprobs
+        num_longer += len(response["token_ids"]) > len(token_ids)
+    assert 0 < num_longer < len(run.kept()) < CALL_SIZE  # some were on their way, some finished, some not begun
     assert not (run.out / "journal/rank0/call.partial").exists()
 
 
