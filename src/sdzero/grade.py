@@ -19,8 +19,8 @@ import yaml
 
 from sdzero import tasks
 from sdzero.tasks.base import Task
+from sdzero.tasks.files import read_rows
 from sdzero.tasks.rows import Rows
-from sdzero.tasks.sources import read_rows
 from sdzero.types import Question, Verdict
 
 _OWN = ("response", "answer", "question", "id", "finish_reason", "reward")  # columns; the rest is the question's meta

@@ -10,7 +10,7 @@ import pytest
 from fixtures import livecodebench, programs
 from fixtures.make import make
 from sdzero.tasks import Code, Codeforces, HumanEval, LiveCodeBench
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.hub import HubDataset
 from sdzero.types import Question
 
 pytestmark = pytest.mark.sandbox

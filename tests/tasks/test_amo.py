@@ -6,7 +6,7 @@ import pytest
 from fixtures.make import make
 from fixtures.mathematics import AMO, AMO_ODD, AMO_TYPES
 from sdzero.tasks import AMOBench
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.hub import HubDataset
 
 DESCRIPTION = "its answer is a description, which needs a judge model"
 

@@ -17,7 +17,8 @@ from fixtures import benchmarks, mathematics
 from fixtures.make import make
 from runs import ROOT
 from sdzero.tasks import AMOBench, Code, Instructions, Math, MultipleChoice, OpenR1Math, Rows, Suite, Task
-from sdzero.tasks.sources import HubDataset, read
+from sdzero.tasks.hub import HubDataset
+from sdzero.tasks.sources import read
 from sdzero.types import Question
 
 DATA = ROOT / "configs/data"
@@ -169,7 +170,7 @@ def test_instructions(name: str) -> None:
 def test_a_package_with_rows_is_named_where_it_is_missing(
     monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
 ) -> None:
-    monkeypatch.setattr("sdzero.tasks.sources.find_spec", lambda name: None)
+    monkeypatch.setattr("sdzero.tasks.files.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=rf"package:{name}/rows.jsonl: .* not installed: {remedy}"):
         read(f"package:{name}/rows.jsonl", [])
 

@@ -9,8 +9,8 @@ import pytest
 
 from sdzero.tasks import Champ
 from sdzero.tasks.champ import FILE, gold
+from sdzero.tasks.files import Row
 from sdzero.tasks.rows import SetAside
-from sdzero.tasks.sources import Row
 
 SENTENCE = "its answer is a sentence, which needs a judge model"
 # rows, by their number, whose gold answer the grader cannot read, and why

@@ -29,7 +29,7 @@ from sdzero.judge.types import (
 from sdzero.tasks import Code, Task
 from sdzero.tasks import code as module
 from sdzero.tasks.code import last_block, parse_tests, with_preamble
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.hub import HubDataset
 from sdzero.types import Question
 
 TESTS = [{"input": "1", "output": "2"}]

@@ -13,7 +13,7 @@ from fixtures.make import make
 from fixtures.mathematics import COUNTDOWN, countdown_row
 from sdzero.tasks import Countdown, splits
 from sdzero.tasks.countdown import numbers_of, parse, value_of
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.splits import split_of
 from sdzero.types import Question, Split
 

@@ -20,8 +20,8 @@ from sdzero.prompts import PromptBuilder
 from sdzero.tasks import Codeforces, Rows
 from sdzero.tasks.base import TraceSource
 from sdzero.tasks.demonstrations import CodeforcesDemonstrations, Demonstrations, OpenR1Demonstrations
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Source
-from sdzero.tasks.sources import HubDataset
 from sdzero.types import Question, Trace, Verdict
 from tiny_model import tiny_tokenizer
 

@@ -14,8 +14,8 @@ from fixtures.mathematics import OPENR1, OPENR1_ODD, openr1_row, uuid_of
 from fixtures.repository import rename_column
 from runs import refusal
 from sdzero.tasks import OpenR1Math
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.openr1 import COMPETITIONS
-from sdzero.tasks.sources import HubDataset
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Split
 

@@ -18,7 +18,8 @@ from fixtures.mathematics import AIME25, COUNTDOWN, HMMT, OPENR1, openr1_row
 from fixtures.programs import CODEFORCES
 from fixtures.repository import rename_column
 from runs import refusal, sdzero
-from sdzero.tasks.sources import HubDataset, hub_files, read
+from sdzero.tasks.hub import HubDataset, hub_files
+from sdzero.tasks.sources import read
 
 NOBODYS = "0" * 40
 COLUMNS = ["problem", "answer"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sdzero.tasks.files import Row
 from sdzero.tasks.math import Math
 from sdzero.tasks.rows import SetAside, Source
-from sdzero.tasks.sources import Row
 from sdzero.types import Split
 
 _PARSED = ("number", "set", "variable")

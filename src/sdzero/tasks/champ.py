@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+from sdzero.tasks.files import Row, package_file
 from sdzero.tasks.math import INSTRUCTION, Math
 from sdzero.tasks.rows import SetAside, Source
-from sdzero.tasks.sources import Row, package_file
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Split
 

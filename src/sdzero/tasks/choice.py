@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 from sdzero.tasks.boxed import after_thought, last_boxed
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Rows
-from sdzero.tasks.sources import HubDataset, Row
 from sdzero.types import Question, Split, Verdict
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|boldsymbol)\s*\{([^{}]*)\}")

@@ -21,8 +21,9 @@ from sdzero.judge.types import (
     read_test,
 )
 from sdzero.tasks.boxed import after_thought
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Rows, SetAside
-from sdzero.tasks.sources import HubDataset, Row
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split, Verdict
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from sdzero.judge.types import Language, Limits, StdioTest, Submission, Test
 from sdzero.tasks.code import LIMITS, Code
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset, hub_files
 from sdzero.tasks.rows import SetAside, Source
-from sdzero.tasks.sources import HubDataset, Row, hub_files
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split
 
@@ -47,9 +48,9 @@ class Codeforces(Code):
     All languages of a problem, and all problems that `aliases` or the same statement join, are in one split.
 
     Programs are held against the official tests where the row has them all; else against those that are not cut, and
-    after them the generated ones. These are a file per contest (`generated_tests/test_cases_0001.parquet`), 110 GB in
-    all, in the same repository or beside the file that `path` names. `questions` downloads the files of the contests
-    that it asks; a problem's tests are read when its answers are judged.
+    after them the generated ones. These are a file per contest (`generated_tests/test_cases_0001.parquet`), in all more
+    than memory holds, in the same repository or beside the file that `path` names. `questions` downloads the files of
+    the contests that it asks; a problem's tests are read when its answers are judged.
 
     Interactive problems and those that are not `executable` are set aside. Left out are problems with neither all
     official tests nor generated ones, which the rows say, and those that their contest's file does not have.

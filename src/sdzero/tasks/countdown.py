@@ -18,7 +18,8 @@ from typing import get_args
 from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.tasks.boxed import last_boxed
-from sdzero.tasks.sources import HubDataset, read
+from sdzero.tasks.hub import HubDataset
+from sdzero.tasks.sources import read
 from sdzero.tasks.splits import split_of, take
 from sdzero.types import Question, Split, Verdict
 

@@ -18,8 +18,10 @@ from sdzero.judge.types import Language
 from sdzero.tasks.base import Task, TraceSource
 from sdzero.tasks.boxed import after_thought
 from sdzero.tasks.codeforces import Codeforces
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Source
-from sdzero.tasks.sources import HubDataset, Row, read
+from sdzero.tasks.sources import read
 from sdzero.types import Question, Split, Trace
 
 if TYPE_CHECKING:  # prompts imports torch

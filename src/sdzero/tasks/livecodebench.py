@@ -12,8 +12,10 @@ from sdzero.judge.client import check
 from sdzero.judge.livecodebench import read_tests
 from sdzero.judge.types import Limits, Submission, Test
 from sdzero.tasks.code import Code, with_preamble
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset, hub_files
 from sdzero.tasks.rows import SetAside, Source
-from sdzero.tasks.sources import HubDataset, Row, hub_files, read
+from sdzero.tasks.sources import read
 from sdzero.types import Question, Split
 
 Version = Literal["v1", "v2", "v3", "v4", "v5", "v6"]

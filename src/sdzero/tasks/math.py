@@ -9,8 +9,9 @@ from typing import Any
 from sdzero.judge import mathematics
 from sdzero.judge.pool import Failed, GraderPool
 from sdzero.tasks.boxed import after_thought, last_boxed
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Rows
-from sdzero.tasks.sources import HubDataset, Row
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split, Verdict
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.math import INSTRUCTION, Math
 from sdzero.tasks.rows import SetAside, Source
-from sdzero.tasks.sources import HubDataset, Row
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split
 

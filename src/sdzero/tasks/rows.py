@@ -11,7 +11,9 @@ from functools import cached_property
 from typing import Any, get_args
 
 from sdzero.tasks.base import Task
-from sdzero.tasks.sources import HubDataset, Row, read
+from sdzero.tasks.files import Row
+from sdzero.tasks.hub import HubDataset
+from sdzero.tasks.sources import read
 from sdzero.tasks.splits import Sizes, deal, split_of
 from sdzero.types import Question, Split
 
