@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from sdzero.judge.types import CodeVerdict, JudgeError, Submission
 
 
@@ -21,3 +23,9 @@ class FakeJudge:
         if "fault" in words:
             raise JudgeError("the sandbox broke")
         return [CodeVerdict(int(word == "correct"), word, "fake") for word in words]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def fake_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task of programs that is made has one."""
+    monkeypatch.setattr("sdzero.tasks.code.Judge", FakeJudge)

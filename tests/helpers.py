@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from sdzero.data.base import stream_loader
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import OnTokens, Piece, SyncReport, ignore
+from sdzero.engines.base import SyncReport
 from sdzero.methods import Method
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import Task
@@ -49,16 +49,10 @@ class Notes(ScriptedEngine):
         return super().sync(self.weights.items(), policy_version)
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        seed: int,
-        policy_version: int,
-        on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int, *rest: Any, **more: Any
     ) -> list[Rollout]:
         self.calls.append((policy_version, list(prompts)))
-        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
+        return super().generate(prompts, sampling, seed, policy_version, *rest, **more)
 
 
 class Stored(L.LightningDataModule):

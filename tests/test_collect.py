@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from runs import ROOT, num_calls, read_json, refusal, rows
 from sdzero.collect import Collect
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import EngineError, OnTokens, Piece, ignore
+from sdzero.engines.base import EngineError
 from sdzero.models import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks import Chains
@@ -47,16 +47,10 @@ class Actor(ScriptedEngine):
         self.log: list[tuple[Prompt, str]] = []
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        seed: int,
-        policy_version: int,
-        on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int, *rest: Any, **more: Any
     ) -> list[Rollout]:
         self._rng = random.Random(seed)
-        rollouts = super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
+        rollouts = super().generate(prompts, sampling, seed, policy_version, *rest, **more)
         if self.num_generate_calls == self.dies_in:
             raise EngineError("the engine died in the middle of a call")
         self.log += [(prompt, rollout.text) for prompt, rollout in zip(prompts, rollouts, strict=True)]

@@ -15,7 +15,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
@@ -71,9 +70,7 @@ def write_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
         bos_token_id=None,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(Qwen3Config(**{**config, **overrides}))
+    model = _random(Qwen3Config(**{**config, **overrides}), seed)
     # what engines must not pick up
     defaults = dict(do_sample=True, top_k=5, temperature=0.3, repetition_penalty=1.5, min_p=0.2)
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=end_ids[1], **defaults)
@@ -82,24 +79,19 @@ def write_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
     return Path(path)
 
 
+def _random(config: Any, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config)
+
+
 def write_tiny(path: str | Path, kind: str, **overrides: Any) -> Path:
     """Writes a random tiny model of any architecture that transformers knows by name, as `olmo3`, and its tokenizer."""
     tokenizer = tiny_tokenizer()
-    config: dict[str, Any] = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=8192,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**config, **overrides}))
-    model.save_pretrained(path)
+    shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=8192)
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **shape, **heads, **ids, **overrides)
+    _random(config, 0).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)

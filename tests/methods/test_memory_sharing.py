@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import Notes, Toy, fit, make_batch, make_scored
 from sdzero.data import Evaluation, RolloutDataModule
-from sdzero.engines.base import OnTokens, Piece, SyncReport, ignore
+from sdzero.engines.base import SyncReport
 from sdzero.methods import SelfDistill
 from sdzero.models import ModelConfig
 from sdzero.prompts import FinalAnswer, PromptBuilder
@@ -38,16 +38,10 @@ class Sleeper(Notes):
         return super().sync(weights, policy_version)
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        seed: int,
-        policy_version: int,
-        on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int, *rest: Any, **more: Any
     ) -> list[Rollout]:
         assert not self.asleep
-        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
+        return super().generate(prompts, sampling, seed, policy_version, *rest, **more)
 
     def sleep(self) -> None:
         self.asleep = True

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentParser
 
-from fake_judge import FakeJudge
+from fake_judge import fake_judge  # noqa: F401 - a fixture
 from fixtures.make import make
 from fixtures.programs import CODEFORCES, CODEFORCES_ODD
 from fixtures.repository import rename_column
 from sdzero.judge.types import Limits, StdioTest
 from sdzero.tasks import Code, Codeforces, Task
 from sdzero.tasks import codeforces as module
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split
 
@@ -31,9 +31,7 @@ LANGUAGES = ("cpp", "python")
 Row = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdzero.tasks.code.Judge", FakeJudge)
+pytestmark = pytest.mark.usefixtures("fake_judge")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
-from fake_judge import FakeJudge
+from fake_judge import fake_judge  # noqa: F401 - a fixture
 from fixtures.livecodebench import (
     FILES,
     LIVECODEBENCH,
@@ -28,14 +28,12 @@ from fixtures.livecodebench import (
 from fixtures.make import make
 from sdzero.judge.types import CallTest, StdioTest
 from sdzero.tasks import LiveCodeBench, Task
-from sdzero.tasks.sources import HubDataset
+from sdzero.tasks.hub import HubDataset
 
 Row = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdzero.tasks.code.Judge", FakeJudge)
+pytestmark = pytest.mark.usefixtures("fake_judge")
 
 
 @pytest.fixture(scope="module")
