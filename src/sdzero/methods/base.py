@@ -11,7 +11,6 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.evaluation import Evaluated
+from sdzero.methods.schedule import Schedule
 from sdzero.models import ModelConfig, full_weights, load, shard_fsdp1, shard_fsdp2
 from sdzero.prompts import Context, Revision, collate, micro_batches
 from sdzero.seeds import run_seed
@@ -35,32 +35,6 @@ FAULTS = ("num_nonfinite", "num_skipped")
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was NaN or infinite more often than `max_nonfinite_steps` allows."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate's course, stepped once per optimizer step.
-
-    Args:
-        name: `constant`, `linear` (to 0) or `cosine` (to 0), after the warm-up.
-        warmup_steps: steps of linear warm-up.
-        warmup_ratio: the same as a share of all steps; only one of the two may be set.
-    """
-
-    name: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("schedule: set warmup_steps or warmup_ratio, not both")
-
-    def build(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-        from transformers import get_scheduler
-
-        name = "constant_with_warmup" if self.name == "constant" else self.name
-        warmup = self.warmup_steps or int(self.warmup_ratio * num_steps)
-        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps)
 
 
 class Method(Evaluated):
