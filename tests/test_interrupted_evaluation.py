@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from runs import ROOT, environment, read_json, rows
+from runs import ROOT, environment, once, read_json, rows
 
 NUM_QUESTIONS, NUM_SAMPLES, CALL_SIZE, MAX_NEW_TOKENS = 20, 8, 80, 24
 KILLED_AT = 30  # steps of the second call: some responses are at their end, some on their way, some not begun
@@ -86,21 +87,28 @@ class Interrupted:
 
 @pytest.fixture(scope="module")
 def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    folder = tmp_path_factory.mktemp("interrupted")
-    out, drawn = folder / "out", folder / "drawn"
-    (folder / "eval.yaml").write_text(yaml.safe_dump(config(smollm2, out)))
+    folder = once(tmp_path_factory, "interrupted", lambda folder: interrupt(smollm2, folder))
+    said, drawn = (folder / "said").read_text(), [int(num) for num in (folder / "drawn").read_text().split()]
+    return Interrupted(folder / "out", drawn, rows(folder / "whole"), rows(folder / "partial"), said)
+
+
+def interrupt(model: Path, folder: Path) -> None:
+    folder.mkdir()
+    out = folder / "out"
+    (folder / "eval.yaml").write_text(yaml.safe_dump(config(model, out)))
 
     def start(killed_at: int) -> subprocess.CompletedProcess[str]:
-        arguments = [str(drawn), str(killed_at), "test", "--config", str(folder / "eval.yaml")]
+        arguments = [str(folder / "drawn"), str(killed_at), "test", "--config", str(folder / "eval.yaml")]
         options: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
         return subprocess.run([sys.executable, "-c", TEST, *arguments], check=False, **options)
 
     killed = start(KILLED_AT)
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
-    whole, partial = rows(journal(out, 0)), rows(out / "journal/rank0/call.partial")
+    shutil.copy(journal(out, 0), folder / "whole")
+    shutil.copy(out / "journal/rank0/call.partial", folder / "partial")
     done = start(0)
+    (folder / "said").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Interrupted(out, list(map(int, drawn.read_text().split())), whole, partial, done.stdout + done.stderr)
 
 
 def journal(out: Path, call: int) -> Path:

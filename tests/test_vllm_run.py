@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runs import MODELS, SMOKE, STAGES, num_calls, read_json, responses, scalars, sdzero
+from runs import MODELS, SMOKE, STAGES, num_calls, once, read_json, responses, scalars, sdzero
 
 VLLM = "sdzero.engines.VLLMEngine"
 
@@ -18,13 +18,15 @@ VLLM = "sdzero.engines.VLLMEngine"
 @pytest.fixture(scope="module")
 def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nothing is sampled for the base, so it is the smoke run's, and the stage counts as finished."""
-    out = tmp_path_factory.mktemp("vllm")
-    shutil.copytree(smoke_run / "base", out / "base", ignore=shutil.ignore_patterns("eval"))
-    (out / "lineage.json").write_text(json.dumps({"base": read_json(smoke_run / "lineage.json")["base"]}))
-    done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "[1/7] base: finished before" in done.stdout and done.stdout.count("finished before") == 1
-    return out
+
+    def make(out: Path) -> None:
+        shutil.copytree(smoke_run / "base", out / "base", ignore=shutil.ignore_patterns("eval"))
+        (out / "lineage.json").write_text(json.dumps({"base": read_json(smoke_run / "lineage.json")["base"]}))
+        done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "[1/7] base: finished before" in done.stdout and done.stdout.count("finished before") == 1
+
+    return once(tmp_path_factory, "vllm", make)
 
 
 def test_every_stage_that_samples_sampled_with_vllm(out: Path) -> None:
