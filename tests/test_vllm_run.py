@@ -24,6 +24,7 @@ def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (out / "lineage.json").write_text(json.dumps({"base": read_json(smoke_run / "lineage.json")["base"]}))
         done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm")
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "It is recommended" not in done.stderr, "a line of Lightning's advice for each figure"
         assert "[1/7] base: finished before" in done.stdout and done.stdout.count("finished before") == 1
 
     return once(tmp_path_factory, "vllm", make)

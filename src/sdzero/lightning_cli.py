@@ -28,6 +28,7 @@ _NOISE = (
     ".*does not have many workers",  # rollouts are sampled in the trainer's process
     "Your `IterableDataset` has `__len__` defined",  # on purpose: see sdzero.data.base
     "Found .* module.s. in eval mode",  # the teacher
+    ".*It is recommended to use `self.log",  # figures are reduced over the ranks before they are logged
     ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
     "LightningCLI's args parameter is intended",  # SDZeroCLI.check, within `sdzero run`
     r"\s*Unable to serialize instance <function Method",  # the default optimizer, in the saved config
