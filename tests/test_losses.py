@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -11,102 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdzero import fused
+from loss_cases import DIVERGENCES, FORMS, KINDS, OUTSIDES, SUPPORTS, Case, Recorder, name_of, reference
+from sdzero import products
 from sdzero.losses import (
-    LOG_ZERO,
     Divergence,
     HiddenTeacher,
     Kind,
     Outside,
     Support,
-    Teacher,
     TopKTeacher,
     cross_entropy_head,
     divergence_head,
+    top_k_teacher,
 )
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
-SUPPORTS: tuple[Support, ...] = get_args(Support)
-OUTSIDES: tuple[Outside, ...] = get_args(Outside)
-FORMS: list[dict[str, Any]] = [{}, *({"top_k": 4, "support": s, "outside": o} for s in SUPPORTS for o in OUTSIDES)]
-DIVERGENCES = [Divergence(kind, weight=0.3, **form) for kind in KINDS for form in FORMS]
-
-
-def name_of(divergence: Divergence) -> str:
-    return "-".join(str(part) for part in (divergence.kind, divergence.top_k, divergence.support, divergence.outside))
-
-
-def reference_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def reference(logits_s: Tensor, logits_t: Tensor, divergence: Divergence) -> Tensor:
-    """D [N] from whole logits [N, V], by the definitions alone."""
-    log_s, log_t = logits_s.log_softmax(-1), logits_t.log_softmax(-1)
-    if divergence.top_k is not None:
-        ids = (log_t if divergence.support == "teacher" else log_s.detach()).topk(divergence.top_k).indices
-        outside = torch.ones_like(log_s, dtype=torch.bool).scatter(1, ids, False)
-        inside_s, inside_t = log_s.gather(1, ids), log_t.gather(1, ids)
-        if divergence.outside == "renormalize":
-            log_s, log_t = inside_s.log_softmax(-1), inside_t.log_softmax(-1)
-        elif divergence.outside == "tail":
-            rest_s, rest_t = (x.masked_fill(~outside, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_s, log_t))
-            log_s, log_t = torch.cat([inside_s, rest_s], -1), torch.cat([inside_t, rest_t], -1)
-        else:
-            log_t = torch.full_like(log_t, LOG_ZERO).scatter(1, ids, inside_t.log_softmax(-1))
-    share = divergence.weight
-    if divergence.kind == "jsd":
-        mixture = (share * log_t.exp() + (1 - share) * log_s.exp()).clamp_min(1e-300).log()
-        return share * reference_kl(log_t, mixture) + (1 - share) * reference_kl(log_s, mixture)
-    forward = {"forward": 1.0, "reverse": 0.0, "mixed": share}[divergence.kind]
-    return forward * reference_kl(log_t, log_s) + (1 - forward) * reference_kl(log_s, log_t)
-
-
-class Case:
-    """Random student and teacher of one size, in float64 unless told otherwise."""
-
-    def __init__(
-        self,
-        n: int = 7,
-        vocab: int = 11,
-        hidden: int = 5,
-        scale: float = 1.0,
-        seed: int = 0,
-        dtype: Any = torch.float64,
-    ) -> None:
-        rng = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
-
-        self.hidden = (normal(n, hidden) * scale).requires_grad_()
-        self.weight = normal(vocab, hidden).requires_grad_()
-        self.teacher = HiddenTeacher(normal(n, hidden + 1) * scale, normal(vocab, hidden + 1))
-        self.targets = torch.randint(vocab, (n,), generator=rng)
-        self.token_weights = torch.rand(n, generator=rng).to(dtype) * (torch.rand(n, generator=rng) > 0.3)
-
-    @property
-    def logits(self) -> tuple[Tensor, Tensor]:
-        return self.hidden @ self.weight.T, self.teacher.hidden @ self.teacher.weight.T
-
-    def stored(self, top_k: int) -> TopKTeacher:
-        logprobs, ids = self.logits[1].log_softmax(-1).topk(top_k)
-        order = torch.randperm(top_k)  # any order may be stored
-        return TopKTeacher(ids[:, order], logprobs[:, order])
-
-    def grads(self, loss: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, [self.hidden, self.weight]))
-
-    def head(self, divergence: Divergence, teacher: Teacher | None = None, **kwargs: Any) -> Any:
-        teacher = teacher or self.teacher
-        return divergence_head(self.hidden, self.weight, teacher, self.token_weights, 5.0, divergence, **kwargs)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "BLOCK_ELEMENTS", 24)  # two rows of eleven
+    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 24)  # two rows of eleven
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -265,6 +188,60 @@ def test_a_stored_top_k_teacher_equals_the_hidden_one(kind: Kind, outside: Outsi
     assert top_k.metrics.keys() == {"divergence", "top_k_mass", "student_logprobs"}
 
 
+def kept_teacher(case: Case, top_k: int, chunk_size: int | None = 3) -> TopKTeacher:
+    return top_k_teacher(case.teacher.hidden, case.teacher.weight, case.targets, top_k, chunk_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", OUTSIDES)
+def test_a_teacher_kept_as_its_top_k_is_the_hidden_one_to_the_last_bit(
+    kind: Kind, outside: Outside, dtype: torch.dtype
+) -> None:
+    case = Case(dtype=dtype)
+    divergence = Divergence(kind, top_k=4, outside=outside)
+    hidden = case.head(divergence, targets=case.targets, chunk_size=3)
+    kept = case.head(divergence, kept_teacher(case, 4), targets=case.targets, chunk_size=3)
+    assert torch.equal(kept.metrics["teacher_logprobs"], hidden.metrics["teacher_logprobs"])
+    assert torch.equal(kept.metrics["top_k_mass"], hidden.metrics["top_k_mass"])
+    grads = zip(case.grads(kept.loss), case.grads(hidden.loss), strict=True)
+    if outside == "tail":  # what is left of 1 is known to 1's precision
+        close = 10 * torch.finfo(dtype).eps
+        torch.testing.assert_close(kept.loss, hidden.loss, rtol=close, atol=close)
+        for ours, theirs in grads:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=10 * close)
+    else:
+        assert torch.equal(kept.metrics["divergence"], hidden.metrics["divergence"])
+        assert torch.equal(kept.loss, hidden.loss)
+        assert all(torch.equal(ours, theirs) for ours, theirs in grads)
+
+
+def test_a_kept_teacher_is_made_chunk_by_chunk_without_a_gradient() -> None:
+    case = Case(n=96, vocab=200, hidden=8)
+    teacher = HiddenTeacher(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
+    with Recorder() as recorder:
+        kept = top_k_teacher(teacher.hidden, teacher.weight, case.targets, 5, 16)
+    assert recorder.largest <= 16 * 200
+    log_probs = case.logits[1].log_softmax(-1).detach()
+    torch.testing.assert_close(kept.logprobs.sort(descending=True).values, log_probs.topk(5).values)
+    torch.testing.assert_close(log_probs.gather(1, kept.ids), kept.logprobs)
+    assert kept.target_logprobs is not None
+    torch.testing.assert_close(kept.target_logprobs, log_probs.gather(1, case.targets[:, None]).squeeze(1))
+    assert not any(tensor.requires_grad for tensor in vars(kept).values())
+
+
+def test_a_kept_teacher_of_no_tokens_and_of_too_many() -> None:
+    case = Case(0)
+    kept = kept_teacher(case, 4, None)
+    out = case.head(Divergence(top_k=4), kept, targets=case.targets)
+    assert out.loss.item() == 0.0
+    assert out.metrics["teacher_logprobs"].shape == (0,)
+    with pytest.raises(ValueError, match="top_k"):
+        kept_teacher(case, 12)
+    with pytest.raises(ValueError, match="chunk_size"):
+        kept_teacher(case, 4, 0)
+
+
 def test_no_gradient_reaches_the_teacher() -> None:
     case = Case()
     teacher = HiddenTeacher(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
@@ -320,28 +297,6 @@ def test_a_second_backward_is_refused_rather_than_wrong(head: Callable[..., Tens
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
-
-
-class Recorder(TorchDispatchMode):
-    """Largest tensor any operator returned, and how often each operator ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.calls: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        results = out if isinstance(out, (tuple, list)) else (out,)
-        strided = [x for x in results if isinstance(x, Tensor) and x.layout == torch.strided]
-        self.largest = max(self.largest, *(x.numel() for x in strided), 0)
-        name = func.overloadpacket.__name__
-        self.calls[name] = self.calls.get(name, 0) + 1
-        return out
-
-    @property
-    def products(self) -> int:
-        return sum(self.calls.get(name, 0) for name in ("mm", "addmm", "addmm_", "bmm"))
 
 
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES], ids=lambda d: name_of(d) if d else "cross_entropy")

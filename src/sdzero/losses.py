@@ -11,43 +11,30 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sdzero import fused
+from sdzero import fused, products, rowwise
 from sdzero.fused import Columns, Projection
+from sdzero.products import CHUNK_SIZE
+from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher, check_top_k, hidden_teacher, top_k_teacher
 from sdzero.types import LossOutput
+
+__all__ = [
+    "CHUNK_SIZE",
+    "Divergence",
+    "HiddenTeacher",
+    "Teacher",
+    "TopKTeacher",
+    "cross_entropy_head",
+    "divergence_head",
+    "hidden_teacher",
+    "top_k_teacher",
+]
 
 Kind = Literal["reverse", "forward", "mixed", "jsd"]
 Support = Literal["teacher", "student"]
 Outside = Literal["renormalize", "tail", "student_full"]
 
-CHUNK_SIZE = 256
 # student_full reads the teacher's zero outside its support as this log-probability: a KL from a true 0 is infinite.
 LOG_ZERO = -100.0
-
-
-@dataclass(frozen=True)
-class HiddenTeacher:
-    """The teacher as its last hidden states [N, Ht] and its head [V, Ht]: exact. No gradient flows into either."""
-
-    hidden: Tensor
-    weight: Tensor
-
-
-@dataclass(frozen=True)
-class TopKTeacher:
-    """The teacher as its K likeliest tokens: `ids` [N, K] int64, `logprobs` [N, K] over the whole vocabulary (not
-    renormalised), in any order."""
-
-    ids: Tensor
-    logprobs: Tensor
-
-
-Teacher = HiddenTeacher | TopKTeacher
-
-
-def hidden_teacher(hidden: Tensor, weight: Tensor) -> HiddenTeacher:
-    """A head that keeps what a teacher's pass gives. The class itself will not do: sharded models take a dataclass
-    among their inputs, even the class of one, for a container of tensors, and rebuild it."""
-    return HiddenTeacher(hidden, weight)
 
 
 @dataclass(frozen=True)
@@ -94,17 +81,18 @@ def cross_entropy_head(
     targets: Tensor,
     token_weights: Tensor,
     num_tokens: float | Tensor,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> LossOutput:
     """sum(token_weights * -log p(targets)) / num_tokens (equations 1 to 3).
 
     Args:
         hidden: [N, H], last hidden states; N may be 0.
-        weight: [V, H], the head. The softmax is taken in float32 whatever the dtypes and autocast are.
+        weight: [V, H], the head. On CUDA it meets `hidden` in the dtype of autocast, or of `hidden`; the logits and all
+            that comes of them are float32 whatever the dtypes and autocast are.
         targets: [N] int64.
         token_weights: [N].
         num_tokens: what the sum is divided by, counted over all ranks and micro batches.
-        chunk_size: tokens whose logits exist at once.
+        chunk_size: tokens whose logits exist at once; None is 2,048 on CUDA and 256 elsewhere.
 
     Returns:
         The loss, differentiable once in `hidden` and `weight`; metrics `logprobs` [N], log p(targets).
@@ -112,20 +100,11 @@ def cross_entropy_head(
     Raises:
         ValueError: chunk_size or num_tokens is not positive.
     """
-    dtype = _dtype(hidden, weight)
-    scale = _scale(token_weights, num_tokens, chunk_size, dtype)
+    dtype, chunk_size = products.result_dtype(hidden, weight), products.chunk_size(chunk_size, hidden)
+    scale = _scale(token_weights, num_tokens, dtype)
 
     def body(student: Projection, rows: slice, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logits, column = student.logits(rows), targets[rows, None]
-        values = logits.new_empty(len(logits))
-        for block in fused.row_blocks(logits):
-            log_probs = logits[block].log_softmax(-1)
-            values[block] = -log_probs.gather(1, column[block]).squeeze(1)
-            if scale is not None:
-                torch.mul(log_probs.exp_(), scale[block, None], out=logits[block])
-        if scale is None:
-            return values, None
-        return values, logits.scatter_add_(1, column, -scale[:, None])
+        return rowwise.cross_entropy(student.logits(rows), targets[rows], scale, student.operands)
 
     loss, values = fused.chunked_head(hidden, weight, scale, body, chunk_size, dtype)
     return LossOutput(loss, {"logprobs": -values})
@@ -139,20 +118,20 @@ def divergence_head(
     num_tokens: float | Tensor,
     divergence: Divergence,
     targets: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> LossOutput:
     """sum(token_weights * D(student, teacher)) / num_tokens (equation 4).
 
     Args:
         hidden: [N, H], the student's last hidden states; N may be 0.
-        weight: [V, H], the student's head. The work is in float32 whatever the dtypes and autocast are.
+        weight: [V, H], the student's head; dtypes as in `cross_entropy_head`.
         teacher: the same N positions of the teacher; detached.
         token_weights: [N].
         num_tokens: what the sum is divided by, counted over all ranks and micro batches.
         divergence: which D.
         targets: [N] int64, the sampled tokens y_t. Without them a renormalised top-k of the teacher's choice never
             projects the student onto the whole vocabulary.
-        chunk_size: tokens whose logits exist at once.
+        chunk_size: as in `cross_entropy_head`.
 
     Returns:
         The loss, differentiable once in `hidden` and `weight`. Metrics, each [N] and detached: `divergence`; with
@@ -164,12 +143,14 @@ def divergence_head(
             chunk_size or num_tokens is not positive.
     """
     _check_teacher(divergence, teacher, len(hidden), len(weight))
-    dtype = _dtype(hidden, weight)
-    scale = _scale(token_weights, num_tokens, chunk_size, dtype)
+    dtype, chunk_size = products.result_dtype(hidden, weight), products.chunk_size(chunk_size, hidden)
+    scale = _scale(token_weights, num_tokens, dtype)
     metrics = {} if divergence.top_k is None else {"top_k_mass": torch.zeros_like(scale)}
     if targets is not None:
         names = ("student_logprobs", "teacher_logprobs")[: 2 if isinstance(teacher, HiddenTeacher) else 1]
         metrics |= {name: torch.zeros_like(scale) for name in names}
+    if isinstance(teacher, TopKTeacher) and teacher.target_logprobs is not None:
+        metrics["teacher_logprobs"] = teacher.target_logprobs.detach().to(dtype)
     if divergence.top_k == len(weight):
         divergence = replace(divergence, outside="renormalize")  # nothing is outside
     source = teacher
@@ -184,13 +165,7 @@ def divergence_head(
     return LossOutput(loss, {"divergence": values, **metrics})
 
 
-def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-
-
-def _scale(token_weights: Tensor, num_tokens: float | Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+def _scale(token_weights: Tensor, num_tokens: float | Tensor, dtype: torch.dtype) -> Tensor:
     count = float(num_tokens)
     if len(token_weights) and not count > 0:
         raise ValueError(f"num_tokens must be positive where there are tokens, got {count}: count the global batch")
@@ -199,10 +174,8 @@ def _scale(token_weights: Tensor, num_tokens: float | Tensor, chunk_size: int, d
 
 def _check_teacher(divergence: Divergence, teacher: Teacher, num_rows: int, vocab: int) -> None:
     top_k = divergence.top_k
-    if top_k is not None and top_k > vocab:
-        raise ValueError(
-            f"top_k must be at most the vocabulary's size {vocab}, got {top_k}: lower it or set it to null"
-        )
+    if top_k is not None:
+        check_top_k(top_k, vocab)
     if isinstance(teacher, HiddenTeacher):
         assert len(teacher.hidden) == num_rows, "student and teacher must hold the same positions"
         if len(teacher.weight) != vocab:
@@ -221,7 +194,7 @@ def _check_teacher(divergence: Divergence, teacher: Teacher, num_rows: int, voca
 
 @dataclass(frozen=True)
 class _FullBody:
-    """Compares the whole vocabulary, a few rows at a time in cache."""
+    """Compares the whole vocabulary."""
 
     divergence: Divergence
     teacher: Projection
@@ -229,18 +202,15 @@ class _FullBody:
     metrics: dict[str, Tensor]
 
     def __call__(self, student: Projection, rows: slice, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logits, teacher_logits = student.logits(rows), self.teacher.logits(rows)
-        values = logits.new_empty(len(logits))
-        for block in fused.row_blocks(logits):
-            log_s, log_t = logits[block].log_softmax(-1), teacher_logits[block].log_softmax(-1)
-            if self.targets is not None:
-                self.metrics["student_logprobs"][rows][block] = fused.of_targets(log_s, self.targets[rows][block])
-                self.metrics["teacher_logprobs"][rows][block] = fused.of_targets(log_t, self.targets[rows][block])
-            kind, share = self.divergence.kind, self.divergence.weight
-            values[block], grad = fused.compare(kind, share, log_s, log_t, scale is not None)
-            if grad is not None and scale is not None:
-                torch.mul(grad, scale[block, None], out=logits[block])
-        return values, None if scale is None else logits
+        teacher_logits = self.teacher.logits(rows)
+        targets = None if self.targets is None else self.targets[rows]
+        of, dtype = self.divergence, student.operands
+        values, grad, of_targets = rowwise.divergence(
+            of.kind, of.weight, student.logits(rows), teacher_logits, targets, scale, dtype
+        )
+        for name, metric in zip(("student_logprobs", "teacher_logprobs"), of_targets, strict=False):
+            self.metrics[name][rows] = metric
+        return values, grad
 
 
 @dataclass(frozen=True)
@@ -261,7 +231,7 @@ class _TopKBody:
         if self.targets is not None or self.divergence.support == "student" or not inside_only:
             log_s = student.log_probs(rows)
             if self.targets is not None:
-                self.metrics["student_logprobs"][rows] = fused.of_targets(log_s, self.targets[rows])
+                self.metrics["student_logprobs"][rows] = rowwise.of_targets(log_s, self.targets[rows])
         ids, inside_t, rest_t = self._teacher_support(rows, log_s, student.dtype)
         kind, share = self.divergence.kind, self.divergence.weight
         if log_s is not None and not inside_only:
@@ -269,10 +239,10 @@ class _TopKBody:
                 buckets_t = torch.nn.functional.pad(inside_t.log_softmax(-1), (0, 1), value=LOG_ZERO)
             else:
                 buckets_t = torch.cat([inside_t, rest_t], -1).log_softmax(-1)
-            return fused.compare_with_rest(kind, share, log_s, ids, buckets_t, rest_t is None, scale)
+            return rowwise.compare_with_rest(kind, share, log_s, ids, buckets_t, rest_t is None, scale)
         inside_s = student.columns(rows, ids) if log_s is None else log_s.gather(1, ids)
         log_s, log_t = inside_s.log_softmax(-1), inside_t.log_softmax(-1)
-        values, grad = fused.compare(kind, share, log_s, log_t, scale is not None)
+        values, grad = rowwise.compare(kind, share, log_s, log_t, scale is not None)
         return values, None if grad is None or scale is None else Columns(ids, grad * scale[:, None])
 
     def _teacher_support(
@@ -280,20 +250,22 @@ class _TopKBody:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The support's ids [C, K], the teacher's log-probabilities there [C, K] and, for tail, of the rest [C, 1]."""
         if isinstance(self.teacher, TopKTeacher):
-            inside, order = self.teacher.logprobs[rows].detach().to(dtype).topk(self.top_k, sorted=False)
-            ids = self.teacher.ids[rows].gather(1, order)
+            ids, inside = self.teacher.ids[rows], self.teacher.logprobs[rows].detach().to(dtype)
+            if ids.shape[1] > self.top_k:
+                inside, order = inside.topk(self.top_k, sorted=False)
+                ids = ids.gather(1, order)
             mass = inside.exp().sum(-1, keepdim=True)
             # A difference from 1 is only known to the precision of 1.
             rest = (1 - mass).clamp_min(torch.finfo(dtype).eps).log() if self.divergence.outside == "tail" else None
         else:
             log_t = self.teacher.log_probs(rows)
             if self.targets is not None:
-                self.metrics["teacher_logprobs"][rows] = fused.of_targets(log_t, self.targets[rows])
+                self.metrics["teacher_logprobs"][rows] = rowwise.of_targets(log_t, self.targets[rows])
             by = log_t if self.divergence.support == "teacher" else log_s
             assert by is not None
             ids = by.topk(self.top_k, sorted=False).indices
             inside = log_t.gather(1, ids)
             mass = inside.exp().sum(-1, keepdim=True)
-            rest = fused.split_off(log_t, ids) if self.divergence.outside == "tail" else None
+            rest = rowwise.split_off(log_t, ids) if self.divergence.outside == "tail" else None
         self.metrics["top_k_mass"][rows] = mass.squeeze(1)
         return ids, inside, rest
