@@ -18,7 +18,7 @@ from sdzero.fused import Projection
 from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head, hidden_teacher
 from sdzero.methods import Method
 from sdzero.metrics import Ratio
-from sdzero.prompts import collate, micro_batches
+from sdzero.sequences import collate, micro_batches
 from sdzero.types import EvalBatch, Example, RolloutBatch, ScoredRollout
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from helpers import make_scored
 from runs import ROOT, exit_code, read_json, rows
 from sandboxes import lacks_sandbox
 from sdzero.methods import self_distill
-from sdzero.prompts import PromptBuilder, collate
+from sdzero.prompts import PromptBuilder
+from sdzero.sequences import collate
 from sdzero.types import Question
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,9 +72,9 @@ def test_opsd_moves_the_weights_by_a_teacher_that_reads_the_solution(
     """The page's command with a run's folders in the place of the recipe's; every sequence of both models is seen."""
     sequences: list[Any] = []
 
-    def seen(contexts: Any, targets: Any, pad_id: int) -> Any:
+    def seen(contexts: Any, targets: Any, *rest: Any) -> Any:
         sequences.append((contexts, targets))
-        return collate(contexts, targets, pad_id)
+        return collate(contexts, targets, *rest)
 
     monkeypatch.setattr(self_distill, "collate", seen)
     recipe, base = ROOT / "configs/recipes/own_data", smoke_run / "base/model"
@@ -85,7 +86,7 @@ def test_opsd_moves_the_weights_by_a_teacher_that_reads_the_solution(
     builder = PromptBuilder.from_pretrained(base)
     for row in rows(recipe / "questions.jsonl"):
         rows_by_prompt[builder.chat(row["problem"])] = builder.chat(f"{row['problem']}\n\n{row['solution']}")
-    for (prompts, answers), (contexts, same_answers) in zip(sequences[::2], sequences[1::2], strict=True):
+    for (contexts, same_answers), (prompts, answers) in zip(sequences[::2], sequences[1::2], strict=True):
         assert answers == same_answers and contexts == [rows_by_prompt[prompt] for prompt in prompts]
     assert sum(len(answers) for _, answers in sequences[::2]) == 3 * 16
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "model"))

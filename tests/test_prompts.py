@@ -30,8 +30,8 @@ from sdzero.prompts import (
     Plain,
     PromptBuilder,
     Revision,
-    collate,
 )
+from sdzero.sequences import collate
 from sdzero.types import Question, Rollout, ScoredRollout, TokenIds, Verdict
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -349,27 +349,6 @@ def test_a_context_adds_no_more_than_it_says(y, reward):
     assert Plain().max_extra_tokens(QWEN3, len(y)) == 0
 
 
-ROWS = st.lists(st.tuples(RESPONSES.filter(bool), RESPONSES), min_size=1, max_size=5)
-
-
-@given(ROWS, st.integers(0, 9))
-def test_collate_is_the_row_by_row_construction(rows, pad_id):
-    batch = collate([c for c, _ in rows], [t for _, t in rows], pad_id)
-    length = max(len(c) + len(t) for c, t in rows)
-    input_ids, predicts, targets = [], [], []
-    for context, target in rows:
-        row = [*context, *target]
-        input_ids.append(row + [pad_id] * (length - len(row)))
-        predicts.append([len(context) <= i + 1 < len(row) for i in range(length)])
-        targets += [row[i + 1] for i in range(length) if predicts[-1][i]]
-    assert batch.input_ids.tolist() == input_ids
-    assert batch.predicts.tolist() == predicts
-    assert batch.targets.tolist() == targets
-    assert batch.input_ids.dtype == batch.targets.dtype == torch.long and batch.predicts.dtype == torch.bool
-    assert int(batch.predicts.sum()) == len(batch.targets)
-    assert torch.equal(batch.input_ids[:, 1:][batch.predicts[:, :-1]], batch.targets)
-
-
 @given(RESPONSES, RESPONSES)
 def test_the_two_srt_terms_share_one_row(y, revised):
     """Every target of L_revision is the same position, token and prefix as in L_generation."""
@@ -380,18 +359,6 @@ def test_the_two_srt_terms_share_one_row(y, revised):
     assert torch.equal(revision.input_ids, generation.input_ids)
     assert not (revision.predicts & ~generation.predicts).any()
     assert torch.equal(generation.targets[-len(revision.targets) :], revision.targets)
-
-
-def test_collate_needs_a_token_to_predict_from():
-    with pytest.raises(AssertionError):
-        collate([()], [(1,)], 0)
-    with pytest.raises(AssertionError):
-        collate([(1,)], [], 0)
-
-
-def test_a_batch_moves_as_a_whole():
-    moved = collate([(1,)], [(2,)], 0).to(torch.device("meta"))
-    assert moved.input_ids.is_meta and moved.predicts.is_meta and moved.targets.is_meta
 
 
 def read(context: Context, item: ScoredRollout, siblings: list[ScoredRollout]) -> str:

@@ -21,6 +21,9 @@ from torch.distributed.tensor import DTensor
 from sdzero.prompts import ControlPhrases, PromptBuilder
 from sdzero.seeds import derive_seed
 
+PACKING = ("flash_", "flex_")
+"""How the names of the attentions begin that find the sequences of a packed row by their positions, at no cost."""
+
 Output = TypeVar("Output")
 Head = Callable[[Tensor, Tensor], Output]
 
@@ -37,7 +40,9 @@ class ModelConfig:
         system: system message, null for the template's own default.
         control_phrases: P_0 and P_1 of the paper's section 2.1.
         chat_template_kwargs: passed to the chat template, e.g. `{enable_thinking: false}`.
-        attn_implementation: attention of `transformers`, e.g. `sdpa`, `eager`, `flash_attention_2`.
+        attn_implementation: attention of `transformers`, e.g. `sdpa`, `eager`, `flash_attention_2`, `flex_attention`.
+            Those of the flash and flex kind skip what a sequence must not see: a micro batch is then one row that
+            holds all its sequences, without padding. The others get padded rows, neighbours in length together.
         gradient_checkpointing: recompute activations in the backward pass.
         layer_classes: class names of the layers to shard one by one; null takes the model's own.
         cpu_offload: keep sharded weights and optimizer state in host memory.
@@ -53,6 +58,11 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     layer_classes: list[str] | None = None
     cpu_offload: bool = False
+
+    @property
+    def packs(self) -> bool:
+        """Whether attention costs nothing between the sequences of one row, so that they need no row each."""
+        return self.attn_implementation.startswith(PACKING)
 
     def check_path(self) -> None:
         """A path that looks like a folder must be a model folder.
@@ -102,9 +112,15 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{config.model_type} changes its logits after the head ({scaled or 'bias'}): unsupported")
         self.hf = hf
 
-    def forward(self, input_ids: Tensor, predicts: Tensor, head: Head[Output]) -> Output:
-        """`head(hidden [N, H], weight [V, H])` of the positions chosen by `predicts`, both [B, T]."""
-        hidden = self.hf.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    def forward(
+        self, input_ids: Tensor, predicts: Tensor, head: Head[Output], position_ids: Tensor | None = None
+    ) -> Output:
+        """`head(hidden [N, H], weight [V, H])` of the positions chosen by `predicts`, both [B, T].
+
+        `position_ids` [1, T] start again at 0 with each sequence of a packed row.
+        """
+        decoder = self.hf.get_decoder()
+        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         return head(hidden[predicts], self.hf.get_output_embeddings().weight)
 
 

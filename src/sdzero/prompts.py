@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from sdzero.types import Example, Prompt, Question, ScoredRollout, TeacherContext, TokenIds, Trace
+from sdzero.types import Prompt, Question, ScoredRollout, TeacherContext, TokenIds, Trace
 
 
 @dataclass(frozen=True)
@@ -243,44 +240,3 @@ class Feedback(Context):
         if success is not None:
             feedback += f"\nA correct attempt was:\n{success.rollout.text}"
         return TeacherContext(builder.chat(self.template.format(question=question.text, feedback=feedback)))
-
-
-@dataclass
-class SequenceBatch:
-    """Right-padded rows. Causal attention never looks right, so the padding needs no attention mask.
-
-    input_ids: [B, T]; predicts: bool [B, T], the positions whose next token is a target;
-    targets: [N], those next tokens row by row.
-    """
-
-    input_ids: Tensor
-    predicts: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device) -> SequenceBatch:
-        return SequenceBatch(self.input_ids.to(device), self.predicts.to(device), self.targets.to(device))
-
-
-def collate(contexts: Sequence[TokenIds], targets: Sequence[TokenIds], pad_id: int) -> SequenceBatch:
-    """Rows context | target, padded to the longest. Every context has at least one token."""
-    assert len(contexts) == len(targets) and all(contexts)
-    length = max(len(c) + len(t) for c, t in zip(contexts, targets, strict=True))
-    input_ids = torch.full((len(contexts), length), pad_id)
-    predicts = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, (context, target) in enumerate(zip(contexts, targets, strict=True)):
-        end = len(context) + len(target)
-        input_ids[row, :end] = torch.tensor(context + target)
-        predicts[row, len(context) - 1 : end - 1] = True
-    flat = [token for target in targets for token in target]
-    return SequenceBatch(input_ids, predicts, torch.tensor(flat, dtype=torch.long))
-
-
-def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Longest first, each as many rows as fit: rows x longest <= max_tokens, at least one row."""
-    batches: list[list[Example]] = []
-    for example in sorted(examples, key=lambda e: (-e.length, e.id)):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= max_tokens:
-            batches[-1].append(example)
-        else:
-            batches.append([example])
-    return batches

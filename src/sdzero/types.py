@@ -148,7 +148,8 @@ class Trace:
 class Example:
     """One training sequence: context | target, and what the teacher reads instead of the context.
 
-    `num_init` is the index in `target` where y_revised starts; `weight` is 0 for a filler row.
+    `num_init` is the index in `target` where y_revised starts; `weight` is 0 for a filler row; `logprobs` are the
+    engine's log-probabilities of a sampled target.
     """
 
     id: str
@@ -158,6 +159,7 @@ class Example:
     num_init: int = 0
     reward: int | None = None
     weight: float = 1.0
+    logprobs: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 
 from sdzero.losses import Divergence, divergence_head, hidden_teacher
 from sdzero.models import ModelConfig, full_weights, lerp_weights, load, shard_fsdp1
-from sdzero.prompts import collate
+from sdzero.sequences import collate
 
 ROWS = [((5, 6, 7), tuple(range(4, 4 + n))) for n in (3, 9, 17, 30)]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
@@ -66,18 +67,30 @@ class Record(L.Callback):
 
     def __init__(self, out: Path) -> None:
         self.out, self.gradients, self.losses = out, [], []
+        self.gathers: list[list[int]] = [[]]  # of each step, the elements of each
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        gather = dist.all_gather_single
+
+        def watched(output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.gathers[-1].append(output_tensor.numel())
+            return gather(output_tensor, *args, **kwargs)
+
+        dist.all_gather_single = watched
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         grads = [p.grad for p in pl_module.student.parameters()]
         self.gradients.append([(g.full_tensor() if isinstance(g, DTensor) else g).clone() for g in grads])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.gathers.append([])
         self.losses.append({k: v.clone() for k, v in trainer.callback_metrics.items() if not k.endswith("second")})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         weights = {name: tensor.clone() for name, tensor in full_weights(pl_module.student)}
         if trainer.is_global_zero:
-            torch.save({"gradients": self.gradients, "weights": weights, "losses": self.losses}, self.out)
+            figures = {"gradients": self.gradients, "losses": self.losses, "gathers": self.gathers}
+            torch.save({"weights": weights, **figures}, self.out)
 
 
 def main() -> None:

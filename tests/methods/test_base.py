@@ -11,8 +11,6 @@ from typing import Any, Literal
 import lightning as L
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from helpers import (
     Notes,
@@ -31,7 +29,7 @@ from sdzero.data import RolloutDataModule
 from sdzero.methods import SRT, Method, Schedule, SelfDistill
 from sdzero.methods.base import NonFiniteError
 from sdzero.models import ModelConfig
-from sdzero.prompts import PromptBuilder, micro_batches
+from sdzero.prompts import PromptBuilder
 from sdzero.types import Example, LossOutput, Prompt, Question, Sampling, TraceBatch
 from tiny_model import write_tiny_model
 
@@ -58,21 +56,6 @@ def sgd(lr: float) -> dict[str, Any]:
 
 
 # --- micro batches --------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 60)), max_size=20), st.integers(1, 200)
-)
-def test_micro_batches_hold_every_row_once_and_keep_the_budget(
-    lengths: list[tuple[int, int, int]], budget: int
-) -> None:
-    """The budget counts the longer of the student's and the teacher's sequence; a row too long for it stands alone."""
-    examples = [Example(str(i), (1,) * c, (2,) * t, teacher_context=(3,) * tc) for i, (c, t, tc) in enumerate(lengths)]
-    batches = micro_batches(examples, budget)
-    assert sorted(e.id for batch in batches for e in batch) == sorted(e.id for e in examples)
-    for batch in batches:
-        longest = max(max(len(e.context), len(e.teacher_context)) + len(e.target) for e in batch)
-        assert batch and (len(batch) == 1 or len(batch) * longest <= budget)
 
 
 @pytest.mark.parametrize("kind", [SRT, SelfDistill])
@@ -220,7 +203,7 @@ class Broken(SRT):
         super().__init__(*args, **kwargs)
         self.fault = fault
 
-    def loss(self, examples: Sequence[Example], counts: Sequence[float]) -> LossOutput:
+    def loss(self, examples: Sequence[Example], counts: Sequence[float], prepared: None = None) -> LossOutput:
         output = super().loss(examples, counts)
         if not any(e.id == "q2" for e in examples):
             return output

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,8 +26,9 @@ from sdzero.losses import cross_entropy_head
 from sdzero.methods.evaluation import Evaluated
 from sdzero.methods.schedule import Schedule
 from sdzero.models import ModelConfig, full_weights, load, shard_fsdp1, shard_fsdp2
-from sdzero.prompts import Context, Revision, collate, micro_batches
+from sdzero.prompts import Context, Revision
 from sdzero.seeds import run_seed
+from sdzero.sequences import collate, micro_batches
 from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
 
 BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
@@ -46,7 +48,7 @@ class Method(Evaluated):
         schedule: learning rate's course.
         max_grad_norm: gradients are clipped to this norm; 0 clips nothing.
         max_tokens_per_micro_batch: rows x longest row of a micro batch, counted on the longer of the student's and
-            the teacher's sequence.
+            the teacher's sequence; the sum of the sequences where they are packed (`model.attn_implementation`).
         reduction: `token_mean` divides by the target tokens of the global batch; `sequence_sum` sums
             over a sequence's tokens and divides by the number of sequences (equations 1, 2 and 4 to the letter).
         max_nonfinite_steps: NaN or infinite steps that are passed over before the run stops.
@@ -95,8 +97,12 @@ class Method(Evaluated):
     def counts(self, examples: Sequence[Example]) -> list[int]:
         """What the loss divides by, summed over all ranks before the first micro batch; the first is the tokens."""
 
+    def prepare(self, batches: Sequence[Sequence[Example]]) -> Iterable[Any]:
+        """What the loss of each micro batch needs beforehand, in their order; each is asked for when it is needed."""
+        return repeat(None)
+
     @abstractmethod
-    def loss(self, examples: Sequence[Example], counts: Sequence[float]) -> LossOutput:
+    def loss(self, examples: Sequence[Example], counts: Sequence[float], prepared: Any = None) -> LossOutput:
         """The micro batch's share of the loss; its metrics are scalars that add up over micro batches and ranks.
 
         They are logged under train/ unless their name says otherwise.
@@ -105,6 +111,11 @@ class Method(Evaluated):
     def num_trained(self, examples: Sequence[Example]) -> int:
         """Tokens these examples add to the training budget, counted as appendix C.2 does."""
         return sum(len(e.target) for e in examples)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a micro batch is one row that holds all its sequences."""
+        return self.model_config.packs
 
     # --- set-up -------------------------------------------------------------------------------
 
@@ -197,13 +208,13 @@ class Method(Evaluated):
         self._log("budget", {name.removeprefix("num_"): getattr(self, name) for name in BUDGET})
 
     def _backward(self, examples: list[Example], counts: list[int]) -> dict[str, Tensor]:
-        batches = micro_batches(examples, self.max_tokens_per_micro_batch)
+        batches = micro_batches(examples, self.max_tokens_per_micro_batch, self.packed)
         num_batches = int(self.reduce(torch.tensor(len(batches)), "max"))
         batches += [[self.blank()]] * (num_batches - len(batches))
         totals: dict[str, Tensor] = {}
-        for i, micro_batch in enumerate(batches):
+        for i, (micro_batch, prepared) in enumerate(zip(batches, self.prepare(batches), strict=False)):
             with self._gradient_sync(last=i == num_batches - 1):
-                output = self.loss(micro_batch, counts)
+                output = self.loss(micro_batch, counts, prepared)
                 # strategies average gradients over ranks; the loss was already divided by the global count
                 self.manual_backward(output.loss * self.trainer.world_size)
             for name, value in {"loss": output.loss, **output.metrics}.items():
@@ -263,6 +274,8 @@ class Method(Evaluated):
         """Gradients are reduced over ranks in a step's last backward pass only."""
         if isinstance(self.student, FSDPModule):
             self.student.set_requires_gradient_sync(last)
+            # embedding and head, which the forward pass leaves gathered, wait so for the next micro batch
+            self.student.set_reshard_after_backward(last, recurse=False)
         elif isinstance(self.student, FSDP1) and not last:
             return self.student.no_sync()
         elif isinstance(self.trainer.strategy, DDPStrategy) and not last:
@@ -272,7 +285,7 @@ class Method(Evaluated):
     def blank(self) -> Example:
         """A row that costs next to nothing and weighs nothing, for ranks that have run out of rows."""
         pad = (self.builder.pad_id,)
-        return Example("", pad, pad, teacher_context=pad, weight=0.0)
+        return Example("", pad, pad, teacher_context=pad, weight=0.0, logprobs=(0.0,))
 
     def reduce(self, tensor: Tensor, op: str) -> Tensor:
         return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=op).cpu()  # pyright: ignore

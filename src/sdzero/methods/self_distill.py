@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
-from sdzero.losses import Divergence, divergence_head, hidden_teacher
+from sdzero.losses import Divergence, divergence_head
 from sdzero.methods.base import Method
 from sdzero.models import ModelConfig, lerp_weights, load
-from sdzero.prompts import Context, Revision, collate
+from sdzero.prompts import Context, Revision
 from sdzero.seeds import run_seed
+from sdzero.sequences import collate
+from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher, hidden_teacher, top_k_teacher
 from sdzero.types import Example, LossOutput, RolloutBatch, ScoredRollout
 
 
@@ -28,6 +31,10 @@ class SelfDistill(Method):
         teacher: another model as teacher; null takes a frozen copy of the student as it starts. The callback
             TeacherSync copies or averages the student into it.
         mask_truncated: leave responses that were cut at the token limit out of the loss.
+        teacher_first: run the teacher over all micro batches of a step before the student's first. What the loss
+            needs of it (its last hidden states, or its top_k) waits in host memory, and so do the teacher's weights
+            until they are needed again. Off, each micro batch has its teacher's pass just before its own: the less
+            work of the two, for where the teacher fits beside the student's training.
         kwargs: as in Method.
     """
 
@@ -38,6 +45,7 @@ class SelfDistill(Method):
         divergence: Divergence = Divergence(),
         teacher: ModelConfig | None = None,
         mask_truncated: bool = False,
+        teacher_first: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -45,6 +53,7 @@ class SelfDistill(Method):
         self.divergence = divergence
         self.teacher_config = teacher or self.model_config
         self.mask_truncated = mask_truncated
+        self.teacher_first = teacher_first
         self.teacher_generation = 0
         theirs = self.teacher_config.hf_config()
         self.max_positions = min(self.max_positions, getattr(theirs, "max_position_embeddings", None) or 2**31)
@@ -65,10 +74,12 @@ class SelfDistill(Method):
         checkpoint["sdzero"]["teacher_generation"] = self.teacher_generation
 
     def reviser(self) -> tuple[nn.Module, Context]:
+        self._move_teacher(self.device)
         return self.teacher, self.context
 
     def update_teacher(self, weight: float = 1.0) -> None:
         """teacher += weight * (student - teacher); 1.0 synchronises and starts a new generation."""
+        self._move_teacher(self.device)
         lerp_weights(self.teacher, self.student, weight)
         self.teacher_generation += weight == 1.0
 
@@ -93,6 +104,7 @@ class SelfDistill(Method):
                 rollout.token_ids,
                 teacher_context=teacher_context,
                 reward=scored.verdict.reward,
+                logprobs=rollout.logprobs,
             )
             if example.length > self.max_positions:  # contexts of other texts than y have no bound beforehand
                 num_too_long += 1
@@ -109,21 +121,69 @@ class SelfDistill(Method):
     def num_trained(self, examples: Sequence[Example]) -> int:
         return 2 * sum(len(e.target) for e in examples)  # the student's pass and the teacher's
 
-    def loss(self, examples: Sequence[Example], counts: Sequence[float]) -> LossOutput:
-        targets = [e.target for e in examples]
-        student_batch = collate([e.context for e in examples], targets, self.builder.pad_id).to(self.device)
-        teacher_batch = collate([e.teacher_context for e in examples], targets, self.builder.pad_id).to(self.device)
+    @property
+    def packed(self) -> bool:
+        return super().packed and self.teacher_config.packs
+
+    def prepare(self, batches: Sequence[Sequence[Example]]) -> Iterable[Teacher]:
+        """The teacher at every target token of each micro batch."""
+        if self.teacher_first:
+            return self._teach_first(batches)
+        return map(self._teach, batches)
+
+    @torch.no_grad()
+    def _teach(self, examples: Sequence[Example]) -> Teacher:
+        contexts, targets = [e.teacher_context for e in examples], [e.target for e in examples]
+        batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
+
+        def head(hidden: Tensor, weight: Tensor) -> Teacher:
+            if self._keeps_top_k:
+                assert self.divergence.top_k is not None
+                return top_k_teacher(hidden, weight, batch.targets, self.divergence.top_k)
+            return hidden_teacher(hidden, weight)
+
+        return self.teacher(batch.input_ids, batch.predicts, head, batch.position_ids)
+
+    @property
+    def _keeps_top_k(self) -> bool:
+        """Whether the teacher's top_k is all that the loss needs of it, to the last digit; its head can go then."""
+        exact = self.divergence.support == "teacher" and self.divergence.outside != "tail"
+        return self.teacher_first and self.divergence.top_k is not None and exact
+
+    def _teach_first(self, batches: Sequence[Sequence[Example]]) -> Iterator[Teacher]:
+        self._move_teacher(self.device)
+        waiting: list[Teacher] = []
+        weight: Tensor | None = None
+        for examples in batches:
+            teacher = self._teach(examples)
+            if isinstance(teacher, HiddenTeacher) and self._teacher_moves:
+                weight = teacher.weight.clone() if weight is None else weight  # the head stays when the rest goes
+                teacher = HiddenTeacher(teacher.hidden, weight)
+            waiting.append(_to_host(teacher))
+        self._move_teacher(torch.device("cpu"))
+        return (_to_device(teacher, self.device) for teacher in waiting)
+
+    @property
+    def _teacher_moves(self) -> bool:
+        """Whether the teacher's weights can leave the device: FSDP1's cannot, and `cpu_offload` moves them itself."""
+        movable = not isinstance(self.teacher, FSDP1) and not self.teacher_config.cpu_offload
+        return self.teacher_first and self.device.type != "cpu" and movable
+
+    def _move_teacher(self, device: torch.device) -> None:
+        if self._teacher_moves:
+            self.teacher.to(device)
+
+    def loss(self, examples: Sequence[Example], counts: Sequence[float], prepared: Teacher | None = None) -> LossOutput:
+        teacher = self._teach(examples) if prepared is None else prepared
+        contexts, targets = [e.context for e in examples], [e.target for e in examples]
+        batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
         weights = torch.cat([torch.full((len(e.target),), e.weight) for e in examples]).to(self.device)
         num = counts[0] if self.reduction == "token_mean" else counts[1]
-        with torch.no_grad():
-            teacher = self.teacher(teacher_batch.input_ids, teacher_batch.predicts, hidden_teacher)
 
         def head(hidden: Tensor, weight: Tensor) -> LossOutput:
-            return divergence_head(
-                hidden, weight, teacher, weights, num, self.divergence, targets=student_batch.targets
-            )
+            return divergence_head(hidden, weight, teacher, weights, num, self.divergence, targets=batch.targets)
 
-        output = self.student(student_batch.input_ids, student_batch.predicts, head)
+        output = self.student(batch.input_ids, batch.predicts, head, batch.position_ids)
         return LossOutput(output.loss, self._metrics(examples, output.metrics, counts))
 
     def _metrics(
@@ -134,7 +194,10 @@ class SelfDistill(Method):
         `token_kl_reward` is positive where the reviser would take the token back.
         """
         rewards = torch.tensor([-1 if e.reward is None else e.reward for e in examples for _ in e.target])
-        token_kl_reward = per_token["student_logprobs"] - per_token["teacher_logprobs"]
+        ours = per_token.get("student_logprobs")
+        if ours is None:  # of the same weights, from the engine: the loss needed none over the whole vocabulary
+            ours = torch.tensor([value for e in examples for value in e.logprobs], device=self.device)
+        token_kl_reward = ours - per_token["teacher_logprobs"]
         metrics = {}
         for reward, num in zip((0, 1), counts[2:], strict=True):
             chosen = (rewards == reward).to(token_kl_reward.device)
@@ -144,3 +207,24 @@ class SelfDistill(Method):
             chosen = (rewards >= 0).to(token_kl_reward.device)
             metrics["teacher/top_k_mass"] = per_token["top_k_mass"][chosen].sum() / counts[0]
         return metrics
+
+
+def _to_host(teacher: Teacher) -> Teacher:
+    """All but the head in pinned host memory."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
+
+    return _mapped(teacher, lambda tensor: moved(tensor) if tensor.is_cuda else tensor)
+
+
+def _to_device(teacher: Teacher, device: torch.device) -> Teacher:
+    return _mapped(teacher, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _mapped(teacher: Teacher, move: Callable[[Tensor], Tensor]) -> Teacher:
+    if isinstance(teacher, HiddenTeacher):
+        return HiddenTeacher(move(teacher.hidden), teacher.weight)
+    logprobs = None if teacher.target_logprobs is None else move(teacher.target_logprobs)
+    return TopKTeacher(move(teacher.ids), move(teacher.logprobs), logprobs)

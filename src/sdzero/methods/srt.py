@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.base import Method
-from sdzero.prompts import collate
+from sdzero.sequences import collate
 from sdzero.types import Example, LossOutput, TraceBatch
 
 
@@ -53,9 +53,9 @@ class SRT(Method):
     def num_trained(self, examples: Sequence[Example]) -> int:
         return sum(self.counts(examples)[:2])
 
-    def loss(self, examples: Sequence[Example], counts: Sequence[float]) -> LossOutput:
-        batch = collate([e.context for e in examples], [e.target for e in examples], self.builder.pad_id)
-        batch = batch.to(self.device)
+    def loss(self, examples: Sequence[Example], counts: Sequence[float], prepared: None = None) -> LossOutput:
+        contexts, targets = [e.context for e in examples], [e.target for e in examples]
+        batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
         num_generated, num_revised = counts[:2] if self.reduction == "token_mean" else counts[2:]
         generation = torch.cat([torch.full((len(e.target),), e.weight) for e in examples]).to(self.device)
         is_revised = torch.cat([torch.arange(len(e.target)) >= e.num_init for e in examples]).to(self.device)
@@ -66,7 +66,7 @@ class SRT(Method):
         def head(hidden: Tensor, weight: Tensor) -> LossOutput:
             return cross_entropy_head(hidden, weight, batch.targets, weights, 1.0)
 
-        output = self.student(batch.input_ids, batch.predicts, head)
+        output = self.student(batch.input_ids, batch.predicts, head, batch.position_ids)
         surprisal = -output.metrics["logprobs"]
         metrics = {"loss_generation": surprisal @ generation, "loss_revision": surprisal @ revision}
         return LossOutput(output.loss, metrics)
