@@ -58,7 +58,9 @@ class Method(Evaluated):
     def __init__(
         self,
         model: ModelConfig,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-6, betas=(0.9, 0.95), weight_decay=1e-4),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(
+            p, lr=5e-6, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
+        ),
         schedule: Schedule = Schedule(),
         max_grad_norm: float = 1.0,
         max_tokens_per_micro_batch: int = 8192,
