@@ -1,6 +1,6 @@
 # On a fresh machine `make demo` and `make test` each work alone: they set up .venv first.
 # A second call installs nothing, until pyproject.toml changes. PYTHON=python3.12 picks another interpreter.
-.PHONY: help demo smollm2 test lint format docs notebooks clean
+.PHONY: help demo smollm2 test lint format docs notebooks bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -24,6 +24,8 @@ help:
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make docs     docs/config.md from the docstrings"
 	@echo "make notebooks  docs/notebooks from notebooks/ and the run in runs/quickstart (make demo makes one)"
+	@echo "make bench    side by side with TRL and Liger, in .venv-bench: about 45 minutes on one core"
+	@echo "make bench-gpu  the tests and benchmarks that need a CUDA device, in .venv-bench-gpu"
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
 
 # One thread each: the tiny models are too small for more, and vLLM sets torch to one where this is unset.
@@ -59,8 +61,33 @@ docs: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/python -m sdzero.analysis.render runs/quickstart
 
+# One thread, whatever else the machine does: figures are ratios of sides that take turns in one process.
+BENCHMARKS := heads sd_step srt_step scaling passes
+
+bench: export OMP_NUM_THREADS = 1
+bench: .venv-bench/.installed
+	@set -e; for name in $(BENCHMARKS) rollouts; do echo "== $$name"; .venv-bench/bin/python benchmarks/$$name.py; done
+	.venv-bench/bin/python benchmarks/tables.py
+
+bench-gpu: .venv-bench-gpu/.installed
+	.venv-bench-gpu/bin/python -m pytest -m gpu
+	@set -e; for name in $(BENCHMARKS) rollouts; do echo "== $$name"; .venv-bench-gpu/bin/python benchmarks/$$name.py; done
+
+.venv-bench/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet "torch==$(TORCH)+cpu" \
+		|| .venv-bench/bin/pip install --quiet "torch==$(TORCH)" --extra-index-url $(TORCH_CPU_WHEELS)
+	.venv-bench/bin/pip install --quiet -e ".[cpu,peers]"
+	.venv-bench/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-bench-gpu/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-bench-gpu
+	.venv-bench-gpu/bin/pip install --quiet -e ".[cuda,peers,tasks,gguf,dev]"
+	@touch $@
+
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-bench-gpu build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # torchvision, torchaudio and torchcodec come along as CUDA builds that break every import of transformers.
 $(INSTALLED): pyproject.toml

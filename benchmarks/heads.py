@@ -12,13 +12,14 @@ import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import measure
 from sdzero.losses import Divergence, cross_entropy_head, divergence_head, hidden_teacher
 
 VOCAB, CHUNK = 151_936, 256
@@ -135,9 +136,7 @@ def liger_kl(case: Case) -> Side:
     head = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=case.hidden.is_cuda, chunk_size=CHUNK
     )
-    return case.trained(
-        lambda: head(case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.targets)
-    )
+    return case.trained(lambda: head(case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.targets))
 
 
 def ours_ce(case: Case) -> Side:
@@ -203,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192 if torch.cuda.is_available() else 2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the JSON file")
     given = parser.parse_args()
     sizes = (1024, 2560, 4096) if torch.cuda.is_available() else (256, 1024)
     if given.small:
@@ -216,7 +216,8 @@ def main() -> None:
             name = f"{kind} {case.name}"
             rows += measure.compare(name, sides(case, kind), "floor", given.rounds, work=given.tokens)
     settings = {"rounds": given.rounds, "tokens": given.tokens, "chunk": CHUNK}
-    measure.write("heads", "Loss heads, hidden states to gradients; ratio to the bare matrix products", settings, rows)
+    about = "Loss heads, hidden states to gradients; ratio to the bare matrix products"
+    measure.write("heads-small" if given.small else "heads", about, settings, rows, given.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sdzero
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 LINKED = ("callbacks", "configs")
-NOT_SOURCE = (".git", ".venv", "runs", "models", "build", "dist", "*.egg-info", "*_cache", "__pycache__")
+NOT_SOURCE = (".git", ".venv*", "runs", "models", "build", "dist", "*.egg-info", "*_cache", "__pycache__")
 
 
 def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> None:

@@ -1,0 +1,82 @@
+"""What one step of phase 2 costs at the least, from the model's shape and a GPU's data sheet.
+
+    python benchmarks/floor.py
+
+Products: the student's pass forward and backward and the teacher's over x + y + P_r + y, at a share of the nominal
+rate; recomputed activations would add a third of the student's. Sampling: every step of decoding reads all weights and
+the keys and values of all responses at the memory's nominal rate, all responses at once. vLLM needs more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+H100_FLOPS, H100_BYTES = 989e12, 3.35e12
+"""Dense bfloat16 products, and bytes of memory read, a second: NVIDIA's data sheet of the SXM card."""
+MFU = 0.5
+"""Share of the nominal rate that good training code reaches."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A model's shape and the sizes of a step; the defaults are Qwen3-4B's and table 6's prompts."""
+
+    hidden: int = 2560
+    layers: int = 36
+    heads: int = 32
+    shared_heads: int = 8
+    head_dim: int = 128
+    inner: int = 9728
+    vocab: int = 151_936
+    responses: int = 128
+    prompt: int = 200
+    response: int = 4096
+
+    @property
+    def weights(self) -> int:
+        """Of the layers."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.shared_heads)
+        return self.layers * (attention + 3 * self.hidden * self.inner)
+
+    def forward(self, length: int) -> float:
+        """Products, twice each, of one sequence without the head; causality leaves half of the attention."""
+        return length * (2 * self.weights + 2 * self.layers * self.heads * self.head_dim * length)
+
+    @property
+    def student(self) -> float:
+        return self.responses * 3 * self.forward(self.prompt + self.response)
+
+    @property
+    def teacher(self) -> float:
+        return self.responses * self.forward(self.prompt + 2 * self.response)
+
+    @property
+    def head(self) -> float:
+        """The four products of the divergence head."""
+        return self.responses * self.response * 4 * 2 * self.hidden * self.vocab
+
+    def decoding(self, gpus: int) -> float:
+        """Seconds."""
+        weights = 2 * (self.weights + self.hidden * self.vocab)
+        cache = 2 * 2 * self.layers * self.shared_heads * self.head_dim * (self.prompt + self.response / 2)
+        return self.response * (weights + self.responses / gpus * cache) / H100_BYTES
+
+
+def table() -> str:
+    step = Step()
+    total = step.student + step.teacher + step.head
+    lines = ["| | products (FLOP) | share | 1 H100 | 8 H100 |", "|---|---|---|---|---|"]
+    for name, work in (
+        ("student, forward and backward", step.student),
+        ("teacher, forward", step.teacher),
+        ("divergence head, 4 products", step.head),
+        ("training, all", total),
+    ):
+        seconds = work / (MFU * H100_FLOPS)
+        lines.append(f"| {name} | {work:.2g} | {work / total:.0%} | {seconds:.1f} s | {seconds / 8:.1f} s |")
+    lines.append(f"| decoding, memory alone | | | {step.decoding(1):.0f} s | {step.decoding(8):.0f} s |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,61 @@
+"""Puts what results/ holds into the tables of docs/performance.md, between their marks.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import floor
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/performance.md"
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(name: str, results: Path) -> str:
+    """The table of one benchmark, with where and when it was measured."""
+    if name == "floor":
+        return floor.table()
+    result = json.loads((results / f"{name}.json").read_text())
+    machine = result["machine"]
+    packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
+    threads = f"{machine['threads']} thread of {machine['cores']} cores"
+    head = f"{result['about']}. {machine['processor']}, {threads}; {packages}; {result['date']}; "
+    head += f"medians of {result['settings']['rounds']} rounds."
+    lines = ["| case | side | ratio | wall | CPU | memory | per second |", "|---|---|---|---|---|---|---|"]
+    for case, rows in groupby(result["rows"], key=lambda row: row["case"]):
+        lines += [_line(case if i == 0 else "", row) for i, row in enumerate(rows)]
+    return "\n".join([head, "", *lines])
+
+
+def _line(case: str, row: Mapping[str, Any]) -> str:
+    rate = row["figures"].get("per_second")
+    extra = "" if rate is None else f"{rate:,.0f}"
+    if "mfu" in row["figures"]:
+        extra = f"MFU {row['figures']['mfu']:.0%}"
+    cells = (case, row["side"], f"{row['ratio']:.2f}", _seconds(row["wall_seconds"]), _seconds(row["cpu_seconds"]))
+    return "| " + " | ".join([*cells, f"{row['peak_bytes'] / 2**20:,.0f} MiB", extra]) + " |"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with every marked table made anew."""
+    return MARKED.sub(lambda match: f"{match[1]}{render(match[2], results)}\n{match[3]}", page)
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(), ROOT / "benchmarks/results"))
+
+
+if __name__ == "__main__":
+    main()
