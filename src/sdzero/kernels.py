@@ -4,6 +4,8 @@ A first pass over a row keeps a running maximum, so that it needs no other for t
 one writes the gradient. Only jsd, whose mixture needs both log-sum-exp, reads the row once more in between.
 """
 
+# ruff: noqa: ANN001, ANN202 (what a kernel takes are Triton's own values)
+
 from __future__ import annotations
 
 from typing import Any
