@@ -66,19 +66,16 @@ class Rows:
         return {name: x.to("cpu", copy=True) for name, x in named.items() if x is not None}
 
 
-CASES = [
-    Rows(kind, **changed)
-    for kind in (None, *KINDS)
-    for changed in (
-        {},
-        {"block": 512},
-        {"block": 16, "vocab": 96},
-        {"spread": 1e4},
-        {"spread": 30.0, "noise": 1e-2},
-        {"grad_dtype": torch.bfloat16},
-        {"bare": True},
-    )
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"block": 512},
+    {"block": 16, "vocab": 96},
+    {"spread": 1e4},
+    {"spread": 30.0, "noise": 1e-2},
+    {"grad_dtype": torch.bfloat16},
+    {"bare": True},
 ]
+CASES = [Rows(kind, **variant) for kind in (None, *KINDS) for variant in VARIANTS]
 
 
 def expected_of(case: Rows) -> Result:
@@ -153,7 +150,7 @@ def interpret(out: str) -> None:
     torch.save((rows, heads), out)
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: f"{CASES[i].kind}-{i % 7}")
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: f"{CASES[i].kind}-{i % len(VARIANTS)}")
 def test_kernels_equal_the_reference(interpreted: tuple[list[Result], list[Result]], index: int) -> None:
     check(CASES[index], interpreted[0][index])
 
@@ -167,7 +164,7 @@ def test_heads_through_the_kernels_equal_the_eager_heads(
         assert made.keys() == eager.keys()
         for name, value in made.items():
             rounded = dtype == torch.bfloat16 and name in ("hidden", "weight")
-            close = {"rtol": 2**-6, "atol": 5e-3} if rounded else {"rtol": 1e-5, "atol": 1e-6}
+            close: dict[str, Any] = {"rtol": 2**-6, "atol": 5e-3} if rounded else {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(value, eager[name], **close, msg=f"{HEADS[index]} {dtype} {name}")
 
 
@@ -182,25 +179,18 @@ def test_triton_serves_float32_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert all(hasattr(kernels, name) for name in ("log_softmax_", "cross_entropy", "divergence"))
 
 
-def compilations() -> list[tuple[str, dict[str, bool]]]:
-    """(kernel, its switches)"""
-    flags = {"reverse": (0, 1, 0), "forward": (0, 0, 1), "mixed": (0, 1, 1), "jsd": (1, 0, 0)}
-    divergences = [
-        (
-            "_divergence",
-            dict(zip(("JSD", "REVERSE", "FORWARD", "WITH_TARGETS", "WITH_GRAD"), map(bool, row), strict=True)),
-        )
-        for row in (
-            (*flags["reverse"], 1, 1),
-            (*flags["forward"], 0, 1),
-            (*flags["mixed"], 1, 0),
-            (*flags["jsd"], 1, 1),
-        )
-    ]
-    return [("_log_softmax", {}), ("_cross_entropy", {"WITH_GRAD": True}), *divergences]
+SWITCHES = ("JSD", "REVERSE", "FORWARD", "WITH_TARGETS", "WITH_GRAD")
+COMPILED: list[tuple[str, dict[str, bool]]] = [
+    ("_log_softmax", {}),
+    ("_cross_entropy", {"WITH_GRAD": True}),
+    *(
+        ("_divergence", {name: bool(value) for name, value in zip(SWITCHES, values, strict=True)})
+        for values in ((0, 1, 0, 1, 1), (0, 0, 1, 0, 1), (0, 1, 1, 1, 0), (1, 0, 0, 1, 1))
+    ),
+]
 
 
-@pytest.mark.parametrize(("name", "switches"), compilations())
+@pytest.mark.parametrize(("name", "switches"), COMPILED)
 def test_kernels_compile_for_a_gpu(
     name: str, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -16,7 +16,10 @@ from sdzero.losses import Divergence, HiddenTeacher, cross_entropy_head, diverge
 
 HEADS = [None, *DIVERGENCES]
 # A gradient of the logits is rounded to 2**-9 of itself before it meets head and hidden states.
-ROUNDED = {torch.bfloat16: {"rtol": 2**-7, "atol": 4e-3}, torch.float16: {"rtol": 2**-10, "atol": 5e-4}}
+ROUNDED: dict[torch.dtype, dict[str, Any]] = {
+    torch.bfloat16: {"rtol": 2**-7, "atol": 4e-3},
+    torch.float16: {"rtol": 2**-10, "atol": 5e-4},
+}
 
 
 def head_id(divergence: Divergence | None) -> str:
@@ -139,10 +142,11 @@ def test_logits_of_low_precision_would_cancel_where_student_and_teacher_agree() 
     near = case.hidden.detach().clone()
     near[:, :4] *= 1 + 2**-7  # one step of bfloat16 in four places
     case.teacher = HiddenTeacher(near, case.weight.detach())
-    log_s, log_t = (h.detach().double() @ case.weight.detach().double().T for h in (case.hidden, near))
-    expected = reference(log_s, log_t, Divergence())
+    student, teacher = (h.detach().double() @ case.weight.detach().double().T for h in (case.hidden, near))
+    expected = reference(student, teacher, Divergence())
     ours = apply(case, Divergence()).metrics["divergence"]
-    bare = reference(*((h @ case.weight.T).detach().float() for h in (case.hidden, near)), Divergence())
+    student, teacher = ((h @ case.weight.T).detach().float() for h in (case.hidden, near))
+    bare = reference(student, teacher, Divergence())
     off, bare_off = (float(((values - expected).abs() / expected).mean()) for values in (ours, bare))
     assert off < 0.01
     assert bare_off > 30 * off
