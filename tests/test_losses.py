@@ -63,7 +63,8 @@ def test_metrics_are_full_vocabulary_log_probs_and_the_teachers_mass(top_k: int 
     metrics = case.head(Divergence(top_k=top_k), targets=case.targets, chunk_size=2).metrics
     log_s, log_t = (logits.log_softmax(-1).detach() for logits in case.logits)
     row = torch.arange(len(case.targets))
-    torch.testing.assert_close(metrics.pop("student_logprobs"), log_s[row, case.targets])
+    if top_k is None:  # else the student is never projected onto the whole vocabulary
+        torch.testing.assert_close(metrics.pop("student_logprobs"), log_s[row, case.targets])
     torch.testing.assert_close(metrics.pop("teacher_logprobs"), log_t[row, case.targets])
     if top_k is not None:
         torch.testing.assert_close(metrics.pop("top_k_mass"), log_t.topk(top_k).values.exp().sum(-1))
@@ -185,7 +186,8 @@ def test_a_stored_top_k_teacher_equals_the_hidden_one(kind: Kind, outside: Outsi
     torch.testing.assert_close(top_k.loss, hidden.loss)
     torch.testing.assert_close(case.grads(top_k.loss), case.grads(hidden.loss))
     torch.testing.assert_close(top_k.metrics["top_k_mass"], hidden.metrics["top_k_mass"])
-    assert top_k.metrics.keys() == {"divergence", "top_k_mass", "student_logprobs"}
+    student = set() if outside == "renormalize" else {"student_logprobs"}
+    assert top_k.metrics.keys() == {"divergence", "top_k_mass"} | student
 
 
 def kept_teacher(case: Case, top_k: int, chunk_size: int | None = 3) -> TopKTeacher:
@@ -336,13 +338,31 @@ def test_only_the_wanted_gradients_cost_products(grad: bool, hidden: bool, weigh
         assert (case.weight.grad is not None) == weight
 
 
-def test_a_renormalised_support_never_projects_the_student() -> None:
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_a_renormalised_support_never_projects_the_student(with_targets: bool) -> None:
     case = Case(n=16, vocab=200, hidden=4)
-    teacher = case.stored(4)
-    with Recorder() as recorder:
-        case.head(Divergence(top_k=4), teacher).loss.backward()
-    assert recorder.calls.get("mm", 0) == 0
-    assert recorder.largest <= 200 * 4  # the head's own gradient
+    targets = case.targets if with_targets else None
+    stored, hidden = case.stored(4), case.teacher
+    for teacher, expected in ((stored, 0), (hidden, 1)):
+        with Recorder() as recorder:
+            out = case.head(Divergence(top_k=4), teacher, targets=targets)
+            out.loss.backward()
+        assert recorder.calls.get("mm", 0) == expected  # the teacher's logits alone
+        assert recorder.largest <= 200 * (4 if teacher is stored else 16)  # the head's gradient, or those logits
+        assert "student_logprobs" not in out.metrics
+        assert ("teacher_logprobs" in out.metrics) == (with_targets and teacher is hidden)
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_a_support_that_needs_the_whole_student_gives_its_log_probs(with_targets: bool) -> None:
+    case = Case()
+    expected = case.logits[0].log_softmax(-1).gather(1, case.targets[:, None]).squeeze(1).detach()
+    for form in FORMS:
+        metrics = case.head(Divergence(**form), targets=case.targets if with_targets else None).metrics
+        whole = not form or (form["support"], form["outside"]) != ("teacher", "renormalize")
+        assert ("student_logprobs" in metrics) == (with_targets and whole)
+        if "student_logprobs" in metrics:
+            torch.testing.assert_close(metrics["student_logprobs"], expected)
 
 
 @pytest.mark.parametrize(

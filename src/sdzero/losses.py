@@ -129,14 +129,14 @@ def divergence_head(
         token_weights: [N].
         num_tokens: what the sum is divided by, counted over all ranks and micro batches.
         divergence: which D.
-        targets: [N] int64, the sampled tokens y_t. Without them a renormalised top-k of the teacher's choice never
-            projects the student onto the whole vocabulary.
+        targets: [N] int64, the sampled tokens y_t, for the metrics alone: they never make the student be projected.
         chunk_size: as in `cross_entropy_head`.
 
     Returns:
         The loss, differentiable once in `hidden` and `weight`. Metrics, each [N] and detached: `divergence`; with
-        targets `student_logprobs` and, of a HiddenTeacher, `teacher_logprobs`, both of y_t over the whole vocabulary;
-        with top_k `top_k_mass`, the teacher's mass inside the support.
+        top_k `top_k_mass`, the teacher's mass inside the support; of y_t over the whole vocabulary `teacher_logprobs`,
+        with targets and a HiddenTeacher or as a TopKTeacher stored them, and, with targets, `student_logprobs` unless
+        a renormalised top-k of the teacher's choice needs no more of the student than those K logits.
 
     Raises:
         ValueError: the teacher cannot serve the divergence, top_k exceeds the vocabulary, the vocabularies differ, or
@@ -146,9 +146,12 @@ def divergence_head(
     dtype, chunk_size = products.result_dtype(hidden, weight), products.chunk_size(chunk_size, hidden)
     scale = _scale(token_weights, num_tokens, dtype)
     metrics = {} if divergence.top_k is None else {"top_k_mass": torch.zeros_like(scale)}
-    if targets is not None:
-        names = ("student_logprobs", "teacher_logprobs")[: 2 if isinstance(teacher, HiddenTeacher) else 1]
-        metrics |= {name: torch.zeros_like(scale) for name in names}
+    few = divergence.top_k not in (None, len(weight)) and divergence.support == "teacher"
+    projects = not few or divergence.outside != "renormalize"  # the student, onto the whole vocabulary
+    if targets is not None and projects:
+        metrics["student_logprobs"] = torch.zeros_like(scale)
+    if targets is not None and isinstance(teacher, HiddenTeacher):
+        metrics["teacher_logprobs"] = torch.zeros_like(scale)
     if isinstance(teacher, TopKTeacher) and teacher.target_logprobs is not None:
         metrics["teacher_logprobs"] = teacher.target_logprobs.detach().to(dtype)
     if divergence.top_k == len(weight):
@@ -160,7 +163,7 @@ def divergence_head(
         assert isinstance(source, Projection)
         body = _FullBody(divergence, source, targets, metrics)
     else:
-        body = _TopKBody(divergence, divergence.top_k, source, targets, metrics)
+        body = _TopKBody(divergence, divergence.top_k, source, projects, targets, metrics)
     loss, values = fused.chunked_head(hidden, weight, scale, body, chunk_size, dtype)
     return LossOutput(loss, {"divergence": values, **metrics})
 
@@ -220,21 +223,19 @@ class _TopKBody:
     divergence: Divergence
     top_k: int
     teacher: Projection | TopKTeacher
+    projects: bool
     targets: Tensor | None
     metrics: dict[str, Tensor]
 
     def __call__(
         self, student: Projection, rows: slice, scale: Tensor | None
     ) -> tuple[Tensor, Tensor | Columns | None]:
-        inside_only = self.divergence.outside == "renormalize"
-        log_s = None
-        if self.targets is not None or self.divergence.support == "student" or not inside_only:
-            log_s = student.log_probs(rows)
-            if self.targets is not None:
-                self.metrics["student_logprobs"][rows] = rowwise.of_targets(log_s, self.targets[rows])
+        log_s = student.log_probs(rows) if self.projects else None
+        if log_s is not None and self.targets is not None:
+            self.metrics["student_logprobs"][rows] = rowwise.of_targets(log_s, self.targets[rows])
         ids, inside_t, rest_t = self._teacher_support(rows, log_s, student.dtype)
         kind, share = self.divergence.kind, self.divergence.weight
-        if log_s is not None and not inside_only:
+        if log_s is not None and self.divergence.outside != "renormalize":
             if rest_t is None:
                 buckets_t = torch.nn.functional.pad(inside_t.log_softmax(-1), (0, 1), value=LOG_ZERO)
             else:
