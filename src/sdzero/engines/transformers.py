@@ -21,8 +21,8 @@ _CPU = torch.device("cpu")
 class TransformersEngine(RolloutEngine):
     """Its own copy of the model, sampled in left-padded batches.
 
-    The same prompts, seed and weights give the same responses to the bit: a call is split into batches of
-    `max_batch_size` in its own order.
+    The same prompts, seed and weights give the same responses to the bit. A call is split into batches of
+    `max_batch_size` prompts whose lengths are neighbours: sorted, they are padded least.
 
     Args:
         max_batch_size: prompts sampled at once. It bounds the key-value cache, and is part of what a seed means.
@@ -70,11 +70,17 @@ class TransformersEngine(RolloutEngine):
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
-        rollouts: list[Rollout] = []
+        rollouts: dict[int, Rollout] = {}
         with preserved_rng(seed), torch.inference_mode():
-            for start in range(0, len(prompts), self.max_batch_size):
-                rollouts += self._sample(prompts[start : start + self.max_batch_size], sampling)
-        return rollouts
+            for places in self._batches(prompts):
+                rollouts |= zip(places, self._sample([prompts[place] for place in places], sampling), strict=True)
+        return [rollouts[place] for place in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Places of the prompts that are sampled at once: the longest first, so that memory runs out at once or never;
+        inside a batch in their own order, so that what is one batch draws as it would unsorted."""
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].token_ids))
+        return [sorted(order[i : i + self.max_batch_size]) for i in range(0, len(order), self.max_batch_size)]
 
     def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         input_ids, attention_mask = _left_pad(prompts, self._builder.pad_id, self._device)
