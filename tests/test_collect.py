@@ -45,10 +45,16 @@ class Actor(ScriptedEngine):
         super().__init__(self._answer)
         self.dies_in, self.right = dies_in, right
         self.log: list[tuple[Prompt, str]] = []
+        self.is_warm = False
+
+    def warm_up(self) -> None:
+        assert self.policy_version == 0, "the weights are there"
+        self.is_warm = True
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int, *rest: Any, **more: Any
     ) -> list[Rollout]:
+        assert self.is_warm
         self._rng = random.Random(seed)
         rollouts = super().generate(prompts, sampling, seed, policy_version, *rest, **more)
         if self.num_generate_calls == self.dies_in:

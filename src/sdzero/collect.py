@@ -81,6 +81,7 @@ class Collect:
         self.out.mkdir(parents=True, exist_ok=True)
         self.engine.start(spec, builder)
         try:
+            self.engine.warm_up()
             weights = folder_sha256(Path(self.model.path)) if Path(self.model.path).is_dir() else self.model.path
             journal = CallJournal(self.out / "journal")
             weights = f"{weights}/{self.engine_dtype}"  # a call made in another dtype is another call

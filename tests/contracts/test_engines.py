@@ -18,7 +18,7 @@ from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
 from tiny_model import write_tiny_model
 
-MAX_MODEL_LEN = 96
+MAX_MODEL_LEN = 512
 
 
 def script(prompt: Prompt, seed: int) -> str:
@@ -236,6 +236,44 @@ def test_temperature_zero_is_greedy(sampler: RolloutEngine, builder: PromptBuild
         with torch.no_grad():
             best = trainer(row).logits[0, len(rollout.prompt.token_ids) - 1 : -1].argmax(-1)
         assert tuple(best.tolist()) == rollout.token_ids
+
+
+def test_a_warm_up_changes_no_draw(sampler: RolloutEngine, builder: PromptBuilder) -> None:
+    asked, sampling = prompts(builder, 20), Sampling(1.0, 0.9, 20)
+    first = sampler.generate(asked, sampling, seed=11, policy_version=1)
+    before = rng_state()
+    sampler.warm_up()
+    assert rng_state() == before and sampler.policy_version == 1
+    assert ids(sampler.generate(asked, sampling, seed=11, policy_version=1)) == ids(first)
+
+
+def test_vllm_computes_the_common_prefix_of_revisions_once(
+    started: Started, trainer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all of them enter it in one step. What is shared are whole blocks of the cache."""
+    engine = started["vllm"]
+    assert isinstance(engine, VLLMEngine)
+    engine.sync(trainer.named_parameters(), 1)
+    core, cached = engine._llm.llm_engine, dict[int, list[int]]()
+    step, block = core.step, core.vllm_config.cache_config.block_size
+
+    def watched() -> list:
+        outputs = step()
+        for output in outputs:
+            cached.setdefault(len(output.prompt_token_ids), []).append(output.num_cached_tokens)
+        return outputs
+
+    monkeypatch.setattr(core, "step", watched)
+    draw = random.Random(0)
+    answers = [Prompt(Question(f"q{n}", "", ""), tuple(draw.randrange(5, 90) for _ in range(n))) for n in (290, 330)]
+    rollouts = engine.generate([a for a in answers for _ in range(3)], Sampling(1.0, 1.0, 1), 3, 1)
+    assert {length: sorted(tokens) for length, tokens in cached.items()} == {
+        length: [0, length // block * block, length // block * block] for length in (290, 330)
+    }
+    for rollout in rollouts:
+        torch.testing.assert_close(
+            torch.tensor(rollout.logprobs), forward_logprobs(trainer, rollout), atol=1e-3, rtol=0
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -280,20 +281,31 @@ def test_ranks_of_one_engine_agree_and_others_do_not_ask(attach: Data) -> None:
         assert asked == expected, "how many calls, and of each whether it is to be made"
 
 
-def test_an_engine_is_started_on_first_use_and_closed_at_the_end(attach: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_started_on_first_use_warmed_up_once_and_closed(
+    attach: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
-    for name in ("start", "close"):
+    for name in ("start", "sync", "warm_up", "close"):
         plain = getattr(Notes, name)
 
-        def noted(self: Notes, *arguments: Any, name: str = name, plain: Any = plain) -> None:
+        def noted(self: Notes, *arguments: Any, name: str = name, plain: Any = plain) -> Any:
             events.append(name)
-            plain(self, *arguments)
+            time.sleep(0.002 * (name == "warm_up"))
+            return plain(self, *arguments)
 
         monkeypatch.setattr(Notes, name, noted)
     data = attach(phase2())
     data.teardown("fit")
     assert events == []
-    next(iter(data.train_dataloader()))
+    steps, figures = iter(data.train_dataloader()), []
+    for version in range(3):
+        data.policy.policy_version = version
+        figures.append(next(steps).stats["warmup_seconds"])
     data.teardown("fit")
     data.teardown("fit")
-    assert events == ["start", "close"]
+    assert events == ["start", "sync", "warm_up", "sync", "sync", "close"], (
+        "its first weights are what it warms up with"
+    )
+    assert figures[0] >= 0.002 and figures[1:] == [0.0, 0.0]
+    data.sync_policy()
+    assert events[-3:] == ["start", "sync", "warm_up"], "another engine is cold"

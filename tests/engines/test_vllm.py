@@ -24,8 +24,8 @@ PROMPTS = [Prompt(Question(f"q{i}", "", ""), (5, 6, 7)) for i in range(4)]
 
 def finished(request_id: str, token_ids: list[int], reason: str | None = "length") -> Any:
     """What a step brought for a request: with a reason, its end."""
-    logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in token_ids]
-    output = SimpleNamespace(token_ids=token_ids, logprobs=logprobs, finish_reason=reason)
+    flat = SimpleNamespace(logprobs=[-0.5] * len(token_ids))
+    output = SimpleNamespace(token_ids=token_ids, logprobs=flat, finish_reason=reason)
     return SimpleNamespace(request_id=request_id, finished=reason is not None, outputs=[output])
 
 
@@ -86,7 +86,7 @@ def start(model_path: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
 
     def start(on_cpu: bool = True, load_weights: bool = True, **options: Any) -> tuple[VLLMEngine, FakeLLM]:
         monkeypatch.setattr(vllm, "_import_vllm", lambda: (FakeLLM, on_cpu))
-        monkeypatch.setattr(vllm, "_environment", lambda tensor_parallel_size: {})
+        monkeypatch.setattr(vllm.vllm_patches, "environment", lambda tensor_parallel_size: {})
         engine = VLLMEngine(**options)
         engine.start(EngineSpec(model_path, 64, load_weights=load_weights), PromptBuilder.from_pretrained(model_path))
         return engine, engine._llm
@@ -143,7 +143,7 @@ def test_responses_come_back_in_the_order_of_their_prompts(start: Any) -> None:
     params = llm.params
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 0.9, 0, 2)
     assert params.stop_token_ids == [0, 2] and params.seed is None  # a seed raises in vLLM's CPU build
-    assert params.output_kind.name == "DELTA"
+    assert params.output_kind.name == "FINAL_ONLY" and params.flat_logprobs, "nobody looks at the steps"
 
 
 def test_a_step_that_raises_is_the_engines_death(start: Any) -> None:
@@ -180,6 +180,7 @@ def test_tokens_are_handed_out_step_by_step_and_a_taker_that_fails_leaves_no_eng
         engine.generate(PROMPTS, Sampling(1.0, 1.0, 4), 0, 0, take)
     ends, goes_on = Piece((8, 9), (-0.5, -0.5)), [Piece((10 + place,), (-0.5,)) for place in range(4)]
     assert [waiting for _, waiting in handed] == [3, 2, 1]
+    assert llm.params.output_kind.name == "DELTA" and not llm.params.flat_logprobs
     assert [pieces for pieces, _ in handed] == [{**dict(enumerate(goes_on[:end])), end: ends} for end in (3, 2, 1)]
     with pytest.raises(EngineError, match="holds None"):
         engine.generate(PROMPTS, Sampling(1.0, 1.0, 4), 0, 0)
@@ -250,6 +251,34 @@ def test_what_is_not_a_response_is_an_error(start: Any, step: Callable[[], list[
             generate(engine)
 
 
+def test_a_warm_up_takes_both_ways_of_the_sampler_and_leaves_the_engine_as_it_was(start: Any) -> None:
+    engine, llm = start(max_num_seqs=3)
+    ways: list[tuple[int, float]] = []
+
+    def step() -> list[Any]:
+        ways.append((len(llm.waiting), llm.params.top_p))
+        return [finished(llm.waiting.pop(0), [9, 9]) for _ in range(3)]
+
+    llm.on_step = step
+    torch.manual_seed(3)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    engine.warm_up()
+    assert torch.rand(2).tolist() == expected and ways == [(3, 1.0), (3, 0.9)] and engine.policy_version == 0
+    assert {(len(tokens), new) for tokens, new in llm.asked} == {(16, 2)}
+    llm.on_step = None
+    assert [rollout.token_ids for rollout in generate(engine)] == [(9, 9)] * 4
+
+
+def test_an_engine_that_dies_as_it_warms_up_is_dead(start: Any) -> None:
+    engine, llm = start()
+    llm.on_step = lambda: []
+    llm.has_unfinished_requests = lambda: False
+    with pytest.raises(EngineError, match="returned 0 of 16 responses"):
+        engine.warm_up()
+    assert engine.policy_version is None
+
+
 def test_prefixes_of_older_weights_must_go(start: Any) -> None:
     engine, llm = start()
     llm.can_reset = False
@@ -282,7 +311,7 @@ def test_a_hang_in_native_code_ends_the_process_with_its_stacks() -> None:
 def test_without_vllm_the_error_names_the_extras(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VLLMEngine()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(vllm, "_environment", lambda tensor_parallel_size: {})
+    monkeypatch.setattr(vllm.vllm_patches, "environment", lambda tensor_parallel_size: {})
     extras = r'pip install "sdzero\[cpu\]".*pip install "sdzero\[cuda\]"'
     with pytest.raises(ModuleNotFoundError, match=extras):  # before any weight is loaded
         VLLMEngine()

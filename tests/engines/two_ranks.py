@@ -38,6 +38,7 @@ def main(rank: int, model_path: str, store: str) -> None:
             (name, weight.full_tensor()) for name, weight in sharded.named_parameters() if isinstance(weight, DTensor)
         )
         report = engine.sync(weights, 1)
+        engine.warm_up()
         prompts = [builder.prompt(Question(f"{rank}-{i}", f"{rank} {i} ?", "")) for i in range(3 + 2 * rank)]
         # engines of their own may draw unlike numbers of tokens; one engine over both ranks draws alike on both
         length = 8 + 12 * rank if tensor_parallel_size == 1 else 10

@@ -78,6 +78,7 @@ class StepDataModule(L.LightningDataModule):
         self.counter = 0
         self.eval_questions: list[Question] = []
         self._sampler: Sampler | None = None
+        self._is_warm = False
         self._gap: float | None = None  # between the log-probabilities; None: not compared since the sync
 
     # --- what a data module adds --------------------------------------------------------------
@@ -202,6 +203,7 @@ class StepDataModule(L.LightningDataModule):
             assert self.trainer is not None and self.engine is not None and self.task is not None
             spec = EngineSpec(self.policy.model_config.path, self.max_model_len(), self.engine_dtype)
             self.engine.start(spec, self.policy.builder)
+            self._is_warm = False
             journal = CallJournal(Path(self.trainer.default_root_dir) / "journal" / f"rank{self.rank}")
             self._sampler = Sampler(self.engine, self.task, journal, self.evaluation.call_size, run_seed(), self.rank)
             if getattr(self.engine, "tensor_parallel_size", 1) > 1:
@@ -215,15 +217,24 @@ class StepDataModule(L.LightningDataModule):
         return int(strategy.reduce(tensor, reduce_op="max"))  # pyright: ignore[reportArgumentType] - a name will do
 
     def sync_policy(self) -> dict[str, float]:
-        """Brings the engine to the policy's version where it holds another. Collective."""
+        """Brings the engine to the policy's version where it holds another, and warms it up once. Collective."""
         sampler, version = self.sampler, self.policy.policy_version
         sampler.engine.wake()
         if sampler.engine.policy_version == version:
-            return {"sync_seconds": 0.0}
+            return {"sync_seconds": 0.0, "warmup_seconds": 0.0}
         report = sampler.engine.sync(self.policy.policy_weights(), version)
         sampler.weights = report.checksum
         self._gap = None
-        return {"sync_seconds": report.seconds}
+        return {"sync_seconds": report.seconds, "warmup_seconds": self._warm_up()}
+
+    def _warm_up(self) -> float:
+        """Seconds of the engine's first moves, which are taken out of the first draw's."""
+        if self._is_warm:
+            return 0.0
+        started = time.monotonic()
+        self.sampler.engine.warm_up()
+        self._is_warm = True
+        return time.monotonic() - started
 
     def check_policy(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
         """Compares log-probabilities once per sync. Collective.

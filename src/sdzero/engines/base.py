@@ -98,6 +98,15 @@ class RolloutEngine(ABC):
             EngineError: the engine's tensors differ from what was sent.
         """
 
+    def warm_up(self) -> None:
+        """Pays in advance what the first `generate` would take longer than later ones, once weights are there.
+
+        It changes no later draw. Nothing where the first call is like the others.
+
+        Raises:
+            EngineError: the engine died.
+        """
+
     @abstractmethod
     def generate(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
 _GRACE_SECONDS = 60.0  # past the deadline, before a call that hangs in native code ends the process
+_WARM_UP_LENGTH = 16  # requests, and tokens of each prompt
 _STDERR = 2  # the descriptor: sys.stderr may be a notebook's or a test's stand-in without one
 
 
@@ -84,8 +86,8 @@ class VLLMEngine(RolloutEngine):
 
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
         self._spec, self._builder = spec, builder
-        os.environ.update(_environment(self.tensor_parallel_size))
-        with preserved_rng(), _preserved_threads():
+        os.environ.update(vllm_patches.environment(self.tensor_parallel_size))
+        with preserved_rng(), vllm_patches.preserved_threads():
             self._layout = WeightLayout.of_pretrained(spec.model_path)
             llm_class, self._is_cpu = _import_vllm()
             self._runs_eagerly = self._is_cpu if self.enforce_eager is None else self.enforce_eager
@@ -119,7 +121,7 @@ class VLLMEngine(RolloutEngine):
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "tensor_parallel_size": self.tensor_parallel_size,
             # with a process group of several ranks vLLM must join it rather than spawn workers of its own
-            "distributed_executor_backend": "external_launcher" if _world_size() > 1 else None,
+            "distributed_executor_backend": "external_launcher" if vllm_patches.world_size() > 1 else None,
             "enforce_eager": self._runs_eagerly,
             "enable_prefix_caching": self.enable_prefix_caching,
             "logprobs_mode": "raw_logprobs",
@@ -138,7 +140,7 @@ class VLLMEngine(RolloutEngine):
             check = SyncCheck(self._layout, self._held(), getattr(torch, self._spec.dtype))
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": check.watch(weights)})
             if self._is_cpu:
-                self._llm.apply_model(_repack_heads)
+                self._llm.apply_model(vllm_patches.repack_heads)
             self._forget_prefixes()
             checksum = check.finish(self._held())
         self._wake("kv_cache")
@@ -169,20 +171,38 @@ class VLLMEngine(RolloutEngine):
         mine = [Request((*prompts[place].token_ids, *drawn[place][0]), limit - len(drawn[place][0])) for place in asked]
         requests, first, seed = shared_requests(mine, seed, self.tensor_parallel_size)
         own = {first + index: place for index, place in enumerate(asked)}  # the others are those of sharing ranks
+        params = sampling_params(sampling, self._builder, by_step=on_tokens is not ignore)
+        with self._steps(requests, params, seed) as steps:
+            for step in steps:
+                pieces = {own[index]: piece for index, piece in step.items() if index in own}
+                for place, piece in pieces.items():
+                    drawn[place][0].extend(piece.token_ids)
+                    drawn[place][1].extend(piece.logprobs)
+                on_tokens(pieces)
+        return [self._rollout(self._builder, prompt, *drawn[place], limit) for place, prompt in enumerate(prompts)]
+
+    def warm_up(self) -> None:
+        """A few tokens drawn with and without top-p: unless it runs eagerly, vLLM compiles each way of its sampler at
+        the first call that takes it."""
+        length = min(_WARM_UP_LENGTH, self._spec.max_model_len - 2)
+        requests = [Request((self._builder.pad_id,) * length, 2)] * min(_WARM_UP_LENGTH, self.max_num_seqs)
+        for top_p in (1.0, 0.9) if length > 0 else ():
+            params = sampling_params(Sampling(0.7, top_p, 2), self._builder, by_step=False)
+            with self._steps(requests, params, 0) as steps:  # the same on ranks that share the engine
+                deque(steps, 0)
+
+    @contextmanager
+    def _steps(
+        self, requests: Sequence[Request], params: Callable[[int], Any], seed: int
+    ) -> Iterator[Iterator[dict[int, Piece]]]:
+        """Around the steps that answer `requests`. An engine that they leave midway refuses to generate."""
         with preserved_rng(seed), self._guarded():
             self._forget_prefixes()  # what a call returns must not depend on the calls before it
-            params = sampling_params(sampling, self._builder)
             try:
-                for step in run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds):
-                    pieces = {own[index]: piece for index, piece in step.items() if index in own}
-                    for place, piece in pieces.items():
-                        drawn[place][0].extend(piece.token_ids)
-                        drawn[place][1].extend(piece.logprobs)
-                    on_tokens(pieces)
+                yield run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds)
             except BaseException:  # requests may be left in vLLM: its scheduler's state is unknown from here on
                 self.policy_version = None
                 raise
-        return [self._rollout(self._builder, prompt, *drawn[place], limit) for place, prompt in enumerate(prompts)]
 
     def sleep(self) -> None:
         if not self._is_cpu and not self._asleep:
@@ -245,57 +265,5 @@ def _import_vllm() -> tuple[Callable[..., Any], bool]:
     return vllm_patches.sparing_model_classes(vllm.LLM), current_platform.is_cpu()
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _environment(tensor_parallel_size: int) -> dict[str, str]:
-    """What vLLM reads from the environment; the ranks' part is missing under Lightning's own launcher."""
-    variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())),  # else it sets 1
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
-    }
-    world_size = _world_size()
-    if world_size % tensor_parallel_size:
-        raise ValueError(
-            f"tensor_parallel_size {tensor_parallel_size} must divide the number of processes, which is {world_size}: "
-            "start one process per GPU (trainer.devices)"
-        )
-    if world_size > 1:
-        rank = dist.get_rank()
-        on_gpu = torch.cuda.is_available()
-        variables |= {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            # the GPU that vLLM takes: the trainer's
-            "LOCAL_RANK": str(torch.cuda.current_device()) if on_gpu else os.environ.get("LOCAL_RANK", str(rank)),
-            "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
-            "MASTER_PORT": os.environ.get("MASTER_PORT", "29500"),
-        }
-    return variables
-
-
-@contextmanager
-def _preserved_threads() -> Iterator[None]:
-    """vLLM's CPU worker changes torch's thread count and replaces `torch.set_num_threads`, for the trainer too."""
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)
-
-
 def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
-
-
-def _repack_heads(model: Any) -> None:
-    """vLLM's CPU layers multiply by a packed copy of their weight, and a reload packs anew only what was sent to a
-    layer by name: a head tied to the embedding would keep the copy of its first weights for good."""
-    for module in model.modules():
-        if hasattr(module, "cpu_linear") and module.weight.numel():
-            module.quant_method.process_weights_after_loading(module)

@@ -1,11 +1,14 @@
-"""What vLLM does to a process that is not its own, undone: here the trainer lives in it."""
+"""What vLLM reads in a process that is not its own, and what it does to it, undone: here the trainer lives in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import distributed as dist
 
 
@@ -58,3 +61,55 @@ def sparing_model_classes(make: Callable[..., Any]) -> Callable[..., Any]:
                 cls.__init__ = init
 
     return sparing
+
+
+@contextmanager
+def preserved_threads() -> Iterator[None]:
+    """vLLM's CPU worker changes torch's thread count and replaces `torch.set_num_threads`, for the trainer too."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+
+
+def repack_heads(model: Any) -> None:
+    """vLLM's CPU layers multiply by a packed copy of their weight, and a reload packs anew only what was sent to a
+    layer by name: a head tied to the embedding would keep the copy of its first weights for good."""
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and module.weight.numel():
+            module.quant_method.process_weights_after_loading(module)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def environment(tensor_parallel_size: int) -> dict[str, str]:
+    """What vLLM reads from the environment; the ranks' part is missing under Lightning's own launcher."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())),  # else it sets 1
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+    }
+    num_ranks = world_size()
+    if num_ranks % tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size {tensor_parallel_size} must divide the number of processes, which is {num_ranks}: "
+            "start one process per GPU (trainer.devices)"
+        )
+    if num_ranks > 1:
+        rank = dist.get_rank()
+        on_gpu = torch.cuda.is_available()
+        variables |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            # the GPU that vLLM takes: the trainer's
+            "LOCAL_RANK": str(torch.cuda.current_device()) if on_gpu else os.environ.get("LOCAL_RANK", str(rank)),
+            "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            "MASTER_PORT": os.environ.get("MASTER_PORT", "29500"),
+        }
+    return variables

@@ -22,8 +22,12 @@ class Request:
     max_tokens: int
 
 
-def sampling_params(sampling: Sampling, builder: PromptBuilder) -> Callable[[int], Any]:
-    """vLLM's `SamplingParams` for a number of new tokens."""
+def sampling_params(sampling: Sampling, builder: PromptBuilder, by_step: bool) -> Callable[[int], Any]:
+    """vLLM's `SamplingParams` for a number of new tokens.
+
+    `by_step` asks for the new tokens of every step; else vLLM keeps them in flat lists and hands out whole responses,
+    which spares about 10 microseconds of Python per token.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -37,7 +41,8 @@ def sampling_params(sampling: Sampling, builder: PromptBuilder) -> Callable[[int
             ignore_eos=True,  # the builder's end-of-turn tokens are the only ones
             logprobs=0,  # of the sampled token alone
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA,  # each step's new tokens, not all so far
+            output_kind=RequestOutputKind.DELTA if by_step else RequestOutputKind.FINAL_ONLY,
+            flat_logprobs=not by_step,  # cut into steps, flat lists would cost more than they spare
         )
 
     return params
@@ -61,7 +66,9 @@ def shared_requests(
 def run_requests(
     engine: Any, requests: Sequence[Request], params: Callable[[int], Any], deadline_seconds: float
 ) -> Iterator[dict[int, Piece]]:
-    """Index of a request -> its new tokens, step by step; the engine is stepped here, to watch the clock.
+    """Index of a request -> its new tokens: of each step, or all of them at its end, as `params` asks.
+
+    The engine is stepped here, to watch the clock.
 
     Raises:
         EngineError: vLLM died, gave up a request, lost one or went on with a finished one, or passed the deadline.
@@ -97,6 +104,12 @@ def _pieces(outputs: Sequence[Any], finished: set[int]) -> dict[int, Piece]:
             if len(output.outputs) != 1 or part.finish_reason not in ("stop", "length"):
                 raise EngineError(f"vLLM gave up request {index}: {[o.finish_reason for o in output.outputs]}")
             finished.add(index)
-        values = [logprobs[token].logprob for token, logprobs in zip(part.token_ids, part.logprobs, strict=True)]
-        pieces[index] = Piece(tuple(part.token_ids), tuple(values))
+        pieces[index] = Piece(tuple(part.token_ids), _logprobs(part))
     return pieces
+
+
+def _logprobs(part: Any) -> tuple[float, ...]:
+    """Of a `CompletionOutput`'s tokens. Flat lists hold one value per token: only the sampled one's was asked for."""
+    if isinstance(part.logprobs, list):
+        return tuple(at[token].logprob for token, at in zip(part.token_ids, part.logprobs, strict=True))
+    return tuple(part.logprobs.logprobs)
