@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdzero.losses import CHUNK_SIZE
 from sdzero.plan.assumptions import Architecture, Config
+from sdzero.products import CHUNK_SIZE, CUDA_CHUNK_SIZE
 
 GIB = 2**30
 FLOAT32 = 4
@@ -137,16 +137,26 @@ def gathered_bytes(model: Architecture, at: Machine, has_teacher: bool) -> int:
     return roots + model.num_layer_parameters * (3 * at.compute_bytes + FLOAT32)
 
 
+def logit_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool) -> int:
+    """A chunk's logits in float32 and what is made of them: on a GPU the gradient in the computation's dtype, on the
+    CPU temporaries of a few rows, which are a whole chunk where the vocabulary is small."""
+    if not at.on_gpu:
+        return min(CHUNK_SIZE, num_tokens) * model.vocab * FLOAT32 * (6 if has_teacher else 2)
+    gradient = at.compute_bytes if at.compute_bytes < FLOAT32 else 0
+    return min(CUDA_CHUNK_SIZE, num_tokens) * model.vocab * (FLOAT32 * (2 if has_teacher else 1) + gradient)
+
+
 def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool) -> int:
-    """Of the loss head: float32 copies of the heads where they are gathered in less, the head's gradient in float32
-    and as it is handed on, the hidden states' gradient, and a chunk's logits."""
+    """Of the loss head: copies of the heads in what they are multiplied in, the head's gradient in float32 and as it is
+    handed on, the hidden states' gradient, and a chunk's logits."""
     head = model.vocab * model.hidden
-    is_copied = at.num_shards > 1 and at.compute_bytes < FLOAT32
-    copies = (2 if has_teacher else 1) * FLOAT32 * head if is_copied else 0
-    gradient = FLOAT32 * head + (at.compute_bytes * head if is_copied else 0)
-    logits = (6 if has_teacher else 2) * FLOAT32 * min(CHUNK_SIZE, num_tokens) * model.vocab
+    low, is_sharded = at.compute_bytes < FLOAT32, at.num_shards > 1
+    # gathered in the computation's dtype: on a GPU multiplied as they are; whole in float32: the other way round
+    copied_to = at.compute_bytes if at.on_gpu else FLOAT32
+    copies = (2 if has_teacher else 1) * copied_to * head if low and at.on_gpu != is_sharded else 0
+    gradient = FLOAT32 * head + (at.compute_bytes * head if low and is_sharded else 0)
     hidden = num_tokens * model.hidden * (FLOAT32 + (3 if has_teacher else 2) * at.compute_bytes)
-    return copies + gradient + logits + hidden
+    return copies + gradient + hidden + logit_bytes(model, num_tokens, at, has_teacher)
 
 
 @dataclass(frozen=True)
@@ -207,9 +217,12 @@ def training_moments(
     at_once = at.on_gpu and not options.get("fused") and options.get("foreach") is not False
     update = {"gradients": shard, "copies": shard if at_once else 0}
     other = {"other": OTHER if at.on_gpu else 0}
+    parts = kept.parts
+    if teacher and arguments.get("teacher_first") and at.on_gpu:  # away, all but its head
+        parts["teacher"] = min(kept.teacher, model.vocab * model.hidden * at.compute_bytes)
     return [
-        Moment(stage, "backward", {**kept.parts, **backward, **other}),
-        Moment(stage, "update", {**kept.parts, **update, **other}),
+        Moment(stage, "backward", {**parts, **backward, **other}),
+        Moment(stage, "update", {**parts, **update, **other}),
     ]
 
 
@@ -256,10 +269,7 @@ def rollout_moment(
     parts = {**(kept.parts if kept else {}), "engine": beside.size}
     if kept:
         per_token = 8 * model.hidden + 3 * model.intermediate * at.compute_bytes
-        head = model.vocab * FLOAT32 * 2 * CHUNK_SIZE
-        if at.num_shards > 1 and at.compute_bytes < FLOAT32:
-            head += model.vocab * model.hidden * FLOAT32
-        parts["activations"] = longest_response * per_token + head
+        parts["activations"] = longest_response * per_token + logit_bytes(model, longest_response, at, False)
         parts["copies"] = gathered_bytes(model, at, False) if at.num_shards > 1 else 0
     parts["other"] = OTHER if at.on_gpu else 0
     return Moment(stage, "rollout", parts, beside)
