@@ -16,13 +16,14 @@ import floor
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/performance.md"
+ARITHMETIC = {"floor": floor.table, "padding": floor.padding_table}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(name: str, results: Path) -> str:
     """The table of one benchmark, with where and when it was measured."""
-    if name == "floor":
-        return floor.table()
+    if name in ARITHMETIC:
+        return ARITHMETIC[name]()
     result = json.loads((results / f"{name}.json").read_text())
     machine = result["machine"]
     packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sdzero.callbacks.base import EvaluationReader, defined
 from sdzero.estimates import top_share
-from sdzero.fused import Projection
-from sdzero.losses import CHUNK_SIZE, Divergence, HiddenTeacher, divergence_head, hidden_teacher
+from sdzero.losses import Divergence, divergence_head
 from sdzero.methods import Method
 from sdzero.metrics import Ratio
 from sdzero.sequences import collate, micro_batches
+from sdzero.teachers import HiddenTeacher, hidden_teacher, top_k_teacher
 from sdzero.types import EvalBatch, Example, RolloutBatch, ScoredRollout
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,9 @@ def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Ro
         targets = student_batch.targets
         values = divergence_head(hidden, weight, teacher, ones, 1.0, Divergence(), targets=targets).metrics
         for who, states in (("student", HiddenTeacher(hidden, weight)), ("teacher", teacher)):
-            values[f"{who}_top_ids"], values[f"{who}_top_probs"] = _top(states.hidden, states.weight, top_k)
+            top = top_k_teacher(states.hidden, states.weight, targets, top_k)
+            logprobs, order = top.logprobs.sort(descending=True)
+            values[f"{who}_top_ids"], values[f"{who}_top_probs"] = top.ids.gather(1, order), logprobs.exp()
         return values
 
     with method.trainer.precision_plugin.forward_context():
@@ -143,18 +145,6 @@ def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Ro
     lengths = [len(target) for target in targets]
     columns = {name: [part.tolist() for part in value.cpu().split(lengths)] for name, value in values.items()}
     return [_row(method, {name: column[i] for name, column in columns.items()}) for i in range(len(examples))]
-
-
-def _top(hidden: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ids and probabilities [N, K] of the likeliest tokens, likeliest first."""
-    ids = torch.empty(len(hidden), top_k, dtype=torch.long, device=hidden.device)
-    probs = torch.empty(len(hidden), top_k, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        projection = Projection(hidden, weight, CHUNK_SIZE, torch.float32)
-        for start in range(0, len(hidden), CHUNK_SIZE):
-            rows = slice(start, start + CHUNK_SIZE)
-            probs[rows], ids[rows] = projection.log_probs(rows).topk(top_k)
-    return ids, probs.exp_()
 
 
 def _row(method: Method, values: dict[str, list[Any]]) -> Row:

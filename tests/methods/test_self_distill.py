@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,25 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_read(
     ):
         SelfDistill(ModelConfig(str(path)), divergence=Divergence(top_k=vocab_size + 1))
     SelfDistill(ModelConfig(str(path)), divergence=Divergence(top_k=vocab_size))
+
+
+def test_where_the_loss_needs_the_students_top_k_alone_the_engine_says_what_it_gave_the_token(
+    path: Path, scored: list[ScoredRollout], tmp_path: Path
+) -> None:
+    """Its log-probabilities are of the same weights; the student is not projected onto the whole vocabulary."""
+    sampled = [replace(s, rollout=replace(s.rollout, logprobs=(-1.5,) * len(s.rollout.token_ids))) for s in scored]
+    whole, top = (
+        run(path, sampled, tmp_path, divergence=divergence)[1].metrics[0]
+        for divergence in (Divergence(), Divergence(top_k=5))
+    )
+    model = plain_model(path)
+    for reward in (0, 1):
+        ours = [
+            plain_logprobs(model, s.rollout.prompt.token_ids, s.rollout.token_ids)[range(len(ids)), list(ids)]
+            for s in scored
+            if s.verdict.reward == reward
+            for ids in (s.rollout.token_ids,)
+        ]
+        shift = -1.5 - float(torch.cat(ours).detach().mean())
+        name = f"teacher/token_kl_reward_r{reward}"
+        assert top[name] == pytest.approx(whole[name] + shift, rel=1e-4)
