@@ -199,7 +199,7 @@ class VLLMEngine(RolloutEngine):
         with preserved_rng(seed), self._guarded():
             self._forget_prefixes()  # what a call returns must not depend on the calls before it
             try:
-                yield run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds)
+                yield run_requests(self._llm.llm_engine, requests, params, self.max_num_seqs, self.deadline_seconds)
             except BaseException:  # requests may be left in vLLM: its scheduler's state is unknown from here on
                 self.policy_version = None
                 raise
