@@ -1,0 +1,277 @@
+"""Rollouts: our vLLM engine beside vLLM alone, the sync of weights beside a copy, and what fills a generate call.
+
+    python benchmarks/rollouts.py [--small] [--rounds N] [--out FOLDER]
+
+- generate: `vLLM` is a `vllm.LLM` of its own, given the same prompts, settings and seed; `sdzero, journal` keeps each
+  step's tokens on disk, as collection and evaluation do.
+- call size: the same requests in one call, and in calls of 32, 64 and 128.
+- order: more requests than run at once, as they come and the longest prompts first, with response lengths that follow
+  the prompts' and with lengths that do not.
+- prefix: three revisions of each answer side by side, far apart, and without the prefix cache; tokens are the prompts'.
+- sync: `copy` is `copy_` of all weights into a second model; `vLLM reload` is vLLM's part of ours, without the proof
+  that all arrived; MiB a second.
+
+In call size, order and prefix a request ends at a length of its own, the same for all sides; `steps` in the JSON file
+counts the engine's steps, which no other load on the machine changes. `hidden 256` has 4 layers, `tiny` 3 layers of 64;
+weights are random. Needs no network; about five minutes on a CPU, where it takes one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from measure import RESULTS, Row, compare, write
+from stored import SHAPE, TINY, Case, write_model
+from transformers import AutoModelForCausalLM
+
+from sdzero.engines import VLLMEngine
+from sdzero.engines.base import EngineSpec, preserved_rng
+from sdzero.engines.vllm_requests import Request, sampling_params
+from sdzero.prompts import PromptBuilder
+from sdzero.rollouts import CallJournal
+from sdzero.types import Prompt, Question, Rollout, Sampling, TokenIds
+
+MODELS = {
+    "hidden 256": SHAPE,
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 192},
+}
+VOCAB, MAX_MODEL_LEN, SEED = 4096, 1024, 1
+END_EVERY = 64  # one id in so many ends a response: lengths then spread as those of a coin that is tossed per token
+
+
+class Engines:
+    """Ours and a vLLM of its own, on the same weights; what both took to start and for their first call is told."""
+
+    def __init__(self, folder: Path, num_prompts: int, max_new_tokens: int) -> None:
+        self.folder, self.draw = folder, random.Random(0)
+        self.builder = PromptBuilder.from_pretrained(folder)
+        self.builder.end_ids = frozenset({self.builder.end_id, *range(END_EVERY, VOCAB, END_EVERY)})
+        self.sampling = Sampling(1.0, 1.0, max_new_tokens)
+        self.prompts = [Prompt(Question(str(i), "", ""), self.ids(64)) for i in range(num_prompts)]
+        self.journal = CallJournal(folder / "journal")
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.ours = VLLMEngine(gpu_memory_utilization=0.3)
+        seconds = {"start": _seconds(lambda: self.ours.start(EngineSpec(str(folder), MAX_MODEL_LEN), self.builder))}
+        self.ours.sync(self.model.named_parameters(), 0)
+        seconds |= {"warm_up": _seconds(self.ours.warm_up), "first call": _seconds(self.sdzero)}
+        self.once = seconds | {"second call": _seconds(self.sdzero)}
+        self.alone = self._alone()
+
+    def _alone(self) -> Any:
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        return LLM(
+            str(self.folder),
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=self.ours.max_num_seqs,
+            enforce_eager=not on_gpu,
+            skip_tokenizer_init=True,
+            logprobs_mode="raw_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            **({"gpu_memory_utilization": 0.3} if on_gpu else {"kv_cache_memory_bytes": 2**30}),
+        )
+
+    def ids(self, num: int) -> TokenIds:
+        return tuple(self.draw.randrange(VOCAB) for _ in range(num))
+
+    def lengths(self, num: int, mean: float, most: int) -> list[int]:
+        """Many short ones and a few long: exponential, cut at `most`."""
+        return [min(most, 8 + int(self.draw.expovariate(1 / mean))) for _ in range(num)]
+
+    # --- generate -------------------------------------------------------------------------------
+
+    def sdzero(self) -> list[Rollout]:
+        return self.ours.generate(self.prompts, self.sampling, SEED, 0)
+
+    def journaled(self) -> list[Rollout]:
+        with self.journal.writing("benchmark") as on_tokens:
+            rollouts = self.ours.generate(self.prompts, self.sampling, SEED, 0, on_tokens)
+        (self.journal.folder / "call.partial").unlink()
+        return rollouts
+
+    def vllm(self) -> list[Any]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=self.sampling.max_new_tokens,
+            stop_token_ids=sorted(self.builder.end_ids),
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+        )
+        with preserved_rng(SEED):
+            self.alone.reset_prefix_cache()  # as ours does
+            prompts = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in self.prompts]
+            return self.alone.generate(prompts, params, use_tqdm=False)
+
+    def generate(self, name: str, rounds: int) -> list[Row]:
+        ours = sum(len(rollout.token_ids) for rollout in self.sdzero())
+        theirs = sum(len(output.outputs[0].token_ids) for output in self.vllm())
+        if abs(ours - theirs) > 0.01 * theirs:
+            raise RuntimeError(f"{name}: not the same work: {ours} tokens of ours, {theirs} of vLLM alone")
+        sides = {"vLLM": self.vllm, "sdzero": self.sdzero, "sdzero, journal": self.journaled}
+        return compare(name, sides, "vLLM", rounds, work=ours)
+
+    # --- requests that end at lengths of their own --------------------------------------------------
+
+    def answer(self, requests: Sequence[Request], cached: bool = True) -> dict[str, int]:
+        """One call: its steps, and how many of the prompts' tokens came from the prefix cache."""
+        plain = sampling_params(self.sampling, self.builder, by_step=False)
+        steps = list[int]()  # of each, the cached tokens of the requests that end with it
+
+        def params(max_tokens: int) -> Any:
+            made = plain(max_tokens)
+            made.stop_token_ids, made._all_stop_token_ids = [], set()
+            made.skip_reading_prefix_cache = not cached
+            return made
+
+        self.ours.max_num_seqs = len(requests)  # so that it leaves them in the order given
+        engine = self.ours._llm.llm_engine
+        step = engine.step
+
+        def watched() -> list[Any]:
+            outputs = step()
+            steps.append(sum(output.num_cached_tokens or 0 for output in outputs))
+            return outputs
+
+        engine.step = watched
+        try:
+            with self.ours._steps(requests, params, SEED) as outcomes:
+                deque(outcomes, 0)
+        finally:
+            engine.step = step
+        return {"steps": len(steps), "cached": sum(steps)}
+
+    def compared(
+        self, name: str, sides: Mapping[str, Sequence[Sequence[Request]]], rounds: int, work: int, uncached: str = ""
+    ) -> list[Row]:
+        """Sides that make the given calls; the first is the reference."""
+        seen: dict[str, list[dict[str, int]]] = {}
+
+        def run(side: str) -> Callable[[], None]:
+            def calls() -> None:
+                seen[side] = [self.answer(call, cached=side != uncached) for call in sides[side]]
+
+            return calls
+
+        rows = compare(name, {side: run(side) for side in sides}, next(iter(sides)), rounds, work=work)
+        for row in rows:
+            for figure in ("steps", "cached"):
+                row.figures[figure] = sum(call[figure] for call in seen[row.side])
+        return rows
+
+    def call_sizes(self, name: str, rounds: int, num: int, sizes: Sequence[int], mean: float) -> list[Row]:
+        requests = [Request(self.ids(32), length) for length in self.lengths(num, mean, 8 * int(mean))]
+        sides = {f"one call of {num}": [requests]}
+        for size in sizes:
+            sides[f"calls of {size}"] = [requests[i : i + size] for i in range(0, num, size)]
+        return self.compared(name, sides, rounds, sum(request.max_tokens for request in requests))
+
+    def order(self, name: str, rounds: int, num: int, mean: float) -> list[Row]:
+        prompts = [self.ids(length) for length in self.lengths(num, 2 * mean, MAX_MODEL_LEN // 2)]
+        alike = [max(4, int(len(ids) * self.draw.uniform(0.3, 0.7))) for ids in prompts]
+        rows = []
+        for kind, lengths in (("like the prompts'", alike), ("unlike", self.draw.sample(alike, num))):
+            given = [Request(ids, length) for ids, length in zip(prompts, lengths, strict=True)]
+            longest = sorted(given, key=lambda request: -len(request.token_ids))
+            sides = {"as they come": [given], "longest first": [longest]}
+            rows += self.compared(f"{name}, {kind}", sides, rounds, sum(lengths))
+        return rows
+
+    def prefix(self, name: str, rounds: int, num: int, lengths: tuple[int, int]) -> list[Row]:
+        answers = [Request(self.ids(self.draw.randint(*lengths)), 16) for _ in range(num)]
+        beside = [answer for answer in answers for _ in range(3)]
+        sides = {"side by side": [beside], "far apart": [answers * 3], "no prefix cache": [beside]}
+        num_tokens = sum(len(request.token_ids) for request in beside)
+        return self.compared(name, sides, rounds, num_tokens, uncached="no prefix cache")
+
+    # --- sync -----------------------------------------------------------------------------------
+
+    def sync(self, name: str, rounds: int) -> list[Row]:
+        second = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+
+        @torch.no_grad()
+        def copy() -> None:
+            for there, here in zip(second.parameters(), self.model.parameters(), strict=True):
+                there.copy_(here)
+
+        def reload() -> None:
+            self.alone.collective_rpc("reload_weights", kwargs={"weights_iterator": self.model.named_parameters()})
+
+        sides = {
+            "copy": copy,
+            "vLLM reload": reload,
+            "sdzero": lambda: self.ours.sync(self.model.named_parameters(), 0),
+        }
+        num_bytes = sum(weight.nbytes for weight in self.model.parameters())
+        return compare(name, sides, "copy", rounds, work=num_bytes / 2**20)  # MiB a second
+
+    def close(self) -> None:
+        self.ours.close()
+        self.alone.llm_engine.engine_core.shutdown()
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def measured(name: str, folder: Path, rounds: int, small: bool) -> tuple[list[Row], dict[str, float]]:
+    """All cases of one model; call sizes and order on the one whose steps cost the most beside the arithmetic."""
+    num = 8 if small else 128
+    engines = Engines(folder, num, 8 if small else 128)
+    print(
+        f"{name}, seconds once: " + ", ".join(f"{what} {took:.2f}" for what, took in engines.once.items()), flush=True
+    )
+    rows = engines.generate(f"{name}: generate", rounds)
+    if name == "tiny":
+        sizes = (2, 4) if small else (32, 64, 128)
+        rows += engines.call_sizes(f"{name}: call size", rounds, 2 * num, sizes, 4 if small else 48)
+        rows += engines.order(f"{name}: order", rounds, 3 * num, 4 if small else 32)
+    if small or name != "tiny":
+        rows += engines.prefix(f"{name}: prefix", rounds, 2 if small else 16, (300, 300) if small else (256, 512))
+    rows += engines.sync(f"{name}: sync", rounds)
+    engines.close()
+    return rows, engines.once
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="few short prompts, to see that everything runs")
+    parser.add_argument("--rounds", type=int, default=3, help="measured runs of each side (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
+    args = parser.parse_args()
+    if find_spec("vllm") is None:
+        sys.exit("this benchmark needs vLLM: `make setup`, or one of the extras sdzero[cpu] and sdzero[cuda]")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    rows, once = [], {}
+    for name, shape in {"tiny": TINY}.items() if args.small else MODELS.items():
+        with TemporaryDirectory() as folder:
+            case = replace(Case(name, VOCAB, (), 0), shape=shape)
+            write_model(Path(folder), case)
+            new, once[name] = measured(name, Path(folder), args.rounds, args.small)
+            rows += new
+    settings = {"rounds": args.rounds, "models": MODELS, "vocabulary": VOCAB, "seconds_once": once}
+    write("rollouts-small" if args.small else "rollouts", __doc__, settings, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
