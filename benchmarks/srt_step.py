@@ -33,7 +33,7 @@ from sdzero.types import TokenIds, Trace, TraceBatch
 CASES = (
     Case("even, V=4,096", 4096, spread(6, 100, 413), max_tokens=1024, rows=2),
     Case("skewed, V=4,096", 4096, spread(8, 30, 900, skew=4.0), max_tokens=1024, rows=2),
-    Case("short, V=151,936", 151_936, spread(4, 16, 64), max_tokens=1024, packed_length=512),
+    Case("short, V=151,936", 151_936, spread(4, 16, 64), max_tokens=1024, packed_length=256),
 )
 SMALL = Case("small", 256, spread(4, 3, 12), max_tokens=64, shape=stored.TINY)
 ALIKE = ({"sdzero", "plain"}, {"TRL SFT padded", "TRL SFT padding-free", "TRL SFT packed"})
