@@ -1,6 +1,6 @@
 """The loss heads from hidden states to gradients, against the bare matrix products and other implementations.
 
-    python benchmarks/heads.py [--tokens 2048] [--rounds 5] [--small]
+    python benchmarks/heads.py [--rounds 3] [--small]
 
 `floor` is what no exact head can go below: student logits, teacher logits and the two products of the gradient, in
 chunks with reused buffers (cross-entropy: without the teacher's). Prints a table and writes results/heads.json.
@@ -199,23 +199,22 @@ def sides(case: Case, kind: str) -> dict[str, Side]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192 if torch.cuda.is_available() else 2048)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the JSON file")
     given = parser.parse_args()
-    sizes = (1024, 2560, 4096) if torch.cuda.is_available() else (256, 1024)
+    sizes = {1024: 8192, 2560: 8192, 4096: 8192} if torch.cuda.is_available() else {256: 2048, 1024: 512}
     if given.small:
-        given.tokens, sizes = 64, (16,)
+        sizes = {16: 64}
     vocab = 512 if given.small else VOCAB
     measure.one_thread()
     rows = []
-    for hidden_size in sizes:
-        case = Case(given.tokens, hidden_size, vocab)
+    for hidden_size, num_tokens in sizes.items():
+        case = Case(num_tokens, hidden_size, vocab)
         for kind in ("kl", "ce"):
             name = f"{kind} {case.name}"
-            rows += measure.compare(name, sides(case, kind), "floor", given.rounds, work=given.tokens)
-    settings = {"rounds": given.rounds, "tokens": given.tokens, "chunk": CHUNK}
+            rows += measure.compare(name, sides(case, kind), "floor", given.rounds, work=num_tokens)
+    settings = {"rounds": given.rounds, "chunk": CHUNK}
     about = "Loss heads, hidden states to gradients; ratio to the bare matrix products"
     measure.write("heads-small" if given.small else "heads", about, settings, rows, given.out)
 

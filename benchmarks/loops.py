@@ -91,7 +91,7 @@ def device() -> torch.device:
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, **OPTIMIZER)
+    return torch.optim.AdamW(parameters, fused=True, **OPTIMIZER)
 
 
 class _Turns(L.Callback):

@@ -146,10 +146,16 @@ def test_responses_come_back_in_the_order_of_their_prompts(start: Any) -> None:
     assert params.output_kind.name == "FINAL_ONLY" and params.flat_logprobs, "nobody looks at the steps"
 
 
-@pytest.mark.parametrize(("num_at_once", "places"), [(3, [1, 3, 0, 2]), (4, [0, 1, 2, 3])])
-def test_where_some_must_wait_the_longest_prompts_go_first(start: Any, num_at_once: int, places: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [({"max_num_seqs": 3}, [1, 3, 0, 2]), ({"max_num_seqs": 4}, [0, 1, 2, 3])]
+    + [({"max_num_seqs": 3, "longest_first": False}, [0, 1, 2, 3])],
+)
+def test_where_some_must_wait_the_longest_prompts_go_first(
+    start: Any, options: dict[str, Any], places: list[int]
+) -> None:
     """And equal ones in the caller's order, which is the order of what comes back."""
-    engine, llm = start(max_num_seqs=num_at_once)
+    engine, llm = start(**options)
     asked = [Prompt(Question(f"q{i}", "", ""), (10 + i,) * length) for i, length in enumerate((2, 5, 2, 5))]
     llm.on_step = lambda: [finished(llm.waiting[0], [20 + int(llm.waiting.pop(0)), 9])]
     rollouts = engine.generate(asked, Sampling(1.0, 1.0, 2), 0, 0)

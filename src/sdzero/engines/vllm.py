@@ -29,7 +29,7 @@ from sdzero.engines.base import (
     preserved_rng,
 )
 from sdzero.engines.checks import SyncCheck, WeightLayout
-from sdzero.engines.vllm_requests import Request, run_requests, sampling_params, shared_requests
+from sdzero.engines.vllm_requests import Request, longest_first, run_requests, sampling_params, shared_requests
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
@@ -53,6 +53,9 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: no compilation and no CUDA graphs; null means on the CPU only, where compiling takes longer
             than it saves.
         enable_prefix_caching: prompts of one call that begin alike share the work on their common part.
+        longest_first: where a call has more than max_num_seqs prompts, those with the longest go first: a revision is
+            about as long as the answer in its prompt, and a long one that starts last runs on alone. Off, the prompts'
+            own order, and so the draws of runs that were made in it.
         deadline_seconds: limit of one generate call; passing it raises EngineError. A start, sync or generate that
             hangs in native code ends the process a minute later, with the stacks of all threads on stderr.
     """
@@ -67,6 +70,7 @@ class VLLMEngine(RolloutEngine):
         max_num_seqs: int = 256,
         enforce_eager: bool | None = None,
         enable_prefix_caching: bool = True,
+        longest_first: bool = True,
         deadline_seconds: float = 3600.0,
     ) -> None:
         if find_spec("vllm") is None:  # said here too: a trainer loads its weights before it starts the engine
@@ -81,6 +85,7 @@ class VLLMEngine(RolloutEngine):
         self.max_num_seqs = max_num_seqs
         self.enforce_eager = enforce_eager
         self.enable_prefix_caching = enable_prefix_caching
+        self.longest_first = longest_first
         self.deadline_seconds = deadline_seconds
         self._asleep: set[str] = set()  # of "weights" and "kv_cache"
 
@@ -198,8 +203,9 @@ class VLLMEngine(RolloutEngine):
         """Around the steps that answer `requests`. An engine that they leave midway refuses to generate."""
         with preserved_rng(seed), self._guarded():
             self._forget_prefixes()  # what a call returns must not depend on the calls before it
+            order = longest_first(requests) if self.longest_first and len(requests) > self.max_num_seqs else None
             try:
-                yield run_requests(self._llm.llm_engine, requests, params, self.max_num_seqs, self.deadline_seconds)
+                yield run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds, order)
             except BaseException:  # requests may be left in vLLM: its scheduler's state is unknown from here on
                 self.policy_version = None
                 raise
