@@ -148,8 +148,11 @@ def test_responses_come_back_in_the_order_of_their_prompts(start: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "places"),
-    [({"max_num_seqs": 3}, [1, 3, 0, 2]), ({"max_num_seqs": 4}, [0, 1, 2, 3])]
-    + [({"max_num_seqs": 3, "longest_first": False}, [0, 1, 2, 3])],
+    [
+        ({"max_num_seqs": 3}, [1, 3, 0, 2]),
+        ({"max_num_seqs": 4}, [0, 1, 2, 3]),
+        ({"max_num_seqs": 3, "longest_first": False}, [0, 1, 2, 3]),
+    ],
 )
 def test_where_some_must_wait_the_longest_prompts_go_first(
     start: Any, options: dict[str, Any], places: list[int]
