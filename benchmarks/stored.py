@@ -30,7 +30,7 @@ SHAPE: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 4, "num_attent
 MODEL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 32_768,
     "tie_word_embeddings": True,
     "initializer_range": 0.1,  # next-token distributions that are not flat, so that two losses can be told apart
 }
@@ -122,6 +122,15 @@ def as_text(builder: PromptBuilder, ids: Sequence[int]) -> str:
     return " ".join(builder.tokenizer.convert_ids_to_tokens(list(ids)))
 
 
+def quiet() -> None:
+    """The table is what is to be read."""
+    warnings.simplefilter("ignore")
+    set_verbosity_error()
+    disable_progress_bar()
+    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
 def _options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
@@ -162,11 +171,7 @@ def main(
 ) -> None:
     """The command line of both benchmarks."""
     args = _options(about)
-    warnings.simplefilter("ignore")  # the table is what is to be read
-    set_verbosity_error()
-    disable_progress_bar()
-    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     with_trl = find_spec("trl") is not None

@@ -340,6 +340,30 @@ def test_the_backward_pass_takes_no_more_and_little_less(checkpointing: bool, bf
     assert step.live.peak <= backward.total <= 1.2 * step.live.peak
 
 
+def test_a_teacher_that_goes_first_leaves_its_head_alone() -> None:
+    model = Architecture.of(tiny("qwen3"))
+    config = training_config(False)
+    plain, _ = training_moments("x", config, model, (model, 2), ONE_GPU, 64, True)
+    config["model"]["init_args"]["teacher_first"] = True
+    first, _ = training_moments("x", config, model, (model, 2), ONE_GPU, 64, True)
+    assert plain.parts["teacher"] == 2 * model.num_parameters
+    assert first.parts["teacher"] == ONE_GPU.compute_bytes * model.vocab * model.hidden < plain.parts["teacher"]
+
+
+def test_on_a_gpu_a_chunk_is_larger_and_the_head_is_multiplied_as_it_is_gathered() -> None:
+    """By hand: 2,048 tokens of both models' float32 logits and a bfloat16 gradient; heads of a sharded model."""
+    model = Architecture.of(tiny("qwen3"))
+    sharded = Machine(True, 8, 8, 2)
+    (with_one, _), (with_two, _) = (
+        training_moments("x", training_config(False), model, teacher, sharded, 4096, True)
+        for teacher in (None, (model, 4))
+    )
+    head, hidden = model.vocab * model.hidden, 4096 * model.hidden
+    alone = head * (4 + 2) + hidden * (4 + 2 * 2) + 2048 * model.vocab * (4 + 2)
+    assert with_one.parts["loss head"] == alone
+    assert with_two.parts["loss head"] == alone + hidden * 2 + 2048 * model.vocab * 4
+
+
 def test_sharding_divides_what_is_kept_and_accumulation_keeps_gradients_whole() -> None:
     """FSDP reduces gradients once a step; before its last micro batch they are whole on every rank."""
     model = Architecture.of(tiny("qwen3"))
