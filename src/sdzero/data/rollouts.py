@@ -25,7 +25,8 @@ class RolloutDataModule(StepDataModule):
         rollouts_per_prompt: responses per question.
         split: split of the task.
         sampling: how responses are drawn; on-policy training wants temperature 1 and top_p 1.
-        call_size: responses per generate call and rank; part of the run's identity.
+        call_size: responses per generate call and rank; part of the run's identity. Smaller than a rank's share of a
+            step, each call but the last leaves the engine idle towards its end.
         disjoint_from: file of `sdzero collect` with the question ids of phase 1 (questions.json), which must not
             come again here; null checks nothing.
         evaluation: what validation and test sample.
@@ -42,7 +43,7 @@ class RolloutDataModule(StepDataModule):
         rollouts_per_prompt: int = 1,
         split: Split = "phase2",
         sampling: Sampling = Sampling(),
-        call_size: int = 64,
+        call_size: int = 128,
         disjoint_from: Path | None = None,
         evaluation: Evaluation = Evaluation(),
         max_logprob_gap: float = 0.3,
