@@ -28,8 +28,8 @@ def render(name: str, results: Path) -> str:
     machine = result["machine"]
     packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
     threads = f"{machine['threads']} thread of {machine['cores']} cores"
-    head = f"{result['about']}. {machine['processor']}, {threads}; {packages}; {result['date']}; "
-    head += f"medians of {result['settings']['rounds']} rounds."
+    head = f"{machine['processor']}, {threads}; {packages}; {result['date']}; "
+    head += f"medians of {result['settings']['rounds']} rounds. Ratios are of wall time, to the side at 1.00."
     lines = ["| case | side | ratio | wall | CPU | memory | per second |", "|---|---|---|---|---|---|---|"]
     for case, rows in groupby(result["rows"], key=lambda row: row["case"]):
         lines += [_line(case if i == 0 else "", row) for i, row in enumerate(rows)]
