@@ -102,3 +102,5 @@ def test_the_teacher_is_away_between_its_pass_and_the_next(
     assert moves == ["cpu:0", "cpu"]
     method.update_teacher(0.5)  # student and teacher must meet on one device
     assert moves == ["cpu:0", "cpu", "cpu:0"]
+    method.state_dict()
+    assert moves[3:] == ["cpu:0"]

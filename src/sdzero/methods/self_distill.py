@@ -69,6 +69,10 @@ class SelfDistill(Method):
             teacher = load(self.teacher_config, run_seed()).requires_grad_(False)
             self.teacher = self.shard(teacher, self.teacher_config).eval()
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self._move_teacher(self.device)  # a GPU's collectives, which gather its shards, need it there
+        return super().state_dict(*args, **kwargs)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["sdzero"]["teacher_generation"] = self.teacher_generation
@@ -166,8 +170,9 @@ class SelfDistill(Method):
     @property
     def _teacher_moves(self) -> bool:
         """Whether the teacher's weights can leave the device: FSDP1's cannot, and `cpu_offload` moves them itself."""
-        movable = not isinstance(self.teacher, FSDP1) and not self.teacher_config.cpu_offload
-        return self.teacher_first and self.device.type != "cpu" and movable
+        if not self.teacher_first or self.device.type == "cpu":
+            return False
+        return not isinstance(self.teacher, FSDP1) and not self.teacher_config.cpu_offload
 
     def _move_teacher(self, device: torch.device) -> None:
         if self._teacher_moves:
