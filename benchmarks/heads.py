@@ -8,11 +8,9 @@ chunks with reused buffers (cross-entropy: without the teacher's). Prints a tabl
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import measure
@@ -198,11 +196,7 @@ def sides(case: Case, kind: str) -> dict[str, Side]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the JSON file")
-    given = parser.parse_args()
+    given = measure.parser(__doc__, rounds=3).parse_args()
     sizes = {1024: 8192, 2560: 8192, 4096: 8192} if torch.cuda.is_available() else {256: 2048, 1024: 512}
     if given.small:
         sizes = {16: 64}

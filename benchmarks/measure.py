@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -37,6 +38,15 @@ class Row:
     peak_bytes: int
     ratio: float
     figures: dict[str, float] = field(default_factory=dict)
+
+
+def parser(about: str | None, rounds: int) -> argparse.ArgumentParser:
+    """What every benchmark can be told."""
+    options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=rounds, help="measured rounds (default: %(default)s)")
+    options.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
+    return options
 
 
 def one_thread() -> None:

@@ -11,10 +11,8 @@ results/passes.json.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import loops
@@ -105,15 +103,12 @@ def passes(model: LanguageModel, rows: int, length: int) -> dict[str, Callable[[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, rounds=5)
     device = loops.device()
     parser.add_argument("--tokens", type=int, default=4096 if device.type == "cuda" else 512, help="of a sequence")
     parser.add_argument("--rows", type=int, default=2, help="sequences of a micro batch")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shape", choices=SHAPES, default="1.7b" if device.type == "cuda" else "cpu")
     parser.add_argument("--attention", default="sdpa")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the JSON file")
     given = parser.parse_args()
     if given.small:
         given.shape, given.tokens = "tiny", 32

@@ -10,7 +10,6 @@ more than linear in length. `first` has the teacher's pass over all micro batche
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -66,11 +65,7 @@ def step_rows(num: int, length: int, case: stored.Case, rounds: int, max_tokens:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder of the JSON file")
-    given = parser.parse_args()
+    given = measure.parser(__doc__, rounds=3).parse_args()
     stored.quiet()
     measure.one_thread()
     lengths, vocabs, batches = (LENGTHS, VOCABS, BATCHES) if not given.small else ((8, 16), (64,), (1, 2))
