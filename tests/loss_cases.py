@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdzero.losses import (
-    LOG_ZERO,
-    Divergence,
-    HiddenTeacher,
-    Kind,
-    Outside,
-    Support,
-    Teacher,
-    TopKTeacher,
-    divergence_head,
-)
+from sdzero.losses import LOG_ZERO, Divergence, Kind, Outside, Support, divergence_head
+from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SUPPORTS: tuple[Support, ...] = get_args(Support)

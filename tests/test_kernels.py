@@ -20,7 +20,8 @@ from torch import Tensor
 
 from loss_cases import KINDS, Case, reference
 from sdzero import products, rowwise
-from sdzero.losses import Divergence, Kind, cross_entropy_head, divergence_head, top_k_teacher
+from sdzero.losses import Divergence, Kind, cross_entropy_head, divergence_head
+from sdzero.teachers import top_k_teacher
 
 SHARE = 0.3
 ROWS = 5

@@ -14,17 +14,8 @@ from torch import Tensor
 
 from loss_cases import DIVERGENCES, FORMS, KINDS, OUTSIDES, SUPPORTS, Case, Recorder, name_of, reference
 from sdzero import products
-from sdzero.losses import (
-    Divergence,
-    HiddenTeacher,
-    Kind,
-    Outside,
-    Support,
-    TopKTeacher,
-    cross_entropy_head,
-    divergence_head,
-    top_k_teacher,
-)
+from sdzero.losses import Divergence, Kind, Outside, Support, cross_entropy_head, divergence_head
+from sdzero.teachers import HiddenTeacher, TopKTeacher, top_k_teacher
 
 
 @pytest.fixture

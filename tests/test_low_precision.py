@@ -12,7 +12,8 @@ from torch import Tensor
 
 from loss_cases import DIVERGENCES, Case, Recorder, name_of, reference
 from sdzero import fused, products
-from sdzero.losses import Divergence, HiddenTeacher, cross_entropy_head, divergence_head, top_k_teacher
+from sdzero.losses import Divergence, cross_entropy_head, divergence_head
+from sdzero.teachers import HiddenTeacher, top_k_teacher
 
 HEADS = [None, *DIVERGENCES]
 # A gradient of the logits is rounded to 2**-9 of itself before it meets head and hidden states.

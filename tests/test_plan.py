@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from runs import ROOT, SMOKE, exit_code, read_json, responses
 from sdzero.cli import _check
-from sdzero.losses import Divergence, HiddenTeacher, cross_entropy_head, divergence_head
+from sdzero.losses import Divergence, cross_entropy_head, divergence_head
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models import LanguageModel
 from sdzero.pipeline import parse
@@ -32,6 +32,7 @@ from sdzero.plan.budget import Budget, count_passes, count_validations
 from sdzero.plan.memory import BATCHED_TOKENS, Machine, cache_bytes, machine, training_moments
 from sdzero.plan.tables import total
 from sdzero.stages import stages
+from sdzero.teachers import HiddenTeacher
 from sdzero.types import Example
 
 RECIPES = ROOT / "configs/recipes"

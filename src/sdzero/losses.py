@@ -13,21 +13,8 @@ from torch import Tensor
 
 from sdzero import fused, products, rowwise
 from sdzero.fused import Columns, Projection
-from sdzero.products import CHUNK_SIZE
-from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher, check_top_k, hidden_teacher, top_k_teacher
+from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher, check_top_k
 from sdzero.types import LossOutput
-
-__all__ = [
-    "CHUNK_SIZE",
-    "Divergence",
-    "HiddenTeacher",
-    "Teacher",
-    "TopKTeacher",
-    "cross_entropy_head",
-    "divergence_head",
-    "hidden_teacher",
-    "top_k_teacher",
-]
 
 Kind = Literal["reverse", "forward", "mixed", "jsd"]
 Support = Literal["teacher", "student"]

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from helpers import Steps, fit, make_batch, make_scored, same
-from sdzero.losses import Divergence, HiddenTeacher, Teacher, TopKTeacher
+from sdzero.losses import Divergence
 from sdzero.methods import SelfDistill
 from sdzero.models import LanguageModel, ModelConfig
 from sdzero.prompts import PromptBuilder
+from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher
 from sdzero.types import Question
 from tiny_model import write_tiny_model
 
