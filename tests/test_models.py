@@ -1,4 +1,4 @@
-"""Loading, naming, averaging and hashing of models."""
+"""Loading and hashing of models."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers import same, weights_of
-from sdzero.models import (
-    LanguageModel,
-    ModelConfig,
-    _layers,
-    folder_sha256,
-    full_weights,
-    lerp_weights,
-    load,
-    weights_sha256,
-)
+from sdzero.models import LanguageModel, ModelConfig, folder_sha256, load, weights_sha256
 from tiny_model import write_tiny_model
 
 
@@ -104,44 +94,6 @@ def test_loading_ignores_the_default_device(path: Path, weights: Any) -> None:
     with torch.device("meta"):
         model = load(config, seed=0)
     assert same(weights_of(model), weights_of(load(config, seed=0)))
-
-
-# --- names ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_full_weights_are_those_that_save_pretrained_writes(tmp_path: Path, tied: bool) -> None:
-    path = write_tiny_model(tmp_path, tie_word_embeddings=tied)
-    weights = dict(full_weights(load(ModelConfig(str(path)), seed=0)))
-    assert same(weights, load_file(path / "model.safetensors"))
-    assert ("lm_head.weight" in weights) == (not tied)
-    assert not any(tensor.requires_grad for tensor in weights.values())
-
-
-def test_layers_are_found_or_named(path: Path) -> None:
-    model = load(ModelConfig(str(path)), seed=0)
-    assert _layers(model, ModelConfig(str(path))) == list(model.hf.model.layers)
-    mlps = _layers(model, ModelConfig(str(path), layer_classes=["Qwen3MLP"]))
-    assert mlps == [layer.mlp for layer in model.hf.model.layers]
-    with pytest.raises(ValueError, match=r"model\.layer_classes: no layer of \['LlamaDecoderLayer'\]"):
-        _layers(model, ModelConfig(str(path), layer_classes=["LlamaDecoderLayer"]))
-
-
-# --- averaging ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lerp_moves_the_target_towards_the_source(weight: float, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    target, source = nn.Linear(7, 5).to(dtype), nn.Linear(7, 5)
-    before, of = weights_of(target), weights_of(source)
-    lerp_weights(target, source, weight)
-    for name, value in weights_of(target).items():
-        expected = (before[name] + weight * (of[name].to(dtype) - before[name])) if weight < 1 else of[name].to(dtype)
-        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-3)
-        assert weight < 1 or torch.equal(value, expected)
-    assert same(weights_of(source), of)
 
 
 # --- hashes ---------------------------------------------------------------------------------------

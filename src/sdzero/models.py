@@ -1,22 +1,15 @@
-"""Load a causal language model, shard it, hand out its full weights, export it, name it by a hash."""
+"""Which model, how it is read, and its name by a hash."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.tensor import DTensor
 
 from sdzero.prompts import ControlPhrases, PromptBuilder
 from sdzero.seeds import derive_seed
@@ -141,106 +134,6 @@ def load(config: ModelConfig, seed: int) -> LanguageModel:
     if config.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return LanguageModel(hf).train()  # from_pretrained returns eval mode, where checkpointing does nothing
-
-
-def _layers(model: LanguageModel, config: ModelConfig) -> list[nn.Module]:
-    names = set(config.layer_classes or model.hf._no_split_modules or ())
-    layers = [m for m in model.modules() if type(m).__name__ in names]
-    if not layers:
-        raise ValueError(f"model.layer_classes: no layer of {sorted(names)} in {type(model.hf).__name__}")
-    return layers
-
-
-def shard_fsdp2(model: LanguageModel, config: ModelConfig, mesh: Any, compute_dtype: torch.dtype | None) -> nn.Module:
-    """FSDP2: every decoder layer and the root. The root stays gathered after its forward pass, head included."""
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
-    }
-    for layer in _layers(model, config):
-        fully_shard(layer, **options)
-    fully_shard(model, reshard_after_forward=False, **options)  # in place
-    return model
-
-
-def shard_fsdp1(
-    model: LanguageModel, config: ModelConfig, device: torch.device, compute_dtype: torch.dtype | None
-) -> nn.Module:
-    """FSDP1, full shard: every decoder layer and the root."""
-    from torch.distributed.fsdp import CPUOffload, MixedPrecision
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    return FSDP1(
-        model,
-        auto_wrap_policy=ModuleWrapPolicy({type(layer) for layer in _layers(model, config)}),
-        mixed_precision=MixedPrecision(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        cpu_offload=CPUOffload(offload_params=config.cpu_offload),
-        device_id=device,
-        use_orig_params=True,
-    )
-
-
-def unwrap(model: nn.Module) -> LanguageModel:
-    inner = model.module if isinstance(model, FSDP1) else model
-    assert isinstance(inner, LanguageModel)
-    return inner
-
-
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full detached tensor) of each weight once, tied ones under their first name.
-
-    Collective where the model is sharded: every rank must consume the whole iterator.
-    """
-    reshard(model)
-    gathered = FSDP1.summon_full_params(model, writeback=False) if isinstance(model, FSDP1) else nullcontext()
-    with gathered, torch.no_grad():
-        for name, parameter in unwrap(model).hf.named_parameters():
-            tensor = parameter.detach()
-            name = name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def lerp_weights(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target += weight * (source - target), shard by shard; 1.0 copies exactly. Collective under FSDP1."""
-    reshard(target)
-    reshard(source)
-    with ExitStack() as gathered, torch.no_grad():
-        if isinstance(target, FSDP1):  # its root keeps a gathered copy, which would hide the update
-            gathered.enter_context(FSDP1.summon_full_params(target, writeback=True))
-            gathered.enter_context(FSDP1.summon_full_params(source, writeback=False))
-        for into, of in zip(target.parameters(), source.parameters(), strict=True):
-            value = of.detach().to(into.dtype)
-            into.copy_(value) if weight == 1.0 else into.lerp_(value, weight)
-
-
-def reshard(model: nn.Module) -> None:
-    """Drops gathered FSDP2 copies: they may be stale, or in the computation's dtype."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def export(model: nn.Module, builder: PromptBuilder, folder: Path, is_writer: bool, manifest: dict[str, Any]) -> None:
-    """Writes a Hugging Face folder that vLLM and transformers load, whole or not at all. Collective.
-
-    `manifest` goes into its sdzero.json, with the weights' hash added.
-    """
-    weights = {name: tensor.cpu().clone() for name, tensor in full_weights(model) if is_writer}
-    if not is_writer:
-        return
-    manifest = {**manifest, "weights_sha256": weights_sha256(weights.items())}
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    hf = unwrap(model).hf
-    hf.save_pretrained(staging, state_dict=weights)  # empties the dict
-    builder.tokenizer.save_pretrained(staging)
-    (staging / "sdzero.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in staging.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:

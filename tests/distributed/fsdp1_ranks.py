@@ -13,9 +13,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.spawn import spawn
 
 from sdzero.losses import Divergence, divergence_head
-from sdzero.models import ModelConfig, full_weights, lerp_weights, load, shard_fsdp1
+from sdzero.models import ModelConfig, load
 from sdzero.sequences import collate
+from sdzero.sharding import shard_fsdp1
 from sdzero.teachers import hidden_teacher
+from sdzero.weights import full_weights, lerp_weights
 
 ROWS = [((5, 6, 7), tuple(range(4, 4 + n))) for n in (3, 9, 17, 30)]
 

@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, TokenKLRecorder
 from sdzero.data.base import stream_loader
 from sdzero.methods import SRT, SelfDistill
-from sdzero.models import ModelConfig, full_weights
+from sdzero.models import ModelConfig
 from sdzero.strategies import FullShard
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
+from sdzero.weights import full_weights
 
 NUM_STEPS, ITEMS = 3, (7, 6, 1)  # odd numbers: the ranks' shares differ, and once one rank has nothing
 

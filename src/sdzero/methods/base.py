@@ -25,11 +25,13 @@ from torch.distributed.tensor import DTensor
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.evaluation import Evaluated
 from sdzero.methods.schedule import Schedule
-from sdzero.models import ModelConfig, full_weights, load, shard_fsdp1, shard_fsdp2
+from sdzero.models import ModelConfig, load
 from sdzero.prompts import Context, Revision
 from sdzero.seeds import run_seed
 from sdzero.sequences import collate, micro_batches
+from sdzero.sharding import shard_fsdp1, shard_fsdp2
 from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
+from sdzero.weights import full_weights
 
 BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 FAULTS = ("num_nonfinite", "num_skipped")

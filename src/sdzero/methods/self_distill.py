@@ -13,12 +13,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
 from sdzero.losses import Divergence, divergence_head
 from sdzero.methods.base import Method
-from sdzero.models import ModelConfig, lerp_weights, load
+from sdzero.models import ModelConfig, load
 from sdzero.prompts import Context, Revision
 from sdzero.seeds import run_seed
 from sdzero.sequences import collate
 from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher, hidden_teacher, top_k_teacher
 from sdzero.types import Example, LossOutput, RolloutBatch, ScoredRollout
+from sdzero.weights import lerp_weights
 
 
 class SelfDistill(Method):
