@@ -26,6 +26,8 @@ from sdzero import __version__
 from sdzero.stages import ENGINES, Choices, Stage, stages
 from sdzero.summary import print_table, summarize
 
+PLACES = {"devices", "num_nodes", "trainer.devices", "trainer.num_nodes"}
+"""Keys that say where a stage runs, not what it does: an interrupted one may go on on other machines."""
 PACKAGES = ("torch", "lightning", "transformers")
 LOCK_SECONDS = 3.0
 """A stage whose `sdzero run` was killed takes a moment to notice, and holds the folder's lock until it has ended."""
@@ -46,8 +48,8 @@ def content_sha256(path: Path) -> str:
 class Run:
     """The run's folder with its lineage.json: per finished stage its config, versions and hashes."""
 
-    def __init__(self, plan: Sequence[Stage], out: Path, lock: IO[str]) -> None:
-        self.plan, self.out, self.lock = plan, out, lock
+    def __init__(self, plan: Sequence[Stage], out: Path, lock: IO[str], launcher: Sequence[str] = ()) -> None:
+        self.plan, self.out, self.lock, self.launcher = plan, out, lock, launcher
         self.lineage_path = out / "lineage.json"
         self.lineage: dict[str, Any] = {}
         if self.lineage_path.is_file():
@@ -87,7 +89,7 @@ class Run:
         now = self._identity(stage)
         for what in ("config", "inputs"):
             before, after = record[what], json.loads(json.dumps(now[what]))
-            changed = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
+            changed = sorted(k for k in {*before, *after} - PLACES if before.get(k) != after.get(k))
             if changed:
                 raise ValueError(
                     f"stage {stage.name} of {self.out} ran with other {what}: {', '.join(changed)} changed. "
@@ -101,8 +103,11 @@ class Run:
         # written before the stage starts, so that a restart with another config is noticed too
         self._record(stage, {**self._identity(stage), "spent": spent})
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "sdzero", stage.command, *stage.arguments(folder), *_going_on(stage, folder)]
-        environment = {**os.environ, "SDZERO_PARENT": str(os.getpid())}
+        program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
+        command = [*program, stage.command, *stage.arguments(folder), *_going_on(stage, folder)]
+        environment = {**os.environ}
+        if not self.launcher:  # a launcher is the parent of its processes, maybe on another machine, and ends them
+            environment["SDZERO_PARENT"] = str(os.getpid())
         started = time.monotonic()
         # the child holds the lock too: where this process is killed, no other run starts before the child has ended
         code = subprocess.run(command, env=environment, pass_fds=[self.lock.fileno()], check=False).returncode
@@ -165,7 +170,9 @@ def _acquire(lock: IO[str], out: Path) -> None:
 
 def main(arguments: list[str], check: Check) -> None:
     options = _parser().parse_args(arguments)
-    choices = Choices(tuple(options.overlay), options.phase2_only, options.seed, options.engine)
+    choices = Choices(
+        tuple(options.overlay), options.phase2_only, options.seed, options.engine, options.devices, options.num_nodes
+    )
     out = options.out or Path("runs") / _run_name(options.recipe, choices)
     plan = stages(options.recipe, out, choices)  # a folder that is no recipe leaves nothing behind
     if options.dry_run:
@@ -175,7 +182,7 @@ def main(arguments: list[str], check: Check) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         _acquire(lock, out)
-        Run(plan, out, lock).execute(check)
+        Run(plan, out, lock, shlex.split(options.launch)).execute(check)
 
 
 def parse(plan: Sequence[Stage], out: Path, check: Check) -> dict[str, dict[str, Any]]:
@@ -195,6 +202,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE, runs/RECIPE+OVERLAY)")
     parser.add_argument("--seed", type=int, help="the run's seed (default: the recipe's seed_everything)")
     parser.add_argument("--engine", choices=sorted(ENGINES), help="another rollout engine than the recipe's")
+    parser.add_argument("--devices", type=int, metavar="N", help="processes per node, one a GPU, of every stage")
+    parser.add_argument("--num-nodes", type=int, metavar="N", help="nodes of every stage; each needs a launcher")
+    parser.add_argument(
+        "--launch",
+        default="",
+        metavar="PREFIX",
+        help="what starts a stage's processes in the place of this interpreter, as "
+        "'torchrun --standalone --nproc-per-node 8' or 'srun python'",
+    )
     parser.add_argument(
         "--overlay",
         type=Path,

@@ -30,12 +30,16 @@ class Choices:
         phase2_only: leave out collection and SRT, so that SelfDistill starts from the base (table 12).
         seed: the run's seed; None leaves the recipe's.
         engine: a key of ENGINES; None leaves the recipe's engine.
+        devices: processes per node of every stage; None leaves the recipe's.
+        num_nodes: nodes of every stage; None leaves the recipe's.
     """
 
     overlays: tuple[Path, ...] = ()
     phase2_only: bool = False
     seed: int | None = None
     engine: str | None = None
+    devices: int | None = None
+    num_nodes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,15 @@ class Stage:
         return next((key for key in (f"{prefix}.class_path", prefix) if key in config), None)
 
     def chosen(self, choices: Choices) -> Stage:
-        """The stage with the command line's seed and engine."""
+        """The stage with what the command line says of every one."""
         settings = {**self.settings}
         if choices.seed is not None:
             settings["seed_everything"] = choices.seed
         if choices.engine is not None and (key := self.engine_key()):
             settings[key] = ENGINES[choices.engine]
+        where = {"devices": choices.devices, "num_nodes": choices.num_nodes}
+        prefix = "" if self.command == "collect" else "trainer."
+        settings |= {f"{prefix}{key}": value for key, value in where.items() if value is not None}
         return replace(self, settings=settings)
 
 
