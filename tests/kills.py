@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
@@ -19,6 +19,8 @@ from runs import ROOT, SMOKE, command, environment
 
 STOPS = ROOT / "tests/stops"
 SECONDS = 120.0
+
+Victim = Literal["group", "stage", "run"]
 
 
 @dataclass
@@ -36,20 +38,51 @@ class Killed:
     files: list[str]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], log: Path) -> int:
-    """The id that a process standing still has written."""
-    deadline = time.monotonic() + SECONDS
-    while not path.exists():
-        assert process.poll() is None, f"ended before it came there:\n{log.read_text()}"
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-    return int(path.read_text())
+@dataclass
+class Started:
+    """`sdzero run` of the smoke recipe, at work. mark: where a process that stands still leaves its id."""
+
+    process: subprocess.Popen[str]
+    out: Path
+    mark: Path
+    log: Path
+
+    def wait_for_stop(self) -> int | None:
+        """The id of the process that stands still; None where the run ended first."""
+        deadline = time.monotonic() + SECONDS
+        while not self.mark.exists():
+            if self.process.poll() is not None:
+                return None
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        return int(self.mark.read_text())
+
+    def kill(self, victim: Victim, stage: int | None) -> Killed:
+        """Kills the whole process group, the stage or the run's own process; returns when the folder is free."""
+        if victim == "group" or stage is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        elif victim == "stage":
+            os.kill(stage, signal.SIGKILL)
+        else:
+            self._kill_above(stage)
+        code = self.process.wait(SECONDS)
+        wait_for_lock(self.out)
+        files = sorted(str(f.relative_to(self.out)) for f in self.out.rglob("*") if f.is_file())
+        return Killed(self.log.read_text(), code, files)
+
+    def _kill_above(self, stage: int) -> None:
+        """Kills the run's process. Its orphan keeps the folder from other runs as long as it lives."""
+        os.kill(stage, signal.SIGSTOP)  # so that it cannot end before we have looked
+        self.process.kill()
+        self.process.wait(SECONDS)
+        with (self.out / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
+            flock(lock, LOCK_EX | LOCK_NB)
+        os.kill(stage, signal.SIGCONT)
 
 
-def kill_at(
-    out: Path, stop: str, victim: Literal["group", "stage", "run"], meanwhile: Callable[[], None] = lambda: None
-) -> Killed:
-    """Runs the smoke recipe until `stop` and kills the whole process group, the stage or the run's own process."""
+@contextmanager
+def started(out: Path, stop: str = "") -> Iterator[Started]:
+    """The smoke recipe under way, standing still at `stop` (see tests/stops). Whoever is left is killed at the end."""
     mark, log = out.with_name("stopped"), out.with_name("killed.log")
     mark.unlink(missing_ok=True)
     variables = environment(SDZERO_TEST_STOP=stop, SDZERO_TEST_STOPPED=str(mark))
@@ -61,31 +94,20 @@ def kill_at(
             start_new_session=True,
         )
         try:
-            stage = wait_for(mark, process, log)
-            assert stage != process.pid
-            meanwhile()
-            if victim == "group":
-                os.killpg(process.pid, signal.SIGKILL)
-            elif victim == "stage":
-                os.kill(stage, signal.SIGKILL)
-            else:
-                kill_above(stage, process, out)
-            code = process.wait(SECONDS)
-            wait_for_lock(out)
+            yield Started(process, out, mark, log)
         finally:
             with suppress(ProcessLookupError):  # a failed test leaves nobody standing
                 os.killpg(process.pid, signal.SIGKILL)
-    return Killed(log.read_text(), code, sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()))
 
 
-def kill_above(stage: int, process: subprocess.Popen[str], out: Path) -> None:
-    """Kills the run's process. Its orphan keeps the folder from other runs as long as it lives."""
-    os.kill(stage, signal.SIGSTOP)  # so that it cannot end before we have looked
-    process.kill()
-    process.wait(SECONDS)
-    with (out / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
-        flock(lock, LOCK_EX | LOCK_NB)
-    os.kill(stage, signal.SIGCONT)
+def kill_at(out: Path, stop: str, victim: Victim, meanwhile: Callable[[], None] = lambda: None) -> Killed:
+    """Runs the smoke recipe until a stage stands still at `stop`, and kills `victim`."""
+    with started(out, stop) as run:
+        stage = run.wait_for_stop()
+        assert stage is not None, f"ended before it came there:\n{run.log.read_text()}"
+        assert stage != run.process.pid
+        meanwhile()
+        return run.kill(victim, stage)
 
 
 def wait_for_lock(out: Path) -> None:
