@@ -99,9 +99,9 @@ class Engines:
         return self.ours.generate(self.prompts, self.sampling, SEED, 0)
 
     def journaled(self) -> list[Rollout]:
-        with self.journal.writing("benchmark") as on_tokens:
+        with self.journal.writing("benchmark", "benchmark") as on_tokens:
             rollouts = self.ours.generate(self.prompts, self.sampling, SEED, 0, on_tokens)
-        (self.journal.folder / "call.partial").unlink()
+        (self.journal.folder / "benchmark.partial").unlink()
         return rollouts
 
     def vllm(self) -> list[Any]:

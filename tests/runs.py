@@ -82,7 +82,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def num_calls(out: Path) -> int:
     """Generate calls started in a run, the ones that were cut short too."""
-    return sum(len(file.read_text().splitlines()) for file in out.rglob("calls.log"))
+    return sum(len(file.read_text().splitlines()) for file in out.rglob("calls*.log"))
 
 
 def responses(journal: Path, kind: str) -> list[dict[str, Any]]:

@@ -105,22 +105,27 @@ class CallJournal:
     """Finished generate calls on disk, one JSON line each, one file per `group`.
 
     A call is reused only under the same key and fingerprint (prompts, sampling, seed, policy weights).
-    `calls.log` holds a line per call that was started, also the ones that a kill cut short.
-    `call.partial` holds the call that is being made, where its engine `keeps_partial`: a first line with its
-    fingerprint, then a JSON line per step of the engine, place in the call -> [new token ids, their log-probabilities].
-    Any number of whole lines is one state of all responses. A restart's first new call is the one that was cut short,
-    so one file will do.
+    `calls.log` (`calls-RANK.log` of a further rank) holds a line per call that was started, also the ones that a kill
+    cut short.
+    `GROUP.partial` holds the call of a group that is being made, where its engine `keeps_partial`: a first line with
+    its fingerprint, then a JSON line per step of the engine, place in the call -> [new token ids, their
+    log-probabilities]. Any number of whole lines is one state of all responses. Calls of a group are made in order, so
+    one file a group will do.
+    Ranks that make different groups may share a folder, and what one began another may go on with.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / (f"calls-{rank}.log" if rank else "calls.log")
         self._group = ""
         self._rows: dict[str, dict[str, Any]] = {}
-        self._partial = folder / "call.partial"
 
     def _file(self, group: str) -> Path:
         return self.folder / f"{group}.jsonl"
+
+    def _partial(self, group: str) -> Path:
+        return self.folder / f"{group}.partial"
 
     def get(self, group: str, key: str, fingerprint: str) -> list[dict[str, Any]] | None:
         if group != self._group:  # calls come group by group, so one group is held at a time
@@ -131,7 +136,7 @@ class CallJournal:
         return row["responses"] if row and row["fingerprint"] == fingerprint else None
 
     def start(self, group: str, key: str) -> None:
-        with (self.folder / "calls.log").open("a") as file:
+        with self._log.open("a") as file:
             file.write(f"{group} {key}\n")
 
     def put(self, group: str, key: str, fingerprint: str, responses: list[dict[str, Any]]) -> None:
@@ -140,15 +145,16 @@ class CallJournal:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._partial.unlink(missing_ok=True)
+        self._partial(group).unlink(missing_ok=True)
         if group == self._group:
             self._rows[key] = row
 
-    def begun(self, fingerprint: str) -> dict[int, Piece]:
+    def begun(self, group: str, fingerprint: str) -> dict[int, Piece]:
         """What an unfinished call has so far: place in the call -> tokens. Another call's file is removed."""
-        first, *steps = (read_jsonl(self._partial) if self._partial.exists() else []) or [{}]
+        partial = self._partial(group)
+        first, *steps = (read_jsonl(partial) if partial.exists() else []) or [{}]
         if first.get("fingerprint") != fingerprint:
-            self._partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             return {}
         drawn: dict[int, tuple[list[int], list[float]]] = {}
         for step in steps:
@@ -159,13 +165,13 @@ class CallJournal:
         return {place: Piece(tuple(ids), tuple(values)) for place, (ids, values) in drawn.items()}
 
     @contextmanager
-    def writing(self, fingerprint: str) -> Iterator[OnTokens]:
+    def writing(self, group: str, fingerprint: str) -> Iterator[OnTokens]:
         """What keeps the tokens of the call that is being made; `begun` was asked for those before.
 
         Every step is handed to the system at once: were it done when a response ends, a kill would take back tokens
         only of responses that went on, and each of them would get a second chance to end.
         """
-        with self._partial.open("a") as file:
+        with self._partial(group).open("a") as file:
             synced = time.monotonic()
             if not file.tell():
                 file.write(json.dumps({"fingerprint": fingerprint}) + "\n")
@@ -183,9 +189,8 @@ class CallJournal:
 
     @property
     def num_started(self) -> int:
-        """Calls started so far, before restarts too."""
-        log_file = self.folder / "calls.log"
-        return len(log_file.read_text().splitlines()) if log_file.exists() else 0
+        """Calls started so far, by all ranks that share the folder, before restarts too."""
+        return sum(len(file.read_text().splitlines()) for file in self.folder.glob("calls*.log"))
 
     def forget(self, groups: Callable[[str], bool]) -> None:
         """Removes the files of the groups that no restart will ask for again."""
@@ -247,7 +252,7 @@ class Sampler:
         responses = self.journal.get(group, key, fingerprint)
         missing = self.largest(int(responses is None))
         if responses is None or missing:
-            made = self._made(fingerprint, responses) if keep else {}
+            made = self._made(group, fingerprint, responses) if keep else {}
             if num_made := sum(len(piece.token_ids) for piece in made.values()):
                 log.warning("%s, call %s: goes on from the %d tokens it had before a stop", group, key, num_made)
             else:
@@ -255,7 +260,7 @@ class Sampler:
             if keep:
                 begun = [made.get(place, Piece()) for place in range(len(prompts))]
                 seed = self._seed_of_rest(seed, num_made)
-                with self.journal.writing(fingerprint) as on_tokens:
+                with self.journal.writing(group, fingerprint) as on_tokens:
                     drawn = self.engine.generate(prompts, sampling, seed, policy_version, on_tokens, begun)
             else:
                 drawn = self.engine.generate(prompts, sampling, seed, policy_version)
@@ -263,10 +268,10 @@ class Sampler:
             self.journal.put(group, key, fingerprint, responses)
         return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, responses, strict=True)]
 
-    def _made(self, fingerprint: str, responses: list[dict[str, Any]] | None) -> dict[int, Piece]:
+    def _made(self, group: str, fingerprint: str, responses: list[dict[str, Any]] | None) -> dict[int, Piece]:
         """Place -> tokens: of a whole call where only ranks that share the engine lack it, else of what it has."""
         if responses is None:
-            return self.journal.begun(fingerprint)
+            return self.journal.begun(group, fingerprint)
         return {i: Piece(tuple(row["token_ids"]), tuple(row["logprobs"])) for i, row in enumerate(responses)}
 
     def _seed_of_rest(self, seed: int, num_made: int) -> int:
