@@ -51,7 +51,15 @@ class TeacherSync(L.Callback):
             return
         if not isinstance(pl_module, SelfDistill):
             raise TypeError(f"TeacherSync needs a method with a teacher, not {type(pl_module).__name__}")
-        if self.ema_decay is not None and pl_module.teacher_config.dtype != "float32":
+        if pl_module.shares_base:
+            raise ValueError(
+                "TeacherSync: the teacher is the student with its adapters switched off, and cannot change. Leave the "
+                "callback out, or give the teacher weights of its own: teacher: {path: ..., lora: ...} like model's"
+            )
+        teacher = pl_module.teacher_config
+        # beside adapters of float32, only they differ from the student's
+        frozen = teacher.lora is not None and teacher.path == pl_module.model_config.path
+        if self.ema_decay is not None and teacher.dtype != "float32" and not frozen:
             raise ValueError(
                 "TeacherSync: ema_decay moves weights by less than bfloat16 holds: set teacher.dtype=float32"
             )

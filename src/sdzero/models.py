@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sdzero.lora import Lora, add_adapters, check_installed
 from sdzero.prompts import ControlPhrases, PromptBuilder
 from sdzero.seeds import derive_seed
 
@@ -29,7 +30,8 @@ class ModelConfig:
         path: model folder in Hugging Face format, or a hub id.
         weights: `pretrained` reads the weights; `random` initialises them from the run's seed.
         dtype: dtype of the weights in memory. Trained weights must be `float32`: the Trainer's precision
-            (`bf16-mixed`) is what makes the computation bfloat16. A frozen teacher may be `bfloat16`.
+            (`bf16-mixed`) is what makes the computation bfloat16. Frozen ones may be `bfloat16`: a teacher's, and
+            those beside adapters, which are `float32` themselves.
         system: system message, null for the template's own default.
         control_phrases: P_0 and P_1 of the paper's section 2.1.
         chat_template_kwargs: passed to the chat template, e.g. `{enable_thinking: false}`.
@@ -39,6 +41,7 @@ class ModelConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         layer_classes: class names of the layers to shard one by one; null takes the model's own.
         cpu_offload: keep sharded weights and optimizer state in host memory.
+        lora: train adapters beside the frozen weights; null trains the weights. Needs the extra `lora`.
     """
 
     path: str
@@ -51,6 +54,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     layer_classes: list[str] | None = None
     cpu_offload: bool = False
+    lora: Lora | None = None
 
     @property
     def packs(self) -> bool:
@@ -122,6 +126,8 @@ def load(config: ModelConfig, seed: int) -> LanguageModel:
     from transformers import AutoModelForCausalLM
 
     config.check_path()
+    if config.lora is not None:
+        check_installed()
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     # Lightning calls with the accelerator as default device: random weights would depend on it, and transformers
     # would want a further library to read weights straight onto it
@@ -131,6 +137,9 @@ def load(config: ModelConfig, seed: int) -> LanguageModel:
             hf = AutoModelForCausalLM.from_pretrained(config.path, **options)
         else:
             hf = AutoModelForCausalLM.from_config(config.hf_config(), **options)
+        if config.lora is not None:
+            torch.manual_seed(derive_seed(seed, "adapters"))
+            add_adapters(hf, config.lora)
     if config.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return LanguageModel(hf).train()  # from_pretrained returns eval mode, where checkpointing does nothing

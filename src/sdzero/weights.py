@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 
+from sdzero.lora import ADAPTER, BASE, Adapter, adapters
 from sdzero.models import LanguageModel, weights_sha256
 from sdzero.prompts import PromptBuilder
 
@@ -29,15 +30,30 @@ def unwrap(model: nn.Module) -> LanguageModel:
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full detached tensor) of each weight once, tied ones under their first name.
 
-    Collective where the model is sharded: every rank must consume the whole iterator.
+    Adapters come merged into the weights beside them, in float32. Collective where the model is sharded: every rank
+    must consume the whole iterator.
     """
     reshard(model)
     gathered = FSDP1.summon_full_params(model, writeback=False) if isinstance(model, FSDP1) else nullcontext()
     with gathered, torch.no_grad():
-        for name, parameter in unwrap(model).hf.named_parameters():
-            tensor = parameter.detach()
-            name = name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        hf = unwrap(model).hf
+        beside = {_plain(name): adapter for name, adapter in adapters(hf).items()}
+        for name, parameter in hf.named_parameters():
+            name, tensor = _plain(name), _whole(parameter)
+            if BASE in name and (adapter := beside.get(name.removesuffix(".base_layer.weight"))):
+                tensor = Adapter(_whole(adapter.down), _whole(adapter.up), adapter.scale).merge(tensor)
+            if ADAPTER not in name:
+                yield name.replace(BASE, "."), tensor
+
+
+def _plain(name: str) -> str:
+    """Without what wrapping puts into it."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def lerp_weights(target: nn.Module, source: nn.Module, weight: float) -> None:

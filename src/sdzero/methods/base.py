@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor
 
+from sdzero.lora import check_strategy
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.evaluation import Evaluated
 from sdzero.methods.schedule import Schedule
@@ -131,7 +132,11 @@ class Method(Evaluated):
                 "Use bf16-mixed (bfloat16 computation, float32 weights) or 32-true"
             )
         if stage == "fit" and self.model_config.dtype != "float32":
-            raise ValueError("model.dtype: trained weights must be float32; trainer.precision sets the computation")
+            if self.model_config.lora is None:
+                raise ValueError("model.dtype: trained weights must be float32; trainer.precision sets the computation")
+            if precision != "bf16-mixed":
+                raise ValueError("model.dtype: weights in bfloat16 compute in it: set trainer.precision=bf16-mixed")
+        check_strategy(self.model_config.lora, self.model_config.dtype, self.trainer.strategy)
 
     def configure_model(self) -> None:
         if not hasattr(self, "student"):
@@ -187,7 +192,7 @@ class Method(Evaluated):
         with self.trainer.precision_plugin.forward_context():
             return self.student(batch.input_ids, batch.predicts, head).metrics["logprobs"]
 
-    def reviser(self) -> tuple[nn.Module, Context]:
+    def reviser(self) -> tuple[Callable[..., Any], Context]:
         """Who judges the tokens of an answer, and what it reads before it: a method without a teacher is its own."""
         return self.student, Revision()
 

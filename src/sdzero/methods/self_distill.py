@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
+from sdzero.lora import AdaptersOff, check_strategy
 from sdzero.losses import Divergence, divergence_head
 from sdzero.methods.base import Method
 from sdzero.models import ModelConfig, load
@@ -29,8 +30,9 @@ class SelfDistill(Method):
     Args:
         context: what the teacher reads before y. SD-Zero: `Revision`.
         divergence: which divergence, on which support.
-        teacher: another model as teacher; null takes a frozen copy of the student as it starts. The callback
-            TeacherSync copies or averages the student into it.
+        teacher: another model as teacher; null takes a frozen copy of the student as it starts, or where the student
+            has adapters (`model.lora`) no copy at all: the student with its adapters switched off. The callback
+            TeacherSync copies or averages the student into a teacher that is a model of its own.
         mask_truncated: leave responses that were cut at the token limit out of the loss.
         teacher_first: run the teacher over all micro batches of a step before the student's first. What the loss
             needs of it (its last hidden states, or its top_k) waits in host memory, and so do the teacher's weights
@@ -53,6 +55,7 @@ class SelfDistill(Method):
         self.context = context
         self.divergence = divergence
         self.teacher_config = teacher or self.model_config
+        self.shares_base = teacher is None and self.model_config.lora is not None
         self.mask_truncated = mask_truncated
         self.teacher_first = teacher_first
         self.teacher_generation = 0
@@ -64,9 +67,18 @@ class SelfDistill(Method):
         if theirs.vocab_size != vocab_size:
             raise ValueError(f"teacher.path: its vocabulary has {theirs.vocab_size} tokens, the student's {vocab_size}")
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        check_strategy(self.teacher_config.lora, self.teacher_config.dtype, self.trainer.strategy)
+
     def configure_model(self) -> None:
         super().configure_model()
-        if not hasattr(self, "teacher"):
+        if hasattr(self, "teacher"):
+            return
+        self.teacher: Any  # a module, or what calls the student's
+        if self.shares_base:
+            self.teacher = AdaptersOff(self.student)
+        else:
             teacher = load(self.teacher_config, run_seed()).requires_grad_(False)
             self.teacher = self.shard(teacher, self.teacher_config).eval()
 
@@ -78,12 +90,13 @@ class SelfDistill(Method):
         super().on_save_checkpoint(checkpoint)
         checkpoint["sdzero"]["teacher_generation"] = self.teacher_generation
 
-    def reviser(self) -> tuple[nn.Module, Context]:
+    def reviser(self) -> tuple[Callable[..., Any], Context]:
         self._move_teacher(self.device)
         return self.teacher, self.context
 
     def update_teacher(self, weight: float = 1.0) -> None:
         """teacher += weight * (student - teacher); 1.0 synchronises and starts a new generation."""
+        assert not self.shares_base
         self._move_teacher(self.device)
         lerp_weights(self.teacher, self.student, weight)
         self.teacher_generation += weight == 1.0
@@ -170,8 +183,9 @@ class SelfDistill(Method):
 
     @property
     def _teacher_moves(self) -> bool:
-        """Whether the teacher's weights can leave the device: FSDP1's cannot, and `cpu_offload` moves them itself."""
-        if not self.teacher_first or self.device.type == "cpu":
+        """Whether the teacher's weights can leave the device: the student's own and FSDP1's cannot, and `cpu_offload`
+        moves them itself."""
+        if not self.teacher_first or self.shares_base or self.device.type == "cpu":
             return False
         return not isinstance(self.teacher, FSDP1) and not self.teacher_config.cpu_offload
 
