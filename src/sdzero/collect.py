@@ -2,6 +2,9 @@
 
 A killed collection continues: finished generate calls are kept in OUT/journal. OUT then holds traces.jsonl
 (D_revision), questions.json (the identities of all questions asked) and statistics.json.
+
+On several devices each engine makes the calls of its share of the questions. What a call is does not depend on how many
+there are: D_revision is the same, and a collection may go on on another number of them.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any, Literal
 
 from sdzero.engines.base import EngineSpec, RolloutEngine
 from sdzero.models import ModelConfig, folder_sha256
+from sdzero.processes import Ranks, launch
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler, write_text, write_traces
 from sdzero.seeds import derive_seed, run_seed
@@ -24,6 +28,16 @@ from sdzero.tasks.base import Task
 from sdzero.types import Question, Sampling, ScoredRollout, Split, Trace
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What asks the questions."""
+
+    sampler: Sampler
+    builder: PromptBuilder
+    questions: Sequence[Question]
+    ranks: Ranks
 
 
 @dataclass
@@ -46,6 +60,8 @@ class Collect:
         sampling: how answers are drawn.
         call_size: answers per generate call; part of the run's identity.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
+        devices: processes on each node, one a GPU; `auto` takes all GPUs that it sees, or one process without any.
+        num_nodes: nodes; several need a launcher such as torchrun or srun.
     """
 
     model: ModelConfig
@@ -63,6 +79,8 @@ class Collect:
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_new_tokens=16384))
     call_size: int = 512
     engine_dtype: str = "float32"
+    devices: int | Literal["auto"] = 1
+    num_nodes: int = 1
 
     def __post_init__(self) -> None:
         for name in ("num_questions", "num_initial", "num_revisions", "call_size"):
@@ -70,6 +88,8 @@ class Collect:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_traces is not None and self.num_traces < 1:
             raise ValueError(f"num_traces must be at least 1, or null to keep all, got {self.num_traces}")
+        if self.num_nodes < 1 or (self.devices != "auto" and self.devices < 1):
+            raise ValueError(f"devices and num_nodes must be at least 1, got {self.devices} and {self.num_nodes}")
         if self.correct_share is not None and not 0 <= self.correct_share <= 1:
             raise ValueError(f"correct_share must lie in [0, 1], got {self.correct_share}")
 
@@ -78,27 +98,49 @@ class Collect:
         builder = self.model.builder()
         questions = self.task.questions(self.split, self.num_questions)
         spec = EngineSpec(self.model.path, self._max_model_len(builder, questions), self.engine_dtype, True)
+        ranks = launch(self.devices, self.num_nodes, getattr(self.engine, "tensor_parallel_size", 1))
         self.out.mkdir(parents=True, exist_ok=True)
         self.engine.start(spec, builder)
         try:
             self.engine.warm_up()
-            weights = folder_sha256(Path(self.model.path)) if Path(self.model.path).is_dir() else self.model.path
-            journal = CallJournal(self.out / "journal")
-            weights = f"{weights}/{self.engine_dtype}"  # a call made in another dtype is another call
-            sampler = Sampler(self.engine, self.task, journal, self.call_size, run_seed(), weights=weights)
-            counts, kept = self._ask_all(sampler, builder, questions)
-            chosen = self._draw(kept)
-            write_traces(self.out / "traces.jsonl", self._chosen_traces(sampler, builder, questions, chosen))
+            job = _Job(self._sampler(ranks), builder, questions, ranks)
+            counts, kept = self._ask_all(job)
+            chosen = self._draw(kept)  # the same on all ranks
+            traces = self._chosen_traces(job, chosen)
+            if ranks.is_first:
+                write_traces(self.out / "traces.jsonl", traces)
+            else:
+                deque(traces, 0)
         finally:
             self.engine.close()
-        statistics = {**_statistics(counts, kept, chosen, journal.num_started), "left_out": self.task.left_out()}
+        if ranks.is_first:
+            self._finish(questions, _statistics(counts, kept, chosen, job.sampler.journal.num_started), counts, kept)
+
+    def _sampler(self, ranks: Ranks) -> Sampler:
+        weights = folder_sha256(Path(self.model.path)) if Path(self.model.path).is_dir() else self.model.path
+        weights = f"{weights}/{self.engine_dtype}"  # a call made in another dtype is another call
+        folder = self.out / "journal"
+        # beside the rank that leads their engine, the others make its calls without a prompt of their own
+        journal = CallJournal(folder, ranks.rank) if ranks.leads else CallJournal(folder / f"rank{ranks.rank}")
+        return Sampler(
+            self.engine, self.task, journal, self.call_size, run_seed(), weights=weights, largest=ranks.largest
+        )
+
+    def _finish(
+        self,
+        questions: Sequence[Question],
+        statistics: dict[str, Any],
+        counts: Counter[str],
+        kept: Sequence[tuple[int, int, int, int]],
+    ) -> None:
+        statistics = {**statistics, "left_out": self.task.left_out()}
         write_text(self.out / "questions.json", json.dumps([q.identity for q in questions]))
         write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         print(json.dumps(statistics, indent=2), flush=True)
-        if not chosen:
+        if not statistics["traces"]:
             raise ValueError(self._why_none(counts, kept))
-        if self.num_traces is not None and len(chosen) < self.num_traces:
-            log.warning("num_traces: wanted %d, but only %d could be drawn", self.num_traces, len(chosen))
+        if self.num_traces is not None and statistics["traces"] < self.num_traces:
+            log.warning("num_traces: wanted %d, but only %d could be drawn", self.num_traces, statistics["traces"])
 
     def _why_none(self, counts: Counter[str], kept: Sequence[tuple[int, int, int, int]]) -> str:
         revisions = sum(counts[f"revision_r{r}/generations"] for r in (0, 1))
@@ -122,36 +164,41 @@ class Collect:
             )
         return needed
 
-    def _pairs(
-        self, sampler: Sampler, builder: PromptBuilder, questions: Sequence[Question], chunk: int
-    ) -> list[tuple[ScoredRollout, list[ScoredRollout]]]:
-        """First attempts of one chunk of questions with their revisions; from the journal where they are there."""
-        chosen = questions[chunk * self.call_size : (chunk + 1) * self.call_size]
-        prompts = [builder.prompt(q) for q in chosen for _ in range(self.num_initial)]
-        initial = sampler.sample(prompts, self.sampling, f"{chunk:05d}-initial", 0)
+    def _pairs(self, job: _Job, chunk: int) -> list[tuple[ScoredRollout, list[ScoredRollout]]]:
+        """First attempts of one chunk of questions with their revisions; from the journal where they are there.
+
+        None on a rank that does not lead its engine, which takes part in its calls.
+        """
+        asked = job.questions[chunk * self.call_size : (chunk + 1) * self.call_size] if job.ranks.leads else []
+        prompts = [job.builder.prompt(q) for q in asked for _ in range(self.num_initial)]
+        initial = job.sampler.sample(prompts, self.sampling, f"{chunk:05d}-initial", 0)
         # revisions of one answer stand side by side, so that the engine shares their prefix
-        revision_prompts = [builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)]
-        revised = sampler.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision", 0)
+        revision_prompts = [job.builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)]
+        revised = job.sampler.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision", 0)
         n = self.num_revisions
         return [(first, revised[i * n : (i + 1) * n]) for i, first in enumerate(initial)]
 
-    def _ask_all(
-        self, sampler: Sampler, builder: PromptBuilder, questions: Sequence[Question]
-    ) -> tuple[Counter[str], list[tuple[int, int, int, int]]]:
-        """Counts of everything sampled, and (chunk, attempt, revision, r) of every trace that may be kept."""
+    def _ask_all(self, job: _Job) -> tuple[Counter[str], list[tuple[int, int, int, int]]]:
+        """Counts of everything sampled, and (chunk, attempt, revision, r) of every trace that may be kept.
+
+        Collective; what all ranks sampled is told to each.
+        """
         from tqdm import tqdm
 
         counts: Counter[str] = Counter()
-        kept = []
-        for chunk in tqdm(range(_num_chunks(questions, self.call_size)), desc="collect", unit="chunk"):
-            for i, (first, revisions) in enumerate(self._pairs(sampler, builder, questions, chunk)):
+        kept, ranks = [], job.ranks
+        mine = [chunk for chunk in range(_num_chunks(job.questions, self.call_size)) if ranks.takes(chunk)]
+        name = "collect" if ranks.world_size == 1 else f"collect, the first of {ranks.world_size} ranks"
+        for chunk in tqdm(mine, desc=name, unit="chunk", disable=not ranks.is_first):
+            for i, (first, revisions) in enumerate(self._pairs(job, chunk)):
                 reward = first.verdict.reward
                 _count(counts, "initial", first)
                 for j, revision in enumerate(revisions):
                     _count(counts, f"revision_r{reward}", revision)
                     if self._keeps(first, revision):
                         kept.append((chunk, i, j, reward))
-        return counts, kept
+        everyones = ranks.gather((counts, kept))
+        return sum((c for c, _ in everyones), Counter()), [key for _, keys in everyones for key in keys]
 
     def _keeps(self, first: ScoredRollout, revision: ScoredRollout) -> bool:
         finished = revision.rollout.finish_reason == "stop"  # a cut revision is never a trace
@@ -173,14 +220,17 @@ class Collect:
         num_correct = round(num * self.correct_share)
         return {*by_reward[1][:num_correct], *by_reward[0][: num - num_correct]}
 
-    def _chosen_traces(
-        self, sampler: Sampler, builder: PromptBuilder, questions: Sequence[Question], chosen: set[Any]
-    ) -> Iterator[Trace]:
-        for chunk in range(_num_chunks(questions, self.call_size)):
-            for i, (first, revisions) in enumerate(self._pairs(sampler, builder, questions, chunk)):
-                for j, revision in enumerate(revisions):
-                    if (chunk, i, j, first.verdict.reward) in chosen:
-                        yield builder.trace(first, revision.rollout.token_ids)
+    def _chosen_traces(self, job: _Job, chosen: set[Any]) -> Iterator[Trace]:
+        """In the order of the questions, on the first rank; the others hand theirs to it and yield none. Collective."""
+        for chunk in range(_num_chunks(job.questions, self.call_size)):
+            pairs = self._pairs(job, chunk) if job.ranks.takes(chunk) else []
+            traces = [
+                job.builder.trace(first, revision.rollout.token_ids)
+                for i, (first, revisions) in enumerate(pairs)
+                for j, revision in enumerate(revisions)
+                if (chunk, i, j, first.verdict.reward) in chosen
+            ]
+            yield from job.ranks.to_first(traces, job.ranks.leader(chunk))
 
 
 def _num_chunks(questions: Sequence[Question], size: int) -> int:
