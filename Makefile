@@ -1,6 +1,6 @@
 # On a fresh machine `make demo` and `make test` each work alone: they set up .venv first.
 # A second call installs nothing, until pyproject.toml changes. PYTHON=python3.12 picks another interpreter.
-.PHONY: help demo smollm2 test lint format docs notebooks bench bench-gpu clean
+.PHONY: help demo smollm2 test chaos lint format docs notebooks bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -21,6 +21,7 @@ help:
 	@echo "make demo     set up if need be, then the whole method on the embedded default"
 	@echo "make smollm2  the same with a real pretrained model, SmolLM2-135M-Instruct: 35 minutes of CPU time"
 	@echo "make test     set up if need be, then every check that CI runs"
+	@echo "make chaos    20 random SIGKILLs and more; the runs must end as one without, to the bit: about 10 minutes"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make docs     docs/config.md from the docstrings"
 	@echo "make notebooks  docs/notebooks from notebooks/ and the run in runs/quickstart (make demo makes one)"
@@ -29,7 +30,7 @@ help:
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
 
 # One thread each: the tiny models are too small for more, and vLLM sets torch to one where this is unset.
-demo test notebooks: export OMP_NUM_THREADS ?= 1
+demo test chaos notebooks: export OMP_NUM_THREADS ?= 1
 
 demo: $(INSTALLED)
 	$(BIN)/sdzero run configs/recipes/quickstart $(ENGINE)
@@ -44,6 +45,9 @@ $(SMOLLM2)/config.json: | $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+chaos: $(INSTALLED)
+	$(BIN)/python tests/chaos.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@
     python tests/chaos.py --kills 5 --seed 1 --out runs/chaos
 
 Each kill hits the run with its stage, the stage alone or the run's own process: at a random moment of a stage, inside a
-save (right after a random fsync, or after a file was put in place), or inside the run's own bookkeeping.
+save (right after a random fsync, or after a file was put in place), or inside the run's own bookkeeping. A shorter cut,
+of chosen kills, is tests/test_resume.py.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def strike(out: Path, seconds: dict[str, float], rng: random.Random) -> Kill | N
     if place == "at work":
         return _strike_at_work(out, seconds, rng, victim)
     if place == "in run":
-        stop, victim = f"replace={rng.choice(('lineage.json', 'lineage.json', 'summary.json'))}", "group"
+        stop, victim = f"replace={rng.choice(('lineage.json',) * 5 + ('summary.json',))}", "group"
     elif rng.random() < 0.6:
         stop = f"fsync={rng.randint(1, 12)}"
     else:
