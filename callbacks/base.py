@@ -56,7 +56,7 @@ class ResponseTracker(EvaluationReader):
     It keeps nothing from one step to the next, so a resumed run goes on with the same curves.
 
     Args:
-        metrics: the sums behind the figures, over all ranks.
+        metrics: the sums behind the figures, over all ranks' shares.
     """
 
     def __init__(self, **metrics: Metric) -> None:
@@ -76,7 +76,7 @@ class ResponseTracker(EvaluationReader):
 
     def read(self, trainer: L.Trainer, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         for metric in self.metrics.values():
-            metric.to(pl_module.device)
+            metric.to(pl_module.device).process_group = pl_module.share.across
         self.see(pl_module, batch)
 
     def finish(self, trainer: L.Trainer, pl_module: Method) -> None:

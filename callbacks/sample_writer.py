@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.callbacks.base import EvaluationReader
 from sdzero.methods import Method
+from sdzero.strategies import share_of
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 
 Row = dict[str, Any]
@@ -40,7 +41,8 @@ class SampleWriter(EvaluationReader):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(batch, RolloutBatch) and batch.policy_version % self.every_n_steps == 0:
+        writes = share_of(trainer).member == 0
+        if writes and isinstance(batch, RolloutBatch) and batch.policy_version % self.every_n_steps == 0:
             seen: Counter[str] = Counter()
             file = RowFile(_path(trainer, "train", batch.policy_version))
             for scored in batch.scored[: self.num_samples]:
@@ -50,6 +52,8 @@ class SampleWriter(EvaluationReader):
             self._finish(trainer, "train", batch.policy_version, file)
 
     def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
+        if share_of(trainer).member:
+            return
         if self._file is None:
             self._file = RowFile(_path(trainer, "eval", batch.policy_version))
         revisions = {id(first): revision for first, revision in batch.revised}

@@ -66,6 +66,7 @@ class TokenKLRecorder(EvaluationReader):
     def _record(self, method: Method, chosen: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout]) -> None:
         rows = score_tokens(method, chosen, siblings, self.top_k)
         for reward, share in enumerate(self.shares):
+            share.process_group = method.share.across
             shares = [top_share(row["kl"]) for row in rows if row["reward"] == reward]
             share.update(sum(shares), len(shares))
         self.rows += rows
@@ -75,7 +76,7 @@ class TokenKLRecorder(EvaluationReader):
 
     def _write(self, trainer: L.Trainer, pl_module: Method, kind: str) -> None:
         name = f"{kind}-{pl_module.policy_version:06d}-rank{trainer.global_rank}.parquet"
-        if self.rows:
+        if self.rows and pl_module.share.member == 0:
             _write_parquet(Path(trainer.default_root_dir) / "token_kl" / name, self.rows)
         self.rows = []
         values = [share.to(pl_module.device).compute() for share in self.shares]

@@ -456,7 +456,7 @@ def test_budgets_are_what_training_each_model_cost(smoke_run: Path) -> None:
     assert srt["num_tokens_sampled"] == sum(len(response["token_ids"]) for response in sampled)
     traces = TraceDataModule(TraceFile(smoke_run / "collect/traces.jsonl"), traces_per_step=16)
     traces.traces = read_traces(smoke_run / "collect/traces.jsonl")
-    traces.trainer = SimpleNamespace(global_rank=0, world_size=1)  # pyright: ignore[reportAttributeAccessIssue]
+    traces.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=None)  # pyright: ignore[reportAttributeAccessIssue]
     trained = [traces.traces[i] for step in range(6) for i in traces.indices(step)]
     revised = sum(len(t.revised_ids) for t in trained)
     generated = revised + sum(len(t.init_ids) + len(t.bridge_ids) for t in trained)

@@ -90,8 +90,8 @@ def write_tiny(path: str | Path, kind: str, **overrides: Any) -> Path:
     tokenizer = tiny_tokenizer()
     shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=8192)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **shape, **heads, **ids, **overrides)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, **overrides}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **shape, **ids, **heads)
     _random(config, 0).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)

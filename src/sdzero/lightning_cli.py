@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
 from sdzero.rollouts import write_text
+from sdzero.strategies import share_of
 from sdzero.summary import print_evaluation
 
 # Lightning's advice that does not hold here
@@ -137,7 +138,9 @@ class SDZeroCLI(LightningCLI):
         return values
 
     def after_predict(self) -> None:
-        """Every rank leaves the responses it sampled, one JSON object a line."""
+        """Every rank leaves the responses of its share, one JSON object a line."""
+        if share_of(self.trainer).member:
+            return  # the first of those who share them writes
         rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
         path = Path(self.trainer.default_root_dir) / f"predictions-rank{self.trainer.global_rank}.jsonl"
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,15 +1,37 @@
-"""A model over several processes: FSDP2 and FSDP1, decoder layer by decoder layer."""
+"""A model over several processes: tensor parallelism, FSDP2 and FSDP1, decoder layer by decoder layer."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from sdzero.models import LanguageModel, ModelConfig
+
+# The styles of transformers' own plans, by torch's. What a plan does not name is computed whole by every rank.
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    # where a norm stands between them that needs all heads of a token
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+    # a norm of single heads, [B, T, heads, head size]: each rank has its heads, so its gradients are summed
+    "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+}
 
 
 def _layers(model: LanguageModel, config: ModelConfig) -> list[nn.Module]:
@@ -20,17 +42,83 @@ def _layers(model: LanguageModel, config: ModelConfig) -> list[nn.Module]:
     return layers
 
 
-def shard_fsdp2(model: LanguageModel, config: ModelConfig, mesh: Any, compute_dtype: torch.dtype | None) -> nn.Module:
-    """FSDP2: every decoder layer and the root. The root stays gathered after its forward pass, head included."""
+def check_tensor_parallel(hf_config: Any, size: int) -> None:
+    """Raises: ValueError if a model of that Hugging Face config cannot be computed by `size` ranks together."""
+    if size == 1:
+        return
+    what = f"strategy.tensor_parallel_size={size}: {hf_config.model_type}"
+    plan: dict[str, str] = getattr(hf_config, "base_model_tp_plan", None) or {}
+    if not plan:
+        raise ValueError(f"{what} has no plan for tensor parallelism in transformers: set it to 1")
+    if unknown := sorted(set(plan.values()) - STYLES.keys()):
+        raise ValueError(f"{what} wants {', '.join(unknown)}, which is not supported: set it to 1")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (count := getattr(hf_config, name, None) or 0) % size:
+            raise ValueError(f"{what} has {name}={count}, which it does not divide: choose another size")
+
+
+def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Cuts the layers' weights over the ranks of `mesh`, by transformers' own plan; in place.
+
+    Embedding, final norm and head stay whole: the loss heads take the whole head.
+    """
+    decoder, size = model.hf.get_decoder(), mesh.size()
+    check_tensor_parallel(model.hf.config, size)
+    plan = model.hf.config.base_model_tp_plan
+    for name, module in decoder.named_modules():
+        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        if "wise" in plan.get(pattern, "") and not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"strategy.tensor_parallel_size={size}: {name} of the model is a {type(module).__name__}, not a plain "
+                "linear layer: set it to 1"
+            )
+    # every rank has read the same weights: nothing is sent
+    parallelize_module(decoder, mesh, {name: STYLES[style]() for name, style in plan.items()}, src_data_rank=None)
+
+
+def shard_fsdp2(
+    model: LanguageModel, config: ModelConfig, mesh: DeviceMesh, compute_dtype: torch.dtype | None
+) -> nn.Module:
+    """FSDP2: every decoder layer and the root. The root stays gathered after its forward pass, head included.
+
+    `mesh` is two-dimensional, data_parallel x tensor_parallel. Layers are cut by tensor parallelism first, and sharded
+    over the ranks that have the same cut; the root, which is not cut, over all ranks.
+    """
+    layer_mesh = root_mesh = mesh["data_parallel"]
+    if mesh["tensor_parallel"].size() > 1:
+        parallelize(model, mesh["tensor_parallel"])
+        root_mesh = mesh._flatten("all_ranks")
     options: dict[str, Any] = {
-        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
     }
     for layer in _layers(model, config):
-        fully_shard(layer, **options)
-    fully_shard(model, reshard_after_forward=False, **options)  # in place
+        fully_shard(layer, mesh=layer_mesh, **options)
+    fully_shard(model, mesh=root_mesh, reshard_after_forward=False, **options)  # in place
     return model
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradients so that their norm over all ranks is at most `max_norm`, and returns what it was. Collective
+    where they are sharded.
+
+    Under tensor parallelism parameters lie on meshes of several shapes, which torch does not put into one sum.
+    """
+    on_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            on_mesh[parameter.device_mesh].append(parameter)
+    if len(on_mesh) < 2:
+        return _whole(nn.utils.clip_grad_norm_(parameters, max_norm))
+    grads = [[p.grad for p in group if p.grad is not None] for group in on_mesh.values()]
+    norm = torch.stack([_whole(nn.utils.get_total_norm(of_group)) for of_group in grads]).norm()
+    for group in on_mesh.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_fsdp1(

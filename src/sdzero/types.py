@@ -168,7 +168,7 @@ class Example:
 
 @dataclass
 class RolloutBatch:
-    """All of one rank's rollouts of one optimizer step. `stats` are figures of sampling, to be logged."""
+    """All rollouts of one optimizer step that are a rank's share. `stats` are figures of sampling, to be logged."""
 
     scored: list[ScoredRollout]
     policy_version: int
@@ -181,7 +181,7 @@ class RolloutBatch:
 
 @dataclass
 class TraceBatch:
-    """All of one rank's traces of one optimizer step."""
+    """All traces of one optimizer step that are a rank's share."""
 
     traces: list[Trace]
     counter: int

@@ -18,7 +18,7 @@ class Numbers(StepDataModule):
     def __init__(self, num: int, items_per_step: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(items_per_step)
         self.num = num
-        self.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # pyright: ignore
+        self.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=None)  # pyright: ignore
 
     @property
     def num_items(self) -> int:

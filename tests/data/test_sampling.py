@@ -70,6 +70,7 @@ def attach(builder: PromptBuilder, tmp_path: Path) -> Data:
             global_rank=rank,
             is_global_zero=rank == 0,
             world_size=world_size,
+            strategy=None,
             lightning_module=Policy(builder, **policy),
             default_root_dir=str(tmp_path),
         )
@@ -112,6 +113,7 @@ def test_every_rank_makes_as_many_calls_and_each_question_is_asked_once(
             global_rank=rank,
             is_global_zero=rank == 0,
             world_size=world_size,
+            strategy=None,
             lightning_module=Policy(builder),
             default_root_dir=folder,
         )

@@ -1,6 +1,6 @@
 """Trains on stored rollouts or traces, on one rank or on several, and saves gradients, metrics and weights.
 
-python train_stored.py srt|self_distill NUM_RANKS MODEL_FOLDER OUT_FILE [ddp]
+python train_stored.py srt|self_distill NUM_RANKS MODEL_FOLDER OUT_FILE [ddp | tp]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, TokenKL
 from sdzero.data.base import stream_loader
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models import ModelConfig
-from sdzero.strategies import FullShard
+from sdzero.strategies import FullShard, share_of
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
 from sdzero.weights import full_weights
 
@@ -57,7 +57,8 @@ class Stored(L.LightningDataModule):
             rng = random.Random(0)
             for step, count in enumerate(ITEMS):
                 mine = items(builder, self.kind, count, rng)
-                mine = mine[trainer.global_rank :: trainer.world_size]
+                share = share_of(trainer)
+                mine = mine[share.index :: share.num_shares]
                 yield TraceBatch(mine, step) if self.kind == "srt" else RolloutBatch(mine, step, step)
 
         return stream_loader(NUM_STEPS, batches)
@@ -104,7 +105,7 @@ def main() -> None:
     method = (SRT if kind == "srt" else SelfDistill)(ModelConfig(model), **options)
     strategy = "auto"
     if ranks > 1:
-        strategy = DDPStrategy() if "ddp" in sys.argv else FullShard()
+        strategy = DDPStrategy() if "ddp" in sys.argv else FullShard(2 if "tp" in sys.argv else 1)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,

@@ -70,15 +70,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class AnswerStream:
-    """The answers of one evaluation that are this rank's, a generate call a batch.
+    """The answers of one evaluation that are this rank's share, a generate call a batch.
 
     Attributes:
         evaluation: what is sampled.
-        questions: of the whole evaluation; the ranks take turns.
+        questions: of the whole evaluation; the shares take turns.
         policy: whose answers.
         sample: (prompts, sampling, name of the draw, answers per call) -> scored responses and figures. Collective.
         max_length: tokens of prompt and response that the engine takes.
-        rank: of this process, of `world_size`.
+        share: which one, of `num_shares`.
     """
 
     evaluation: Evaluation
@@ -86,8 +86,8 @@ class AnswerStream:
     policy: Policy
     sample: Callable[[Sequence[Prompt], Sampling, str, int], tuple[list[ScoredRollout], dict[str, float]]]
     max_length: int
-    rank: int
-    world_size: int
+    share: int
+    num_shares: int
 
     @property
     def per_call(self) -> int:
@@ -96,10 +96,10 @@ class AnswerStream:
 
     def __len__(self) -> int:
         # every rank makes the same number of calls, so that none waits for another in a collective
-        return math.ceil(math.ceil(len(self.questions) / self.world_size) / self.per_call)
+        return math.ceil(math.ceil(len(self.questions) / self.num_shares) / self.per_call)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        mine, k = self.questions[self.rank :: self.world_size], self.evaluation.num_samples
+        mine, k = self.questions[self.share :: self.num_shares], self.evaluation.num_samples
         benchmarks = tuple(dict.fromkeys(question.benchmark for question in self.questions))
         for call in range(len(self)):
             chosen = mine[call * self.per_call : (call + 1) * self.per_call]

@@ -20,6 +20,7 @@ from sdzero.data.answers import AnswerStream, Evaluation, Policy
 from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
 from sdzero.rollouts import CallJournal, Sampler, write_text
 from sdzero.seeds import derive_seed, run_seed
+from sdzero.strategies import Share, share_of
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Sampling, ScoredRollout
 
@@ -41,7 +42,8 @@ class _Stream(IterableDataset[Any]):
 
 
 def stream_loader(length: int, items: Callable[[], Iterator[Any]]) -> DataLoader[Any]:
-    return DataLoader(_Stream(length, items), batch_size=None, num_workers=0)
+    # a generator of its own: each iterator draws from it, and a run that resumes makes other iterators
+    return DataLoader(_Stream(length, items), batch_size=None, num_workers=0, generator=torch.Generator())
 
 
 class StepDataModule(L.LightningDataModule):
@@ -90,7 +92,7 @@ class StepDataModule(L.LightningDataModule):
 
     @abstractmethod
     def make_batch(self, counter: int, indices: Sequence[int]) -> Any:
-        """This rank's batch number `counter`."""
+        """Batch number `counter` of this rank's share."""
 
     # --- order and position -------------------------------------------------------------------
 
@@ -105,20 +107,22 @@ class StepDataModule(L.LightningDataModule):
         return self.trainer.global_rank
 
     @property
-    def world_size(self) -> int:
+    def share(self) -> Share:
+        """Which share of the items is this rank's. Ranks that compute a batch together have one share."""
         assert self.trainer is not None
-        return self.trainer.world_size
+        return share_of(self.trainer)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.num_items / self.items_per_step)
 
     def indices(self, counter: int) -> list[int]:
-        """This rank's items of batch `counter`: each epoch is a new shuffle; the last batch may be short."""
+        """The share's items of batch `counter`: each epoch is a new shuffle; the last batch may be short."""
         epoch, step = divmod(counter, self.steps_per_epoch)
         order = list(range(self.num_items))
         random.Random(derive_seed(run_seed(), "order", epoch)).shuffle(order)
-        return order[step * self.items_per_step : (step + 1) * self.items_per_step][self.rank :: self.world_size]
+        items = order[step * self.items_per_step : (step + 1) * self.items_per_step]
+        return items[self.share.index :: self.share.num_shares]
 
     def train_dataloader(self) -> DataLoader[Any]:
         return stream_loader(self.steps_per_epoch, self._batches)
@@ -244,7 +248,8 @@ class StepDataModule(L.LightningDataModule):
         """
         if self._gap is not None:
             return {"logprob_gap": self._gap}
-        rollouts = [s.rollout for s in scored if s.rollout.token_ids][:NUM_CHECKED]
+        num_checked = max(NUM_CHECKED, self.share.num_members)  # one or more of each member's engine
+        rollouts = [s.rollout for s in scored if s.rollout.token_ids][:num_checked]
         gaps = [
             abs(theirs - ours)
             for rollout, logprobs in zip(rollouts, self.policy.policy_logprobs(rollouts), strict=True)
@@ -263,12 +268,16 @@ class StepDataModule(L.LightningDataModule):
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
     ) -> tuple[list[ScoredRollout], dict[str, float]]:
-        """Scored responses of the current policy, and figures of the sampling. Collective over ranks."""
+        """Scored responses of the current policy, and figures of the sampling. Collective over ranks.
+
+        The prompts are those of this rank's share: its members draw a part each, and all of them get the whole.
+        """
         stats = self.sync_policy()
         started = time.monotonic()
         self.sampler.call_size = call_size
         version = self.policy.policy_version
-        scored = self.sampler.sample(prompts, sampling, group, version, keep_partial=keep_partial)
+        mine = self.share.part(prompts)
+        scored = self.share.whole(self.sampler.sample(mine, sampling, group, version, keep_partial=keep_partial))
         stats |= {"generate_seconds": time.monotonic() - started, **self.check_policy(scored)}
         return scored, stats
 
@@ -276,9 +285,8 @@ class StepDataModule(L.LightningDataModule):
 
     def _answers(self) -> DataLoader[Any]:
         limit = self.max_model_len()
-        stream = AnswerStream(
-            self.evaluation, self.eval_questions, self.policy, self.sample, limit, self.rank, self.world_size
-        )
+        index, num_shares = self.share.index, self.share.num_shares
+        stream = AnswerStream(self.evaluation, self.eval_questions, self.policy, self.sample, limit, index, num_shares)
         return stream_loader(len(stream), stream.__iter__)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.tensor import DTensor
 
 from sdzero.lora import check_strategy
 from sdzero.losses import cross_entropy_head
@@ -28,9 +27,11 @@ from sdzero.methods.evaluation import Evaluated
 from sdzero.methods.schedule import Schedule
 from sdzero.models import ModelConfig, load
 from sdzero.prompts import Context, Revision
+from sdzero.random_states import random_states, restore
 from sdzero.seeds import run_seed
 from sdzero.sequences import collate, micro_batches
-from sdzero.sharding import shard_fsdp1, shard_fsdp2
+from sdzero.sharding import check_tensor_parallel, clip_grad_norm, shard_fsdp1, shard_fsdp2
+from sdzero.strategies import Share, share_of
 from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
 from sdzero.weights import full_weights
 
@@ -90,6 +91,7 @@ class Method(Evaluated):
         self.num_tokens_trained = 0
         self.num_nonfinite = 0
         self.num_skipped = 0
+        self._random_states: list[dict[str, Any]] | None = None  # of a checkpoint, until the first step
 
     # --- what a method adds -------------------------------------------------------------------
 
@@ -137,6 +139,7 @@ class Method(Evaluated):
             if precision != "bf16-mixed":
                 raise ValueError("model.dtype: weights in bfloat16 compute in it: set trainer.precision=bf16-mixed")
         check_strategy(self.model_config.lora, self.model_config.dtype, self.trainer.strategy)
+        check_tensor_parallel(self.hf_config, self.share.num_members)
 
     def configure_model(self) -> None:
         if not hasattr(self, "student"):
@@ -147,7 +150,7 @@ class Method(Evaluated):
         compute_dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
-            return shard_fsdp2(model, config, self.device_mesh["data_parallel"], compute_dtype)  # pyright: ignore
+            return shard_fsdp2(model, config, self.device_mesh, compute_dtype)  # pyright: ignore
         if isinstance(self.trainer.strategy, FSDPStrategy):
             return shard_fsdp1(model, config, self.trainer.strategy.root_device, compute_dtype)  # pyright: ignore
         return model
@@ -159,10 +162,17 @@ class Method(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sdzero"] = {name: getattr(self, name) for name in ("policy_version", *BUDGET, *FAULTS)}
+        checkpoint["random_states"] = random_states(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, value in checkpoint["sdzero"].items():
             setattr(self, name, value)
+        self._random_states = checkpoint.get("random_states", [])
+
+    def on_train_start(self) -> None:
+        if self._random_states is not None:  # not earlier: what comes between loading and the first step draws too
+            restore(self._random_states, self.device, self.global_rank, self.trainer.world_size, self.global_step)
+            self._random_states = None
 
     # --- the policy, as the data modules see it -----------------------------------------------
 
@@ -225,7 +235,7 @@ class Method(Evaluated):
             with self._gradient_sync(last=i == num_batches - 1):
                 output = self.loss(micro_batch, counts, prepared)
                 # strategies average gradients over ranks; the loss was already divided by the global count
-                self.manual_backward(output.loss * self.trainer.world_size)
+                self.manual_backward(output.loss * self.share.num_shares)
             for name, value in {"loss": output.loss, **output.metrics}.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().float().cpu()
         names = sorted(totals)
@@ -258,8 +268,7 @@ class Method(Evaluated):
         max_norm = self.max_grad_norm or float("inf")
         if isinstance(self.student, FSDP1):
             return self.student.clip_grad_norm_(max_norm).cpu()
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), max_norm)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).detach().cpu()
+        return clip_grad_norm([*self.student.parameters()], max_norm).detach().cpu()
 
     def _skip(self) -> None:
         self.num_skipped += 1
@@ -296,8 +305,15 @@ class Method(Evaluated):
         pad = (self.builder.pad_id,)
         return Example("", pad, pad, teacher_context=pad, weight=0.0, logprobs=(0.0,))
 
+    @property
+    def share(self) -> Share:
+        """Which share of each batch is this rank's."""
+        return share_of(self.trainer)
+
     def reduce(self, tensor: Tensor, op: str) -> Tensor:
-        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=op).cpu()  # pyright: ignore
+        """Over the shares of a batch: what several ranks work out together counts once. Collective."""
+        group = self.share.across
+        return self.trainer.strategy.reduce(tensor.to(self.device), group, reduce_op=op).cpu()  # pyright: ignore
 
     def _log(self, prefix: str, values: dict[str, Any]) -> None:
         named = {name if "/" in name else f"{prefix}/{name}": float(value) for name, value in values.items()}

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning as L
 from torch import nn
+from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from sdzero.metrics import AvgAtK, KeywordRate, PassAtK, ReasonShares, ResponseLength, Scalars, averaged
+from sdzero.strategies import share_of
 from sdzero.types import EvalBatch, ScoredRollout
 
 
@@ -36,7 +38,8 @@ class Evaluated(L.LightningModule):
             figures.update([group for group in batch.groups if group[0].rollout.prompt.question.benchmark == name])
 
     def _log_evaluation(self) -> None:
-        each = [figures.compute() for figures in self.eval_metrics if isinstance(figures, BenchmarkFigures)]
+        across = share_of(self.trainer).across
+        each = [figures.compute(across) for figures in self.eval_metrics if isinstance(figures, BenchmarkFigures)]
         several = len(each) > 1
         logged = dict(averaged(each) if several else each[0])
         for name, figures in zip(self.eval_benchmarks, each, strict=True):
@@ -98,7 +101,9 @@ class BenchmarkFigures(nn.Module):
         self.keywords.update([s.rollout.text for s in scored], lengths)
         self.reasons.update([s.verdict.reason for s in scored])
 
-    def compute(self) -> Scalars:
-        """All figures, over all ranks. Collective."""
+    def compute(self, across: ProcessGroup | None = None) -> Scalars:
+        """All figures, over the ranks of a process group; None: over all. Collective."""
         metrics = [module for module in self.children() if isinstance(module, Metric)]
+        for metric in metrics:
+            metric.process_group = across
         return {name: value for metric in metrics for name, value in metric.compute().items()}

@@ -18,6 +18,7 @@ from sdzero.models import ModelConfig, load
 from sdzero.prompts import Context, Revision
 from sdzero.seeds import run_seed
 from sdzero.sequences import collate
+from sdzero.sharding import check_tensor_parallel
 from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher, hidden_teacher, top_k_teacher
 from sdzero.types import Example, LossOutput, RolloutBatch, ScoredRollout
 from sdzero.weights import lerp_weights
@@ -70,6 +71,7 @@ class SelfDistill(Method):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         check_strategy(self.teacher_config.lora, self.teacher_config.dtype, self.trainer.strategy)
+        check_tensor_parallel(self.teacher_config.hf_config(), self.share.num_members)
 
     def configure_model(self) -> None:
         super().configure_model()
