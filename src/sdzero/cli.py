@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from argparse import ArgumentError
@@ -12,6 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sdzero.endings import (
+    Stopped,
+    enable_crash_stacks,
+    end_now,
+    end_with_parent,
+    ending_at_once,
+    parent_of_ranks,
+    status_of,
+)
 from sdzero.judge.types import JudgeError
 
 if TYPE_CHECKING:
@@ -58,6 +68,12 @@ def collect(arguments: list[str]) -> None:
     os.environ["PL_GLOBAL_SEED"] = str(config.seed_everything)
     values = parser.instantiate(config).as_dict()
     Collect(**{k: v for k, v in values.items() if k not in ("config", "seed_everything")}).run()
+
+
+def lightning(_: list[str]) -> None:
+    from sdzero.lightning_cli import SDZeroCLI
+
+    SDZeroCLI.main()
 
 
 def run(arguments: list[str]) -> None:
@@ -128,7 +144,9 @@ def _check(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     return SDZeroCLI.check([command, *arguments])
 
 
+SAMPLING = ("collect", "fit", "validate", "test", "predict")
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), lightning),
     "run": run,
     "collect": collect,
     "compare": compare,
@@ -150,15 +168,21 @@ def main() -> None:
         print(USAGE)
         return
     name = arguments[0]
+    if name not in COMMANDS:
+        sys.exit(f"sdzero: unknown command {name!r}\n\n{USAGE}")
+    end_with_parent()
+    enable_crash_stacks()
     try:
-        if name in ("fit", "validate", "test", "predict"):
-            from sdzero.lightning_cli import SDZeroCLI
-
-            SDZeroCLI.main()
-        elif name in COMMANDS:
-            COMMANDS[name](arguments[1:])
+        if name in SAMPLING:
+            with ending_at_once(name), parent_of_ranks():
+                COMMANDS[name](arguments[1:])
         else:
-            sys.exit(f"sdzero: unknown command {name!r}\n\n{USAGE}")
+            COMMANDS[name](arguments[1:])
+    except Stopped as stopped:
+        end_now(int(str(stopped.code)))
+    except KeyboardInterrupt:
+        print(f"sdzero {name}: ended by SIGINT", file=sys.stderr)
+        sys.exit(status_of(signal.SIGINT))
     except ArgumentError as error:
         print(f"sdzero {name}: error: {_one_line(str(error))}; `sdzero {name} --help` lists the keys", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from sdzero.callbacks import Preemption
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
 from sdzero.rollouts import write_text
@@ -77,7 +78,7 @@ class SDZeroCLI(LightningCLI):
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             # no sanity run: it would sample before the first step. Every batch is one step: log each
-            trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1},
+            trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1, "callbacks": Preemption()},
             # a wrong key raises, for sdzero.cli to say so in one line
             parser_kwargs={"prog": "sdzero", "exit_on_error": False, "allow_abbrev": False},
             args=arguments,

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,15 +21,22 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from sdzero import __version__
+from sdzero.endings import PARENT, STACKS, STAGE, handling, name_of, requeue, say, status_of
 from sdzero.stages import ENGINES, Choices, Stage, stages
 from sdzero.summary import print_table, summarize
 
 PLACES = {"devices", "num_nodes", "trainer.devices", "trainer.num_nodes"}
 """Keys that say where a stage runs, not what it does: an interrupted one may go on on other machines."""
 PACKAGES = ("torch", "lightning", "transformers")
+CRASHES = [-signum for signum in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)]
+"""Exit codes of a process that its own native code has ended."""
+
+MAX_RESTARTS = 3
+"""Of a stage that hangs or crashes in native code, before the run gives up."""
+
 LOCK_SECONDS = 3.0
 """A stage whose `sdzero run` was killed takes a moment to notice, and holds the folder's lock until it has ended."""
 
@@ -50,6 +58,9 @@ class Run:
 
     def __init__(self, plan: Sequence[Stage], out: Path, lock: IO[str], launcher: Sequence[str] = ()) -> None:
         self.plan, self.out, self.lock, self.launcher = plan, out, lock, launcher
+        self.process: subprocess.Popen[bytes] | None = None  # of the stage at work
+        self.is_starting = False
+        self.signum = 0  # the first signal that told the run to end
         self.lineage_path = out / "lineage.json"
         self.lineage: dict[str, Any] = {}
         if self.lineage_path.is_file():
@@ -67,6 +78,8 @@ class Run:
                 continue
             print(f"{title}: {stage.command} {' + '.join(map(str, (stage.config, *stage.overlays)))}", flush=True)
             self._execute(stage)
+            if self.signum:  # the stage was at its end
+                self._stop()
         from sdzero.rollouts import write_text  # brings torch
 
         summary = summarize(self.out, self.lineage)
@@ -103,21 +116,62 @@ class Run:
         # written before the stage starts, so that a restart with another config is noticed too
         self._record(stage, {**self._identity(stage), "spent": spent})
         folder.mkdir(parents=True, exist_ok=True)
-        program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
-        command = [*program, stage.command, *stage.arguments(folder), *_going_on(stage, folder)]
-        environment = {**os.environ}
-        if not self.launcher:  # a launcher is the parent of its processes, maybe on another machine, and ends them
-            environment["SDZERO_PARENT"] = str(os.getpid())
         started = time.monotonic()
-        # the child holds the lock too: where this process is killed, no other run starts before the child has ended
-        code = subprocess.run(command, env=environment, pass_fds=[self.lock.fileno()], check=False).returncode
+        command, code = self._attempt(stage, folder)
+        for restart in range(1, MAX_RESTARTS + 1):
+            if not code or self.signum or not _faulted(code, folder):
+                break
+            print(
+                f"stage {stage.name} hung or crashed in native code (exit code {code}; its stacks: {folder / STACKS}): "
+                f"restart {restart} of at most {MAX_RESTARTS}",
+                flush=True,
+            )
+            command, code = self._attempt(stage, folder)
         spent += time.monotonic() - started
         self._record(stage, {**self.lineage[stage.name], "spent": spent})
+        if self.signum and code:
+            self._stop()
         if code:
-            sys.exit(f"sdzero run: stage {stage.name} ended with exit code {code}; its command:\n{shlex.join(command)}")
+            stacks = f"; its stacks: {folder / STACKS}" if _faulted(code, folder) else ""
+            sys.exit(
+                f"sdzero run: stage {stage.name} ended with exit code {code}{stacks}; its command:\n"
+                f"{shlex.join(command)}"
+            )
         outputs = {o: content_sha256(folder / o) for o in stage.outputs}
         versions = {"sdzero": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
         self._record(stage, {**self.lineage[stage.name], "outputs": outputs, "versions": versions, "seconds": spent})
+
+    def _attempt(self, stage: Stage, folder: Path) -> tuple[list[str], int]:
+        """Starts the stage's process, or goes on with what it did before; returns its command and exit code."""
+        program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
+        command = [*program, stage.command, *stage.arguments(folder), *_going_on(stage, folder)]
+        environment = {**os.environ, STAGE: str(folder.resolve())}
+        if not self.launcher:  # a launcher is the parent of its processes, maybe on another machine, and ends them
+            environment[PARENT] = str(os.getpid())
+        (folder / STACKS).unlink(missing_ok=True)
+        self.is_starting = True
+        # the child holds the lock too: where this process is killed, no other run starts before the child has ended
+        self.process = subprocess.Popen(command, env=environment, pass_fds=[self.lock.fileno()])
+        self.is_starting = False
+        if self.signum:  # it came meanwhile
+            self.process.send_signal(self.signum)
+        try:
+            return command, self.process.wait()
+        finally:
+            self.process = None
+
+    def handle(self, signum: int, _: Any) -> None:
+        """Passes a signal on to the stage, which knows how to end; the run ends after it."""
+        self.signum = self.signum or signum
+        if self.process is not None:
+            self.process.send_signal(signum)
+        elif not self.is_starting:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        say(f"sdzero run: ended by {name_of(self.signum)}. Go on with the same command")
+        requeue(self.signum)
+        sys.exit(status_of(self.signum))
 
     def _record(self, stage: Stage, record: dict[str, Any]) -> None:
         from sdzero.rollouts import write_text  # brings torch
@@ -141,6 +195,13 @@ def _check_engine(stage: Stage) -> None:
             f'{stage.config}: {key}: vLLM is not installed: pip install "sdzero[cuda]" (or "sdzero[cpu]"), '
             "or take --engine transformers"
         )
+
+
+def _faulted(code: int, folder: Path) -> bool:
+    """Whether native code hung or crashed in a process of the stage. Stacks are written then and only then; another
+    process of the stage may have been killed for it."""
+    stacks = folder / STACKS
+    return code in CRASHES or (stacks.exists() and stacks.stat().st_size > 0)
 
 
 def _going_on(stage: Stage, folder: Path) -> list[str]:
@@ -182,7 +243,9 @@ def main(arguments: list[str], check: Check) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         _acquire(lock, out)
-        Run(plan, out, lock, shlex.split(options.launch)).execute(check)
+        run = Run(plan, out, lock, shlex.split(options.launch))
+        with handling(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            run.execute(check)
 
 
 def parse(plan: Sequence[Stage], out: Path, check: Check) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ READERS: dict[str, Callable[[], L.Callback]] = {
     "samples": lambda: SampleWriter(every_n_steps=1),
     "token_kl": lambda: TokenKLRecorder(every_n_steps=1, num_responses=2),
 }
-NOT_READERS = {"ExportModel", "TeacherSync"}  # they act on the model; their own tests say how
+NOT_READERS = {"ExportModel", "Preemption", "TeacherSync"}  # they act on the model; their own tests say how
 
 
 def test_no_callback_is_forgotten() -> None:

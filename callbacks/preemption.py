@@ -1,0 +1,178 @@
+"""A run that is told to end: SIGTERM, or SLURM's SIGUSR1 before a time limit, saves at the next step boundary."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sdzero.endings import Stopped, end_now, name_of, requeue, say, status_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SECOND_SECONDS = 1.0
+"""A signal to a whole process group comes twice where a parent passes it on too."""
+
+
+class Preemption(L.Callback):
+    """Ends a fit at the next step boundary after SIGTERM or SIGUSR1, with a checkpoint from which it goes on.
+
+    A boundary is the end of a step or of a generate call of a validation, which is then made anew. All ranks agree
+    there: a signal may reach one of them only. The process ends with status 128 + signal. After the last step
+    the checkpoint is saved and the run goes on to its end. A second signal ends the process at once.
+
+    It takes the place of Lightning's own handlers, which talk to other ranks, and under SLURM save, in the midst of a
+    step. `sdzero fit` has it always; in a Trainer of your own it stands last in the list of callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._signum = 0  # the first that came
+        self._came_at = 0.0
+        self._before: dict[int, Any] = {}  # the handlers that were there
+        self._acts = False
+        self._is_over = False
+        self._says = True
+        self._saved: Path | None = None
+
+    # --- whose signals ------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._signum, self._saved, self._is_over = 0, None, False
+        self._before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self._says = trainer.is_global_zero
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._acts = True
+        self._install({signum: self._handle for signum in SIGNALS})  # Lightning puts these back after training
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._install(self._before)
+
+    on_predict_start = on_test_start
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._acts = False
+        self._install(self._before)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
+
+    @staticmethod
+    def _install(handlers: dict[int, Any]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: Any) -> None:
+        if not self._acts:  # Lightning has put this handler back after an exception
+            self._install(self._before)
+            signal.raise_signal(signum)
+        elif not self._signum:
+            self._signum, self._came_at = signum, time.monotonic()
+            when = "is over, and writes what is left" if self._is_over else "ends at the next step boundary"
+            if self._says:
+                say(f"{name_of(signum)}: the training {when}; a second signal ends it at once")
+        elif time.monotonic() - self._came_at >= SECOND_SECONDS:
+            end_now(status_of(signum))
+
+    # --- step boundaries ----------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._install({signum: self._handle for signum in SIGNALS})
+        if signum := self._agreed(trainer):
+            self._stop(trainer, signum)  # there is nothing new to save
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        signum = self._agreed(trainer)
+        if not signum or _validates_next(trainer):  # then its start is the boundary
+            return
+        if not _is_at_end(trainer):
+            # Lightning logs a step after this hook
+            trainer._logger_connector.update_train_step_metrics()
+        self._end(trainer, signum)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return self._install(self._before)
+        if not trainer.sanity_checking and (signum := self._agreed(trainer)):
+            self._end(trainer, signum)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and (signum := self._agreed(trainer)):
+            self._end(trainer, signum)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_over = True
+
+    def _agreed(self, trainer: L.Trainer) -> int:
+        """The signal that came to any rank; 0 where none did. Collective."""
+        tensor = torch.tensor(self._signum, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(tensor, reduce_op="max"))  # pyright: ignore[reportArgumentType] - a name
+
+    def _end(self, trainer: L.Trainer, signum: int) -> None:
+        at_end = _is_at_end(trainer)
+        if trainer.validating and not at_end:
+            _have_validation_made_anew(trainer)
+        if self._saved is None:
+            self._save(trainer)
+        if not at_end:
+            self._stop(trainer, signum)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        first = trainer.checkpoint_callback
+        own = first.dirpath if isinstance(first, ModelCheckpoint) else None
+        folder = Path(own or Path(trainer.default_root_dir) / "checkpoints")
+        older = [*folder.glob("preempted-*.ckpt")]
+        self._saved = folder / f"preempted-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(self._saved)
+        for path in older:
+            if path != self._saved:
+                trainer.strategy.remove_checkpoint(path)
+        if self._says:
+            say(f"saved {self._saved}")
+
+    def _stop(self, trainer: L.Trainer, signum: int) -> None:
+        if self._says:
+            say(f"ended by {name_of(signum)}: go on with --ckpt_path=newest, or with the same `sdzero run`")
+            requeue(signum)
+        trainer.strategy.barrier()  # a launcher may end rank 0 as soon as another rank has ended
+        # the launcher of Lightning kills rank 0 for another rank's status
+        is_follower = isinstance(_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
+        raise Stopped(0 if is_follower else status_of(signum))
+
+
+def _environment(trainer: L.Trainer) -> Any:
+    return getattr(trainer.strategy, "cluster_environment", None)
+
+
+def _validates_next(trainer: L.Trainer) -> bool:
+    """Whether this step's end is followed by a validation of something."""
+    loop = trainer.fit_loop.epoch_loop
+    assert trainer.fit_loop._data_fetcher is not None
+    return loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and not loop.val_loop.skip
+
+
+def _is_at_end(trainer: L.Trainer) -> bool:
+    """Whether no step follows."""
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
+    is_last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return is_last_step or trainer.should_stop or (trainer.is_last_batch and is_last_epoch)
+
+
+def _have_validation_made_anew(trainer: L.Trainer) -> None:
+    """Sets Lightning's counts to those of the first batch of a validation: it makes such a one anew, from its first
+    batch, when it goes on. Finished calls come from the journal then."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.reset()
+    progress.increment_ready()
+    progress.increment_started()
+    progress.current.reset()
