@@ -106,3 +106,18 @@ def test_faults_do_not_stop_the_stream() -> None:
     assert [name for name, _ in check.watch(weights())] == seen[1:] and len(seen) == 3
     with pytest.raises(EngineError, match=r"'odd\.weight' is no weight"):
         check.finish({})
+
+
+def test_a_projection_that_keeps_its_name_and_shape_is_compared() -> None:
+    """Adapters change nothing else: a skipped copy must show in it. Fused, packed and cut ones are left alone."""
+    names = ("mlp.down_proj.weight", "attn.o_proj.weight", "attn.q_proj.weight")
+    layout = WeightLayout(dict.fromkeys(names, torch.Size([4, 6])), frozenset(names))
+    held = {names[0]: torch.zeros(4, 6), names[1]: torch.zeros(4, 3)}  # engines fuse q_proj; o_proj is cut in two
+    check = SyncCheck(layout, held, torch.float32)
+    for name, tensor in check.watch((name, torch.full((4, 6), 1e-9)) for name in names):
+        if name == names[0]:
+            held[name].copy_(tensor)
+    assert check.finish(held)
+    held[names[0]][3, 5] = 0
+    with pytest.raises(EngineError, match=r"'mlp\.down_proj\.weight' of the engine differs.*\(1 such faults, 1 "):
+        check.finish(held)

@@ -1,7 +1,8 @@
 """Proof that a weight sync arrived: every weight once, and a few tensors equal to the bit on both sides.
 
 A missed sync at a learning rate of 5e-6 hides in bfloat16's noise; an exact checksum sees it. The compared tensors
-are those which engines keep as they are, without fusing or packing: embeddings, the head, norms, biases.
+are those which the engine keeps under their own name and in their own shape: all in `transformers`; in vLLM, which
+fuses and packs, embeddings, the head, norms and biases, and on a GPU the projections back into the residual stream.
 """
 
 from __future__ import annotations
@@ -103,14 +104,14 @@ class SyncCheck:
     def _is_comparable(self, name: str, tensor: Tensor) -> bool:
         if name not in self._held:
             return False
-        shape = self._held[name][0]
-        if tensor.dim() == 1:
-            return shape == tensor.shape
+        shape, dtype = self._held[name]
+        if shape == tensor.shape:
+            return dtype.is_floating_point and tensor.dim() > 0
         is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))  # engines pad it with more rows
         return is_vocabulary and len(shape) == 2 and shape[0] >= tensor.shape[0] and shape[1] == tensor.shape[1]
 
     def finish(self, held: Mapping[str, Tensor]) -> str:
-        """Checksum of all that was sent.
+        """Checksum of all that was sent, once the engine holds it.
 
         Raises:
             EngineError: something faulty was sent, or a compared tensor of the engine differs from what was sent.
@@ -119,6 +120,14 @@ class SyncCheck:
         self._faults += [f"{name!r} of the engine differs from what was sent" for name in wrong]
         if not self._compared:
             self._faults.append("the engine keeps no tensor in a form that can be compared with what was sent")
+        return self.checksum()
+
+    def checksum(self) -> str:
+        """Checksum of all that was sent.
+
+        Raises:
+            EngineError: something faulty was sent.
+        """
         if self._faults:
             raise EngineError(
                 f"weight sync: {self._faults[0]} ({len(self._faults)} such faults, {len(self._compared)} tensors "
