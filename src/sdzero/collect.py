@@ -104,6 +104,7 @@ class Collect:
         try:
             self.engine.warm_up()
             job = _Job(self._sampler(ranks), builder, questions, ranks)
+            self._say_idle(job)
             counts, kept = self._ask_all(job)
             chosen = self._draw(kept)  # the same on all ranks
             traces = self._chosen_traces(job, chosen)
@@ -125,6 +126,14 @@ class Collect:
         return Sampler(
             self.engine, self.task, journal, self.call_size, run_seed(), weights=weights, largest=ranks.largest
         )
+
+    def _say_idle(self, job: _Job) -> None:
+        num_chunks, num_engines = _num_chunks(job.questions, self.call_size), job.ranks.num_engines
+        if job.ranks.is_first and num_chunks < num_engines:
+            log.warning(
+                "call_size: %d questions are %d chunks of at most %d, so %d of %d engines have nothing to do",
+                *(len(job.questions), num_chunks, self.call_size, num_engines - num_chunks, num_engines),
+            )
 
     def _finish(
         self,

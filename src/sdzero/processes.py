@@ -39,9 +39,13 @@ class Ranks:
         """Whether its engine's prompts are this rank's; the others of the engine have none."""
         return self.rank % self.per_engine == 0
 
+    @property
+    def num_engines(self) -> int:
+        return self.world_size // self.per_engine
+
     def leader(self, number: int) -> int:
         """The rank that leads the engine whose turn it is at piece `number` of the work."""
-        return number % (self.world_size // self.per_engine) * self.per_engine
+        return number % self.num_engines * self.per_engine
 
     def takes(self, number: int) -> bool:
         """Whether piece `number` of the work is for this rank's engine."""

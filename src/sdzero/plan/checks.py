@@ -60,10 +60,10 @@ class Survey:
         return self.found
 
     def _check_processes(self, stage: str, config: Config, at: Machine) -> None:
-        file = _file(stage)
+        file, key = _file(stage), "devices" if stage == "collect" else "trainer.devices"
         if self.assumptions and at.on_gpu and at.world_size > self.assumptions.num_gpus:
             self.found.refusals.append(
-                f"{file}: trainer.devices asks for {at.world_size} GPUs; num_gpus of plan.yaml has "
+                f"{file}: {key} asks for {at.world_size} GPUs; num_gpus of plan.yaml has "
                 f"{self.assumptions.num_gpus}"
             )
         if at.world_size % at.num_shards:

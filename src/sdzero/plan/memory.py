@@ -82,10 +82,8 @@ class Moment:
 
 
 def machine(config: Config, num_gpus: int | None) -> Machine:
-    """Of a stage's trainer; collection, which has none, is one process."""
-    trainer = config.get("trainer")
-    if trainer is None:
-        return Machine(num_gpus is not None, 1, 1, FLOAT32)
+    """Of a stage's trainer; collection, which has none, names its devices itself and trains nothing."""
+    trainer = config.get("trainer") or {"accelerator": "auto", "strategy": "auto", "precision": "32-true", **config}
     on_gpu = trainer["accelerator"] in ("gpu", "cuda") or (trainer["accelerator"] == "auto" and num_gpus is not None)
     devices, nodes = trainer["devices"], trainer["num_nodes"]
     if isinstance(devices, list):
@@ -97,7 +95,7 @@ def machine(config: Config, num_gpus: int | None) -> Machine:
     strategy = trainer["strategy"]
     kind = strategy["class_path"].rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)
     num_shards = 1
-    if kind in ("FullShard", "FSDPStrategy", "fsdp"):
+    if kind in ("FullShard", "FSDP", "FSDPStrategy", "fsdp"):
         num_shards = world_size
     elif kind == "ModelParallelStrategy":
         size = strategy.get("init_args", {}).get("data_parallel_size", "auto")
