@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, TensorDataset
 
 from sdzero.checkpoints import PARTIAL, AtomicCheckpointIO, CheckpointError, manifest_path, newest_checkpoint
+from sdzero.seals import unseal
 
 
 def state(step: int, num_weights: int = 1000) -> dict:
@@ -73,9 +74,8 @@ def test_what_is_saved_is_loaded_and_the_manifest_names_it(tmp_path):
     loaded = AtomicCheckpointIO().load_checkpoint(path)
     assert loaded["global_step"] == 3 and torch.equal(loaded["weights"], state(3)["weights"])
     sha256 = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert json.loads(manifest_path(path).read_text()) == [
-        {"sha256": sha256, "size": path.stat().st_size, "global_step": 3}
-    ]
+    (entry,) = json.loads(manifest_path(path).read_text())
+    assert unseal(entry) == {"sha256": sha256, "size": path.stat().st_size, "global_step": 3} != entry
     assert sorted(p.name for p in path.parent.iterdir()) == ["step=3.ckpt", "step=3.ckpt.sha256.json"]
 
 

@@ -1,45 +1,41 @@
-"""One-file checkpoints that a kill, a full disk or a bad disk cannot silently spoil.
+"""Checkpoints that a kill, a full disk or a bad disk cannot silently spoil, in one file; and which one is the newest.
 
     save   : <name>.sdzero-partial in the SAME folder, fsync, os.replace, fsync the folder,
              then its manifest <name>.sha256.json in the same way
     load   : size and sha256 must be the manifest's
-    resume : `newest_checkpoint` walks back to the newest file that verifies
+    resume : `newest_checkpoint` walks back to the newest file, or folder of a sharded strategy, that verifies
 
 The manifest is a list of every content its file may rightly have: one, and two while a file of the same name
 (last.ckpt) is being replaced, so that a kill on either side of the replacement leaves a checkpoint that verifies.
+`sdzero.sharded_checkpoints` does the same for folders.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from sdzero.manifests import (
+    PARTIAL,
+    CheckpointError,
+    Content,
+    FolderContent,
+    contents,
+    manifest_path,
+    remove,
+    replacing,
+    tidy,
+    write_manifest,
+)
+
+__all__ = ["PARTIAL", "AtomicCheckpointIO", "CheckpointError", "manifest_path", "newest_checkpoint"]
+
 log = logging.getLogger(__name__)
-
-PARTIAL = ".sdzero-partial"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not what was written."""
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a checkpoint file holds. sha256: hex digest; size: bytes; global_step: optimizer steps taken."""
-
-    sha256: str
-    size: int
-    global_step: int
 
 
 class _HashingFile:
@@ -65,8 +61,8 @@ class _HashingFile:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves one-file checkpoints so that each of them is either whole and verified, or not there.
 
-    In a recipe: `trainer.plugins: [sdzero.checkpoints.AtomicCheckpointIO]`. FSDP and ModelParallel strategies write
-    their sharded folders without it. One process at a time may save into a folder.
+    In a recipe: `trainer.plugins: [sdzero.checkpoints.AtomicCheckpointIO]`. Sharded strategies write their folders
+    without it (`sdzero.strategies`). One process at a time may save into a folder.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -104,13 +100,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: there is no such file.
-            CheckpointError: the file's size or sha256 is not its manifest's.
+            CheckpointError: the file's size or sha256 is not its manifest's, or it is a sharded strategy's folder.
         """
         local = Path(path)
+        if local.is_dir():
+            raise CheckpointError(
+                f"{path} is the folder of a sharded strategy: resume with the strategy that wrote it, e.g. "
+                "--trainer.strategy sdzero.strategies.FullShard, which also runs in one process"
+            )
         if local.is_file():
-            contents = _contents(local)
-            faults = [_fault(local, content) for content in contents]
-            if not contents:
+            listed = contents(local)
+            faults = [content.fault(local) for content in listed]
+            if not listed:
                 log.warning("%s has no manifest: loading it unverified", local)
             elif all(faults):
                 raise CheckpointError(
@@ -120,77 +121,56 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes the file, then its manifest."""
-        super().remove_checkpoint(path)
-        manifest_path(Path(path)).unlink(missing_ok=True)
-
-
-def manifest_path(checkpoint: Path) -> Path:
-    """Where the manifest of a checkpoint file lies: beside it."""
-    return checkpoint.with_name(checkpoint.name + ".sha256.json")
+        """Removes the file, then its manifest; or a folder with all that is in it."""
+        remove(Path(path))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest `*.ckpt` file of a folder that verifies, by global step and then time of change; None without one.
+    """The newest `*.ckpt` of a folder that verifies, by global step and then time of change; None without one.
 
-    Logs a warning for each file it passes over, with the reason. Changes nothing on disk.
+    A checkpoint is a file, or the folder of a sharded strategy. Logs a warning for each that it passes over, with the
+    reason. Changes nothing on disk.
     """
-    found: list[tuple[int, int, Path, Content]] = []
-    for path in sorted(folder.glob("*.ckpt")):
-        if path.is_symlink() or not path.is_file():  # a link's target is here under its own name
-            continue
-        try:
-            contents = _contents(path)
-        except CheckpointError as error:
-            log.warning("passing over %s: %s", path, error)
-            continue
-        if not contents:
-            log.warning("passing over %s: it has no manifest, so its save was not finished", path)
-        found += [(content.global_step, path.stat().st_mtime_ns, path, content) for content in contents]
-    for _, _, path, content in sorted(found, key=lambda item: item[:2], reverse=True):
-        fault = _fault(path, content)
+    for path, content in finished_checkpoints(folder):
+        fault = content.fault(path)
         if fault is None:
             return path
         log.warning("passing over %s at step %d: %s", path, content.global_step, fault)
     return None
 
 
-def _fault(path: Path, content: Content) -> str | None:
-    """Why a file does not have that content; None if it has."""
-    size = path.stat().st_size
-    if size != content.size:
-        return f"it has {size} bytes where its manifest says {content.size}"
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if sha256 == content.sha256 else f"its sha256 is {sha256} where its manifest says {content.sha256}"
-
-
-def _contents(path: Path) -> list[Content]:
-    """What a checkpoint's manifest lists; [] without a manifest."""
-    manifest = manifest_path(path.resolve())
-    try:
-        return [Content(**entry) for entry in json.loads(manifest.read_text())]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"its manifest {manifest} cannot be read: {error}") from error
+def finished_checkpoints(folder: Path) -> list[tuple[Path, Content | FolderContent]]:
+    """The checkpoints of a folder whose save was finished, newest first, with what they should hold."""
+    found: list[tuple[int, int, Path, Content | FolderContent]] = []
+    for path in folder.glob("*.ckpt"):
+        if path.is_symlink():  # a link's target is here under its own name
+            continue
+        try:
+            listed = contents(path)
+        except CheckpointError as error:
+            log.warning("passing over %s: %s", path, error)
+            continue
+        if not listed:
+            log.warning("passing over %s: it has no manifest, so its save was not finished", path)
+        changed = manifest_path(path) if path.is_dir() else path
+        found += [(content.global_step, changed.stat().st_mtime_ns, path, content) for content in listed]
+    found.sort(key=lambda item: item[:3], reverse=True)
+    return [(path, content) for _, _, path, content in found]
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for partial in path.parent.glob(f"*{PARTIAL}"):
-        log.info("removing %s, left by a save that was killed", partial)
-        partial.unlink(missing_ok=True)
+    tidy(path.parent)
     try:
-        old = _contents(path)
+        old = [content for content in contents(path) if isinstance(content, Content)]
     except CheckpointError as error:
         log.warning("replacing %s: %s", path, error)
         old = []
-    with _replacing(path) as file:
+    with replacing(path) as file:
         new = _torch_save(checkpoint, file)
         if old:
-            _write_manifest(path, [new, *old])
-    _write_manifest(path, [new])
+            write_manifest(path, [new, *old])
+    write_manifest(path, [new])
 
 
 def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> Content:
@@ -203,27 +183,3 @@ def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> Content:
             raise sink.error from None
         raise
     return Content(sink.digest.hexdigest(), sink.size, int(checkpoint.get("global_step", 0)))
-
-
-def _write_manifest(path: Path, contents: list[Content]) -> None:
-    with _replacing(manifest_path(path)) as file:
-        file.write(json.dumps([asdict(content) for content in contents], indent=1).encode() + b"\n")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that appears under `path` whole and durable, or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # gone already where it replaced the old file
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else a power cut may undo the replacement
-    finally:
-        os.close(folder)

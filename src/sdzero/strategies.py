@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from sdzero.sharded_checkpoints import AtomicFolders
 
 T = TypeVar("T")
 
 
-class FullShard(ModelParallelStrategy):
+class FullShard(AtomicFolders, ModelParallelStrategy):
     """FSDP2: student and teacher are each sharded, decoder layer by decoder layer, over all processes of all nodes.
 
     Lightning's own `data_parallel_size: auto` is the number of nodes. This is the whole number of processes, so that
@@ -40,6 +42,10 @@ class FullShard(ModelParallelStrategy):
         super().__init__(1, tensor_parallel_size, save_distributed_checkpoint, timeout=timeout)
         self.tensor_parallel_size = tensor_parallel_size
 
+    @property
+    def writes_folders(self) -> bool:
+        return self._save_distributed_checkpoint
+
     def setup_environment(self) -> None:
         num_processes = self.num_nodes * self.num_processes
         if num_processes % self.tensor_parallel_size:
@@ -51,6 +57,19 @@ class FullShard(ModelParallelStrategy):
         if self.root_device.type == "cuda":  # under model.cpu_offload gradients are reduced in host memory
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
+
+
+class FSDP(AtomicFolders, FSDPStrategy):
+    """Lightning's FSDPStrategy (FSDP1), whose checkpoint folders are whole and verified, or not there."""
+
+    @property
+    def writes_folders(self) -> bool:
+        return self._state_dict_type == "sharded"
+
+    def setup(self, trainer: L.Trainer) -> None:
+        super().setup(trainer)
+        # batches hold no tensor to convert, and Lightning fails to look into frozen dataclasses for one
+        self.precision_plugin.convert_input = lambda data: data
 
 
 @dataclass(frozen=True)

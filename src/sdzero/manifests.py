@@ -1,0 +1,189 @@
+"""Checkpoints on disk: what each of them rightly holds, and how one takes the place of another.
+
+A file's manifest lies beside it (<name>.sha256.json), a folder's is the last file written into it (sha256.json).
+A checkpoint without one was not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from sdzero.seals import seal, unseal
+
+log = logging.getLogger(__name__)
+
+PARTIAL = ".sdzero-partial"
+"""Ends the name of what is being written, or removed."""
+OLD = ".sdzero-old"
+"""In the name of a folder whose successor is just being put in its place. It is a checkpoint like any other."""
+MANIFEST = "sha256.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint file holds. sha256: hex digest; size: bytes; global_step: optimizer steps taken."""
+
+    sha256: str
+    size: int
+    global_step: int
+
+    def fault(self, path: Path) -> str | None:
+        """Why the file does not hold that; None if it does."""
+        return _fault(path, self.sha256, self.size)
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What a checkpoint folder holds.
+
+    Attributes:
+        global_step: optimizer steps taken.
+        num_ranks: processes that wrote it.
+        files: name -> (sha256, size in bytes), all files but the manifest.
+    """
+
+    global_step: int
+    num_ranks: int
+    files: dict[str, tuple[str, int]]
+
+    def fault(self, path: Path, files: Collection[str] | None = None) -> str | None:
+        """Why the folder does not hold that; None if it does. `files`: those to look at; None looks at all."""
+        for name in sorted(self.files if files is None else files):
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if fault := _fault(path / name, *self.files[name]):
+                return f"{name}: {fault}"
+        return None
+
+
+def _fault(path: Path, sha256: str, size: int) -> str | None:
+    found_size = path.stat().st_size
+    if found_size != size:
+        return f"it has {found_size} bytes where its manifest says {size}"
+    found = file_sha256(path)
+    return None if found == sha256 else f"its sha256 is {found} where its manifest says {sha256}"
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_path(checkpoint: Path) -> Path:
+    """Where the manifest of a checkpoint lies: beside a file, inside a folder."""
+    if checkpoint.is_dir():
+        return checkpoint / MANIFEST
+    return checkpoint.with_name(f"{checkpoint.name}.{MANIFEST}")
+
+
+def contents(path: Path) -> list[Content] | list[FolderContent]:
+    """What a checkpoint's manifest lists: of a file that is being replaced both contents; [] without a manifest.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    manifest = manifest_path(path.resolve())
+    try:
+        entries = [unseal(entry) for entry in json.loads(manifest.read_text())]
+        if path.is_dir():
+            return [FolderContent(**{**e, "files": {n: (s, z) for n, (s, z) in e["files"].items()}}) for e in entries]
+        return [Content(**entry) for entry in entries]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"its manifest {manifest} cannot be read: {error}") from error
+
+
+def write_manifest(path: Path, listed: Iterable[Content | FolderContent]) -> None:
+    with replacing(manifest_path(path)) as file:
+        file.write(json.dumps([seal(asdict(content)) for content in listed], indent=1).encode() + b"\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that appears under `path` whole and durable, or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # gone already where it replaced the old file
+    sync(path.parent)  # else a power cut may undo the replacement
+
+
+def sync(path: Path) -> None:
+    """Has a file, or a folder's list of names, on the disk when it returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Renames a finished folder to `path`. What was there is a checkpoint until the new one is."""
+    old = path.with_name(path.stem + OLD + path.suffix)
+    if path.exists():
+        _move(path, old)
+    os.replace(folder, path)
+    sync(path.parent)
+    remove(old)
+
+
+def _move(path: Path, to: Path) -> None:
+    manifest = None if path.is_dir() else manifest_path(path)
+    os.replace(path, to)
+    if manifest is not None and manifest.exists():
+        os.replace(manifest, manifest_path(to))
+
+
+def tidy(folder: Path) -> None:
+    """Removes what killed saves left in a folder, and puts back what they had moved out of their way."""
+    for old in folder.glob(f"*{OLD}*"):
+        path = old.with_name(old.name.replace(OLD, ""))
+        if old.name.endswith((PARTIAL, MANIFEST)):
+            continue
+        if path.exists():
+            remove(old)
+        else:
+            log.warning("%s is back in its place: the save that was to replace it was killed", path)
+            _move(old, path)
+    for partial in folder.glob(f"*{PARTIAL}"):
+        log.info("removing %s, left by a save that was killed", partial)
+        _delete(partial)
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint and its manifest. A kill leaves it whole, or no checkpoint."""
+    if path.is_dir() and not path.is_symlink():
+        partial = path.with_name(path.name + PARTIAL)
+        _delete(partial)
+        os.replace(path, partial)
+        _delete(partial)
+        return
+    path.unlink(missing_ok=True)
+    if not path.is_symlink():
+        manifest_path(path).unlink(missing_ok=True)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""Ranks forked from a process that has imported everything: a run of two ranks costs its steps, not its imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+SECONDS = 120.0
+
+
+def forked(num_ranks: int, log: Path, work: Callable[[int], None]) -> list[int]:
+    """Runs `work(rank)` in processes of its own, as torchrun would start them; returns their exit codes.
+
+    They say what they say to `log`. Those that are still there after SECONDS are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [os.fork() or _child(rank, num_ranks, port, log, work) for rank in range(num_ranks)]
+    return _wait(children)
+
+
+def _child(rank: int, num_ranks: int, port: int, log: Path, work: Callable[[int], None]) -> int:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(num_ranks), "RANK": str(rank)}
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = 1
+    try:
+        work(rank)
+        code = 0
+    except BaseException:  # noqa: BLE001 - a fork must never return into its parent's code
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(children: list[int]) -> list[int]:
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + SECONDS
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                codes[child] = os.waitstatus_to_exitcode(ended[1])
+        if time.monotonic() > deadline:
+            for child in children:
+                if child not in codes:
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
