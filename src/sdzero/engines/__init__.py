@@ -6,13 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdzero.engines.remote import RemoteVLLMEngine
     from sdzero.engines.scripted import ScriptedEngine
     from sdzero.engines.transformers import TransformersEngine
     from sdzero.engines.vllm import VLLMEngine
 
-__all__ = ["ScriptedEngine", "TransformersEngine", "VLLMEngine"]
+__all__ = ["RemoteVLLMEngine", "ScriptedEngine", "TransformersEngine", "VLLMEngine"]
 
-_MODULES = {"ScriptedEngine": "scripted", "TransformersEngine": "transformers", "VLLMEngine": "vllm"}
+_MODULES = {
+    "RemoteVLLMEngine": "remote",
+    "ScriptedEngine": "scripted",
+    "TransformersEngine": "transformers",
+    "VLLMEngine": "vllm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,266 @@
+"""A vLLM server elsewhere: other GPUs, or another machine, sample while the trainer trains."""
+
+from __future__ import annotations
+
+import faulthandler
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch import distributed as dist
+
+from sdzero.engines.base import (
+    EngineDied,
+    EngineError,
+    EngineSpec,
+    OnTokens,
+    Piece,
+    RolloutEngine,
+    SyncReport,
+    ignore,
+    preserved_rng,
+)
+from sdzero.engines.checks import SyncCheck, WeightLayout
+from sdzero.engines.remote.client import Client
+from sdzero.engines.remote.server import GENERATE, check_server, wait_until_up
+from sdzero.engines.remote.weights import Digests, FolderTransport, NCCLTransport, Transport
+from sdzero.prompts import PromptBuilder
+from sdzero.seeds import derive_seed
+from sdzero.types import Prompt, Rollout, Sampling
+
+_GRACE_SECONDS = 60.0  # past the deadline, before a transfer that hangs in NCCL ends the process
+_STDERR = 2
+_FAULTS = (RuntimeError, OSError, ValueError, SafetensorError)  # of a transfer: EngineError, NCCL, a full disk, ...
+
+
+class RemoteVLLMEngine(RolloutEngine):
+    """vLLM servers that were started apart from the trainer, and are fed by `sync`.
+
+    Each rank asks one server, rank 0 hands the weights to all of them. Each response has a seed of its own, so a
+    repeated call repeats its tokens as far as the server's arithmetic does: what else it computes at the time decides
+    how products are added up. Every response names the weights that drew it, by their checksum: those of another
+    trainer, or of a server that was started again, are refused.
+
+    Args:
+        urls: of the servers, as `http://node7:8000`; ranks take turns.
+        folder: weights are handed over as files in this folder, which trainer and servers see under the same path
+            (/dev/shm on one machine); null sends them by NCCL, from GPU to GPU, to one server.
+        deadline_seconds: limit of one generate call, and of one transfer; passing it raises EngineError.
+        start_seconds: how long the start waits for servers that are not up yet.
+    """
+
+    is_remote = True
+
+    def __init__(
+        self,
+        urls: list[str],
+        folder: Path | None = None,
+        deadline_seconds: float = 3600.0,
+        start_seconds: float = 300.0,
+    ) -> None:
+        if not urls:
+            raise ValueError("urls is empty: name the vLLM server, as http://node7:8000")
+        if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"urls: {wrong[0]!r} does not begin with http:// or https://")
+        if folder is None and len(urls) > 1:
+            raise ValueError("urls names several servers: these need a folder, NCCL serves one")
+        if deadline_seconds <= 0 or start_seconds <= 0:
+            raise ValueError("deadline_seconds and start_seconds must be positive")
+        self.urls = [url.rstrip("/") for url in urls]
+        self.folder = folder
+        self.deadline_seconds = deadline_seconds
+        self.start_seconds = start_seconds
+
+    def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
+        """Raises: ValueError if a server lacks what is needed; names it, and how to start the server."""
+        self._spec, self._builder, self._dtype = spec, builder, getattr(torch, spec.dtype)
+        self._layout = WeightLayout.of_pretrained(spec.model_path)
+        self._url = self.urls[_rank() % len(self.urls)]
+        self._client = Client()
+        self._transport: Transport | None = None
+        self._sent, self._held = "", dict[str, Any]()  # checksum of the last weights, and the servers' digests of them
+        self._label = ""
+        tied = len(self._layout.required) < len(self._layout.shapes)
+        try:
+            for url in self.urls:
+                wait_until_up(self._client, url, self.start_seconds)
+            self._servers = {
+                url: check_server(self._client, url, spec, tied, self.folder is not None) for url in self.urls
+            }
+        except BaseException:
+            self._client.close()
+            raise
+        if spec.load_weights:
+            self._sync_from_files()
+
+    def _sync_from_files(self) -> None:
+        """A server may hold what another stage left in it."""
+        from transformers import AutoModelForCausalLM
+
+        with preserved_rng():
+            path = self._spec.model_path
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype) if _rank() == 0 else None
+        self.sync(model.named_parameters() if model is not None else (), 0)
+
+    # --- weights --------------------------------------------------------------------------------
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        started = perf_counter()
+        self.policy_version = None  # a sync that breaks off leaves an engine that refuses to generate
+        if _world_size() > 1:
+            dist.barrier()  # no rank may still be drawing from the old weights
+        weights = iter(weights)
+        outcome: list[Any] = ["", "", "", False]  # checksum, label, fault, whether a server died
+        if _rank() == 0:
+            try:
+                outcome[:2] = self._hand_over(weights, policy_version)
+            except _FAULTS as error:
+                outcome[2:] = f"{type(error).__name__}: {error}", isinstance(error, EngineDied)
+        deque(weights, 0)  # gathering them takes every rank, to the end
+        if _world_size() > 1:
+            dist.broadcast_object_list(outcome)
+        checksum, self._label, fault, died = outcome
+        if fault:
+            kind = EngineDied if died else EngineError
+            raise kind(f"weights of policy version {policy_version} did not reach the vLLM server. {fault}")
+        self.policy_version = policy_version
+        return SyncReport(perf_counter() - started, checksum)
+
+    def _hand_over(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> tuple[str, str]:
+        """The checksum of the weights, and their name on the servers."""
+        check, digests = SyncCheck(self._layout, {}, self._dtype), Digests(self._dtype)
+        pairs = (pair for pair in digests.watch(check.watch(weights)) if pair[0] in self._layout.required)
+        with self._paused():
+            with self._guarded():
+                self._connected().send(pairs)
+            checksum = check.checksum()
+            label = f"{policy_version}-{checksum}"
+            if any(server.repacks for server in self._servers.values()):
+                self._post_all("/collective_rpc", {"method": "repack_heads"})
+            if not all(answer["success"] for answer in self._post_all("/reset_prefix_cache")):
+                raise EngineError("a vLLM server could not drop its cached prefixes, which belong to older weights")
+            self._compare(digests, checksum)
+            self._post_all("/update_weight_version", {"new_version": label})
+        for url in self.urls:
+            if (version := self._client.get(f"{url}/weight_info")["weight_version"]) != label:
+                raise EngineError(f"the vLLM server at {url} holds weights {version}, not {label}")
+        return checksum, label
+
+    def _compare(self, digests: Digests, checksum: str) -> None:
+        """Raises: EngineError if a server's weights differ where they can be compared, or did not change with ours."""
+        held = [answer["checksums"] for answer in self._post_all("/weight_checker", {"action": "checksum"})]
+        for url, own in zip(self.urls, held, strict=True):
+            digests.compare(url, own, self._servers[url].world_size)
+            if self._sent not in ("", checksum) and own == self._held[url]:
+                raise EngineError(f"weight sync: the vLLM server at {url} holds the weights of the sync before: stale")
+        self._sent, self._held = checksum, dict(zip(self.urls, held, strict=True))
+
+    def _connected(self) -> Transport:
+        """Made at the first sync: with NCCL both sides meet."""
+        if self._transport is None:
+            if self.folder is not None:
+                self._transport = FolderTransport(
+                    self._client, self.urls, self.folder, self._dtype, self.deadline_seconds
+                )
+            else:
+                num_workers = self._servers[self._url].world_size
+                self._transport = NCCLTransport(
+                    self._client, self._url, self._layout, num_workers, self._dtype, self.deadline_seconds
+                )
+        return self._transport
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Requests that run are finished first, those of others too; new ones wait."""
+        self._post_all("/pause?mode=wait")
+        try:
+            yield
+        finally:
+            self._post_all("/resume")
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """NCCL waits for good for a server that died: a watchdog ends the process, with its stacks on stderr."""
+        if self.folder is None:
+            faulthandler.dump_traceback_later(self.deadline_seconds + _GRACE_SECONDS, exit=True, file=_STDERR)
+        try:
+            yield
+        finally:
+            if self.folder is None:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _post_all(self, path: str, body: Any = None) -> list[Any]:
+        return self._client.post_all([(f"{url}{path}", body) for url in self.urls], self.deadline_seconds)
+
+    # --- sampling -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: int,
+        policy_version: int,
+        on_tokens: OnTokens = ignore,
+        begun: Sequence[Piece] = (),
+    ) -> list[Rollout]:
+        self._check_version(policy_version)
+        self._check_lengths(prompts, sampling, self._spec.max_model_len)
+        label, url = self._label, f"{self._url}{GENERATE}"
+        bodies = [self._request(prompt, sampling, derive_seed(seed, place)) for place, prompt in enumerate(prompts)]
+        answers = self._client.post_all([(url, body) for body in bodies], self.deadline_seconds)
+        return [self._read(p, answer, label, sampling) for p, answer in zip(prompts, answers, strict=True)]
+
+    def _request(self, prompt: Prompt, sampling: Sampling, seed: int) -> dict[str, Any]:
+        """Every option that changes what is sampled: left out, it would come from the model's own defaults."""
+        params = {
+            "max_tokens": sampling.max_new_tokens,
+            "min_tokens": 0,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": seed,
+            "stop_token_ids": sorted(self._builder.end_ids),
+            "ignore_eos": True,  # the builder's end-of-turn tokens are the only ones
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+        return {"token_ids": list(prompt.token_ids), "sampling_params": params}
+
+    def _read(self, prompt: Prompt, answer: Any, label: str, sampling: Sampling) -> Rollout:
+        name = prompt.question.id
+        choices = answer["choices"]
+        if len(choices) != 1 or choices[0]["finish_reason"] not in ("stop", "length"):
+            raise EngineDied(f"vLLM gave up question {name!r}: {[c['finish_reason'] for c in choices]}")
+        [choice] = choices
+        if others := {span["version"] for span in choice["weight_versions"] or ()} - {label}:
+            raise EngineDied(
+                f"the response to question {name!r} was drawn from weights {sorted(others)}, not {label}: another "
+                "trainer uses the vLLM server, or it was started again"
+            )
+        logprobs = [at["logprob"] for at in choice["logprobs"]["content"]]
+        return self._rollout(self._builder, prompt, choice["token_ids"], logprobs, sampling.max_new_tokens)
+
+    def close(self) -> None:
+        """Gives up what is under way and leaves the servers running."""
+        self.policy_version = None
+        if self._transport is not None:
+            self._transport.close()
+        self._client.close()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
