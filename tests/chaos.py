@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -95,11 +96,13 @@ def _ended(run: Started) -> None:
 def harass(whole: Path, out: Path, rng: random.Random, num_kills: int) -> Iterator[Kill]:
     """Kills a run in `out` until it ends, `num_kills` times at most; then lets it end, and compares it with `whole`.
 
-    It starts with the base and the evaluations that `whole` has.
+    It has the first stages of `whole` from the start, as many as chance will: the later ones get their share of kills.
     """
     lineage = read_json(whole / "lineage.json")
-    given = {name: record for name, record in lineage.items() if name.startswith("base")}
-    shutil.copytree(whole / "base", out / "base")
+    first = rng.choice(("collect", "srt", "self_distill"))
+    given = dict(takewhile(lambda item: item[0] != first, lineage.items()))
+    for name in given:
+        shutil.copytree(whole / name, out / name, dirs_exist_ok=True)
     (out / "lineage.json").write_text(json.dumps(given))
     seconds = {name: record["seconds"] for name, record in lineage.items()}
     for _ in range(num_kills):
