@@ -27,8 +27,8 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, [int(key) for key in keys], position, has_gauss, cached],
+        "python": [version, torch.tensor(numbers), gauss],
+        "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
@@ -54,9 +54,9 @@ def restore(states: list[dict[str, Any]], device: torch.device, rank: int, num_r
         return
     own = states[rank]
     version, numbers, gauss = own["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    random.setstate((version, tuple(numbers.tolist()), gauss))
     kind, keys, *rest = own["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(own["torch"])
     if device.type == "cuda" and "cuda" in own:
         torch.cuda.set_rng_state(own["cuda"], device)

@@ -5,11 +5,13 @@ python checkpoint_ranks.py MODEL_FOLDER OUT_FOLDER
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from distributed.forked import forked
 from distributed.train_stored import items
+from sdzero import sharded_checkpoints
 from sdzero.callbacks import TeacherSync
 from sdzero.checkpoints import AtomicCheckpointIO
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Schedule, SelfDistill
 from sdzero.methods.base import BUDGET, FAULTS
 from sdzero.models import ModelConfig
+from sdzero.seeds import derive_seed
 from sdzero.strategies import FSDP, FullShard
 from sdzero.types import RolloutBatch
 from sdzero.weights import full_weights
@@ -64,13 +68,15 @@ class Draws(L.Callback):
 
 def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, max_steps: int) -> None:
     """`root/figures-rank*.pt` in the end. The random states differ from rank to rank and from run to run."""
-    seed = hash((root.name, os.environ["RANK"])) % 2**31
-    L.seed_everything(seed)
+    seed = derive_seed(root.name, os.environ["RANK"])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     method = SelfDistill(
         ModelConfig(model),
         # AdamW would blow up the last digits, in which one rank and two differ
         optimizer=lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9),
-        schedule=Schedule("cosine", warmup_steps=2),
+        schedule=Schedule("constant", warmup_steps=2),
         max_tokens_per_micro_batch=160,
     )
     data, draws = Stored(3), Draws()
@@ -98,28 +104,62 @@ def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, m
     torch.save(figures, root / f"figures-rank{trainer.global_rank}.pt")
 
 
+def fail(error: BaseException | None) -> None:
+    """Of the files that this process hashes, the third brings it down, or cannot be read."""
+    hashes = iter(range(3))
+    real = sharded_checkpoints.file_sha256
+
+    def failing(path: Path) -> str:
+        if next(hashes) < 2:
+            return real(path)
+        if error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise error or AssertionError
+
+    sharded_checkpoints.file_sha256 = failing
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[2])
-    only = sys.argv[3:]
     codes: dict[str, list[int]] = {}
 
-    def run(name: str, strategy: str, ranks: int, start: str | None = None, max_steps: int = NUM_STEPS) -> None:
-        if only and name not in only:
-            return
+    def run(
+        name: str,
+        strategy: str,
+        ranks: int,
+        start: str | None = None,
+        max_steps: int = NUM_STEPS,
+        before: Callable[[int], None] = lambda rank: None,
+    ) -> None:
         root, checkpoint = out / name, None if start is None else out / start
-        root.mkdir(parents=True, exist_ok=True)
-        codes[name] = forked(
-            ranks, out / f"{name}.log", lambda _: fit(model, root, strategy, ranks, checkpoint, max_steps)
-        )
+        root.mkdir(parents=True)
 
+        def work(rank: int) -> None:
+            before(rank)
+            fit(model, root, strategy, ranks, checkpoint, max_steps)
+
+        codes[name] = forked(ranks, root / "rank", work)
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     run("whole", "sharded", 2)
     run("same", "sharded", 2, "whole/checkpoints/step=3.ckpt")
     run("one", "sharded", 1, "whole/checkpoints/step=2.ckpt", 4)
     run("back", "sharded", 2, "one/checkpoints/step=4.ckpt")
     run("plain", "plain", 1, None, 3)
-    run("from_plain", "one_file", 2, "plain/checkpoints/step=3.ckpt", 4)
-    run("to_plain", "plain", 1, "from_plain/checkpoints/step=4.ckpt")
-    run("fsdp1", "fsdp1", 2)
+    run("file", "one_file", 2, "plain/checkpoints/step=3.ckpt", 5)
+    run("from_file", "plain", 1, "file/checkpoints/step=5.ckpt")
+    run("fsdp1", "fsdp1", 2, None, 3)
+    run("fsdp1_same", "fsdp1", 2, "fsdp1/checkpoints/step=2.ckpt", 3)
+    run("failed", "sharded", 2, before=lambda rank: fail(full) if rank == 1 else None)
+    run("killed", "sharded", 2, before=lambda rank: fail(None) if rank == 1 else None)
+    flip_a_bit(out / "killed/checkpoints/step=1.ckpt/__1_0.distcp")
+    run("damaged", "sharded", 2, "killed/checkpoints/step=1.ckpt")
     (out / "codes.json").write_text(json.dumps(codes))
 
 

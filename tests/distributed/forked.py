@@ -14,15 +14,17 @@ from pathlib import Path
 SECONDS = 120.0
 
 
-def forked(num_ranks: int, log: Path, work: Callable[[int], None]) -> list[int]:
+def forked(num_ranks: int, logs: Path, work: Callable[[int], None]) -> list[int]:
     """Runs `work(rank)` in processes of its own, as torchrun would start them; returns their exit codes.
 
-    They say what they say to `log`. Those that are still there after SECONDS are killed.
+    Each says what it says to `logs`, a name to which its rank is added. Those still there after SECONDS are killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [os.fork() or _child(rank, num_ranks, port, log, work) for rank in range(num_ranks)]
+    children = [
+        os.fork() or _child(rank, num_ranks, port, Path(f"{logs}{rank}.log"), work) for rank in range(num_ranks)
+    ]
     return _wait(children)
 
 
