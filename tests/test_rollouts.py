@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from helpers import Toy
 from sdzero import rollouts
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import EngineSpec, OnTokens, Piece, RolloutEngine, ignore, is_complete
+from sdzero.engines.base import EngineDied, EngineSpec, OnTokens, Piece, RolloutEngine, ignore, is_complete
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler, read_jsonl, read_traces, score, write_text, write_traces
 from sdzero.seeds import derive_seed
@@ -387,7 +387,8 @@ def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBui
     said: list[list[int]] = []
 
     def run(rank: int, others: list[int]) -> Stepping:
-        """What `largest` hears of the other rank: its number of calls, whether it lacks the call, its tokens."""
+        """What `largest` hears of the other rank: its number of calls, whether it lacks the call, its tokens, and
+        whether its engine died."""
         engine, heard = Stepping(), iter(others)
         one = sampler(builder, tmp_path / str(rank), 5, rank, engine=engine)
 
@@ -404,14 +405,23 @@ def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBui
     num_kept = sum(map(len, partial(tmp_path / "0").values()))
     scored = sampler(builder, tmp_path / "1", 5, 1, engine=Stepping()).sample(prompts(builder, 2), SAMPLING, "g", 0)
     num_whole = sum(len(s.rollout.token_ids) for s in scored)
-    [(seed, first)], [(other_seed, second)] = run(0, [1, 0, num_whole]).calls, run(1, [1, 1, num_kept]).calls
-    assert 0 < len(first) <= 5 and second == [] and said == [[1, 1, num_kept], [1, 0, num_whole]]
+    [(seed, first)], [(other_seed, second)] = run(0, [1, 0, num_whole, 0]).calls, run(1, [1, 1, num_kept, 0]).calls
+    assert 0 < len(first) <= 5 and second == [] and said == [[1, 1, num_kept, 0], [1, 0, num_whole, 0]]
     largest = max(num_kept, num_whole)
     assert [seed, other_seed] == [derive_seed(derive_seed(7, "g", 0, rank), "rest", largest) for rank in (0, 1)]
     for rank, num in ((0, 5), (1, 2)):
         assert [len(row["responses"]) for row in read_jsonl(tmp_path / f"{rank}/g.jsonl")][-1] == num
     again = sampler(builder, tmp_path / "1", 5, 1, engine=Stepping(0)).sample(prompts(builder, 2), SAMPLING, "g", 0)
     assert again == scored
+
+
+def test_ranks_that_share_an_engine_learn_of_its_death_together(builder: PromptBuilder, tmp_path: Path) -> None:
+    """One that has finished the call keeps it, and makes no other alone."""
+    one = sampler(builder, tmp_path, 2, engine=Stepping())
+    one.largest = lambda value: 1 if one.engine.calls else max(value, 1)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(EngineDied, match="another rank that shares it"):
+        one.sample(prompts(builder, 2), SAMPLING, "g", 0)
+    assert [len(row["responses"]) for row in read_jsonl(tmp_path / "g.jsonl")] == [2]
 
 
 # --- scores ---------------------------------------------------------------------------------------

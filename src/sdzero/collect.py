@@ -22,10 +22,11 @@ from sdzero.engines.base import EngineSpec, RolloutEngine
 from sdzero.models import ModelConfig, folder_sha256
 from sdzero.processes import Ranks, launch
 from sdzero.prompts import PromptBuilder
+from sdzero.restarts import Restarts
 from sdzero.rollouts import CallJournal, Sampler, write_text, write_traces
 from sdzero.seeds import derive_seed, run_seed
 from sdzero.tasks.base import Task
-from sdzero.types import Question, Sampling, ScoredRollout, Split, Trace
+from sdzero.types import Prompt, Question, Sampling, ScoredRollout, Split, Trace
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class _Job:
     builder: PromptBuilder
     questions: Sequence[Question]
     ranks: Ranks
+    restarts: Restarts
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, group: str) -> list[ScoredRollout]:
+        return self.restarts.draw(lambda: self.sampler.sample(prompts, sampling, group, 0))
 
 
 @dataclass
@@ -62,6 +67,8 @@ class Collect:
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
         devices: processes on each node, one a GPU; `auto` takes all GPUs that it sees, or one process without any.
         num_nodes: nodes; several need a launcher such as torchrun or srun.
+        max_engine_restarts: times that an engine which died, returned nothing or passed its deadline is started anew
+            before the collection stops.
     """
 
     model: ModelConfig
@@ -81,8 +88,11 @@ class Collect:
     engine_dtype: str = "float32"
     devices: int | Literal["auto"] = 1
     num_nodes: int = 1
+    max_engine_restarts: int = 2
 
     def __post_init__(self) -> None:
+        if self.max_engine_restarts < 0:
+            raise ValueError(f"max_engine_restarts must be at least 0, got {self.max_engine_restarts}")
         for name in ("num_questions", "num_initial", "num_revisions", "call_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -100,10 +110,17 @@ class Collect:
         spec = EngineSpec(self.model.path, self._max_model_len(builder, questions), self.engine_dtype, True)
         ranks = launch(self.devices, self.num_nodes, getattr(self.engine, "tensor_parallel_size", 1))
         self.out.mkdir(parents=True, exist_ok=True)
-        self.engine.start(spec, builder)
-        try:
+
+        def start(again: bool) -> None:
+            if again:
+                self.engine.close()
+            self.engine.start(spec, builder)
             self.engine.warm_up()
-            job = _Job(self._sampler(ranks), builder, questions, ranks)
+
+        try:
+            start(again=False)
+            restarts = Restarts(self.max_engine_restarts, lambda _: start(again=True), ranks.largest)
+            job = _Job(self._sampler(ranks), builder, questions, ranks, restarts)
             self._say_idle(job)
             counts, kept = self._ask_all(job)
             chosen = self._draw(kept)  # the same on all ranks
@@ -180,10 +197,10 @@ class Collect:
         """
         asked = job.questions[chunk * self.call_size : (chunk + 1) * self.call_size] if job.ranks.leads else []
         prompts = [job.builder.prompt(q) for q in asked for _ in range(self.num_initial)]
-        initial = job.sampler.sample(prompts, self.sampling, f"{chunk:05d}-initial", 0)
+        initial = job.sample(prompts, self.sampling, f"{chunk:05d}-initial")
         # revisions of one answer stand side by side, so that the engine shares their prefix
         revision_prompts = [job.builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)]
-        revised = job.sampler.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision", 0)
+        revised = job.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision")
         n = self.num_revisions
         return [(first, revised[i * n : (i + 1) * n]) for i, first in enumerate(initial)]
 

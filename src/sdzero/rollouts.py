@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdzero.engines.base import OnTokens, Piece, RolloutEngine
+from sdzero.engines.base import EngineDied, OnTokens, Piece, RolloutEngine
 from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Trace, Verdict
@@ -234,21 +234,58 @@ class Sampler:
         With `keep_partial`, an engine that allows it continues each response of a call that was cut short from its
         tokens so far. (Were only finished responses kept and the long ones drawn anew, short ones would be favoured.)
         """
-        keep = keep_partial and self.engine.keeps_partial
         scored: list[ScoredRollout] = []
-        for call in range(self.largest(-(-len(prompts) // self.call_size))):
-            mine = prompts[call * self.call_size : (call + 1) * self.call_size]
-            rollouts = self._call(mine, sampling, group, call, policy_version, keep)
+        for rollouts in self.draw(prompts, sampling, group, policy_version, keep_partial):
             scored += score(rollouts, self.task)
             progress(len(rollouts))
         return scored
 
+    def draw(
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, policy_version: int, keep_partial: bool = True
+    ) -> Iterator[list[Rollout]]:
+        """The responses of each call; as `sample`, without the scores."""
+        keep = keep_partial and self.engine.keeps_partial
+        for call in range(self.largest(-(-len(prompts) // self.call_size))):
+            mine = prompts[call * self.call_size : (call + 1) * self.call_size]
+            yield self._call_together(mine, sampling, group, call, policy_version, keep)
+
+    def drawn(
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, policy_version: int
+    ) -> list[Rollout] | None:
+        """What `draw` returned before, from the journal alone; None where a call is missing."""
+        rollouts: list[Rollout] = []
+        for call, first in enumerate(range(0, len(prompts), self.call_size)):
+            mine = prompts[first : first + self.call_size]
+            key, _, fingerprint = self._name(mine, sampling, group, call)
+            rows = self.journal.get(group, key, fingerprint)
+            if rows is None:
+                return None
+            rollouts += [_decode(prompt, row, policy_version) for prompt, row in zip(mine, rows, strict=True)]
+        return rollouts
+
+    def _name(self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call: int) -> tuple[str, int, str]:
+        """A call's key in its group, its seed, and the fingerprint of all it depends on."""
+        seed = derive_seed(self.seed, group, call, self.rank)
+        identity = [type(self.engine).__name__, seed, repr(sampling), self.weights, [p.token_ids for p in prompts]]
+        return str(call), seed, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def _call_together(self, *call: Any) -> list[Rollout]:
+        """Where the engine dies in the call of one of the ranks that share it, all of them learn of it: they would make
+        the next call without that one."""
+        rollouts: list[Rollout] = []
+        fault = None
+        try:
+            rollouts = self._call(*call)
+        except EngineDied as error:
+            fault = error
+        if self.largest(int(fault is not None)):
+            raise fault or EngineDied("the engine died in the call of another rank that shares it")
+        return rollouts
+
     def _call(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call: int, policy_version: int, keep: bool
     ) -> list[Rollout]:
-        key, seed = str(call), derive_seed(self.seed, group, call, self.rank)
-        identity = [type(self.engine).__name__, seed, repr(sampling), self.weights, [p.token_ids for p in prompts]]
-        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        key, seed, fingerprint = self._name(prompts, sampling, group, call)
         responses = self.journal.get(group, key, fingerprint)
         missing = self.largest(int(responses is None))
         if responses is None or missing:

@@ -27,6 +27,8 @@ from tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=20)
 
+ALONE = SimpleNamespace(root_device="cpu", reduce=lambda tensor, **_: tensor)  # what no other rank is asked
+
 
 class Policy:
     """A policy without weights; its log-probabilities are `logprob`, the scripted engine's are 0."""
@@ -70,7 +72,7 @@ def attach(builder: PromptBuilder, tmp_path: Path) -> Data:
             global_rank=rank,
             is_global_zero=rank == 0,
             world_size=world_size,
-            strategy=None,
+            strategy=ALONE,
             lightning_module=Policy(builder, **policy),
             default_root_dir=str(tmp_path),
         )
@@ -113,7 +115,7 @@ def test_every_rank_makes_as_many_calls_and_each_question_is_asked_once(
             global_rank=rank,
             is_global_zero=rank == 0,
             world_size=world_size,
-            strategy=None,
+            strategy=ALONE,
             lightning_module=Policy(builder),
             default_root_dir=folder,
         )
@@ -266,21 +268,23 @@ def test_an_engine_with_other_weights_stops_the_run(attach: Data, logprob: float
         next(iter(data.train_dataloader()))
 
 
-def test_ranks_of_one_engine_agree_and_others_do_not_ask(attach: Data) -> None:
+def test_ranks_of_one_engine_agree_on_every_call_and_others_on_the_draw(attach: Data) -> None:
     asked: list[tuple[int, str]] = []
 
     def reduce(tensor: Tensor, reduce_op: str) -> Tensor:
         asked.append((int(tensor), reduce_op))
         return tensor
 
-    for size, expected in ((1, []), (2, [(2, "max"), (1, "max"), (1, "max")])):
+    for size, expected in ((1, [0]), (2, [2, 1, 0, 1, 0, 0])):
         asked.clear()
         data = attach(phase2(num_questions=6, prompts_per_step=6, call_size=3))
         data.engine.tensor_parallel_size = size
         data.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
         data.trainer.default_root_dir += str(size)
         next(iter(data.train_dataloader()))
-        assert asked == expected, "how many calls, and of each whether it is to be made"
+        assert asked == [(value, "max") for value in expected], (
+            "how many calls; of each whether it is to be made, and whether the engine died; the same of the whole draw"
+        )
 
 
 def test_an_engine_is_started_on_first_use_warmed_up_once_and_closed(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdzero.data.answers import AnswerStream, Evaluation, Policy
 from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
+from sdzero.restarts import Restarts
 from sdzero.rollouts import CallJournal, Sampler, write_text
 from sdzero.seeds import derive_seed, run_seed
 from sdzero.strategies import Share, share_of
@@ -58,6 +59,8 @@ class StepDataModule(L.LightningDataModule):
             same tokens, in nats, above which the run stops: the engine holds other weights. About 1e-4 in
             float32 and 0.1 in bfloat16.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
+        max_engine_restarts: times that an engine which died, returned nothing or passed its deadline is started anew,
+            from the current weights, before the run stops.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class StepDataModule(L.LightningDataModule):
         evaluation: Evaluation = Evaluation(),
         max_logprob_gap: float = 0.3,
         engine_dtype: str = "float32",
+        max_engine_restarts: int = 2,
     ) -> None:
         super().__init__()
         assert items_per_step > 0
@@ -77,6 +81,9 @@ class StepDataModule(L.LightningDataModule):
         self.evaluation = evaluation
         self.max_logprob_gap = max_logprob_gap
         self.engine_dtype = engine_dtype
+        if max_engine_restarts < 0:
+            raise ValueError(f"data.max_engine_restarts must be at least 0, got {max_engine_restarts}")
+        self.restarts = Restarts(max_engine_restarts, self._restart_engine, self._largest)
         self.counter = 0
         self.eval_questions: list[Question] = []
         self._sampler: Sampler | None = None
@@ -205,14 +212,32 @@ class StepDataModule(L.LightningDataModule):
         """The engine with its journal, started on first use."""
         if self._sampler is None:
             assert self.trainer is not None and self.engine is not None and self.task is not None
-            spec = EngineSpec(self.policy.model_config.path, self.max_model_len(), self.engine_dtype)
-            self.engine.start(spec, self.policy.builder)
-            self._is_warm = False
+            self._start_engine()
             journal = CallJournal(Path(self.trainer.default_root_dir) / "journal" / f"rank{self.rank}")
             self._sampler = Sampler(self.engine, self.task, journal, self.evaluation.call_size, run_seed(), self.rank)
-            if getattr(self.engine, "tensor_parallel_size", 1) > 1:
+            if self._shares_engine:
                 self._sampler.largest = self._largest
         return self._sampler
+
+    @property
+    def _shares_engine(self) -> bool:
+        return getattr(self.engine, "tensor_parallel_size", 1) > 1
+
+    def _start_engine(self) -> None:
+        assert self.engine is not None
+        spec = EngineSpec(self.policy.model_config.path, self.max_model_len(), self.engine_dtype)
+        self.engine.start(spec, self.policy.builder)
+        self._is_warm = False
+
+    def _restart_engine(self, died: bool) -> None:
+        """Starts the engine anew where it died. The next sync sends the weights to those of all ranks: they gather them
+        together."""
+        assert self.engine is not None
+        if died or self._shares_engine:
+            self.engine.close()
+            self._start_engine()
+        else:
+            self.engine.policy_version = None
 
     def _largest(self, value: int) -> int:
         assert self.trainer is not None
@@ -272,14 +297,19 @@ class StepDataModule(L.LightningDataModule):
 
         The prompts are those of this rank's share: its members draw a part each, and all of them get the whole.
         """
-        stats = self.sync_policy()
-        started = time.monotonic()
-        self.sampler.call_size = call_size
-        version = self.policy.policy_version
-        mine = self.share.part(prompts)
-        scored = self.share.whole(self.sampler.sample(mine, sampling, group, version, keep_partial=keep_partial))
-        stats |= {"generate_seconds": time.monotonic() - started, **self.check_policy(scored)}
-        return scored, stats
+
+        def draw() -> tuple[list[ScoredRollout], dict[str, float]]:
+            stats = self.sync_policy()
+            started = time.monotonic()
+            self.sampler.call_size = call_size
+            version = self.policy.policy_version
+            mine = self.share.part(prompts)
+            scored = self.sampler.sample(mine, sampling, group, version, keep_partial=keep_partial)
+            return scored, {**stats, "generate_seconds": time.monotonic() - started}
+
+        mine, stats = self.restarts.draw(draw)
+        scored = self.share.whole(mine)
+        return scored, {**stats, "engine_restarts": self.restarts.num, **self.check_policy(scored)}
 
     # --- evaluation ---------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ class EvaluationDataModule(StepDataModule):
         evaluation: what is sampled.
         max_logprob_gap: as in StepDataModule.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
+        max_engine_restarts: as in StepDataModule.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class EvaluationDataModule(StepDataModule):
         evaluation: Evaluation,
         max_logprob_gap: float = 0.3,
         engine_dtype: str = "float32",
+        max_engine_restarts: int = 2,
     ) -> None:
-        super().__init__(1, task, engine, evaluation, max_logprob_gap, engine_dtype)
+        super().__init__(1, task, engine, evaluation, max_logprob_gap, engine_dtype, max_engine_restarts)
 
     @property
     def num_items(self) -> int:

@@ -50,6 +50,7 @@ class TraceDataModule(StepDataModule):
         evaluation: what validation and test sample.
         max_logprob_gap: as in StepDataModule.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
+        max_engine_restarts: as in StepDataModule.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class TraceDataModule(StepDataModule):
         evaluation: Evaluation = Evaluation(),
         max_logprob_gap: float = 0.3,
         engine_dtype: str = "float32",
+        max_engine_restarts: int = 2,
     ) -> None:
         at_least_one(traces_per_step=traces_per_step)
-        super().__init__(traces_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype)
+        super().__init__(traces_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype, max_engine_restarts)
         self.source = source
         self.traces: list[Trace] = []
 

@@ -21,6 +21,13 @@ class EngineError(RuntimeError):
     """The engine is dead, late, or holds other weights than it should. Never a reward."""
 
 
+class EngineDied(EngineError):
+    """It died, was late, or returned nothing or something broken: started anew it may do better.
+
+    Any other EngineError means wrong weights, and stops the run.
+    """
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """What an engine is started for.
@@ -68,7 +75,7 @@ def is_complete(token_ids: Sequence[int], end_ids: Collection[int], max_new_toke
 
 
 class RolloutEngine(ABC):
-    """Life: `start`, then any number of `sync` and `generate`, then `close`.
+    """Life: `start`, then any number of `sync` and `generate`, then `close`; then perhaps `start` again.
 
     The trainer's Python, numpy and torch random states are the same after each call as before it.
     """
@@ -79,6 +86,9 @@ class RolloutEngine(ABC):
     keeps_partial: ClassVar[bool] = False
     """Whether a call that broke off is continued where it stood: an engine that draws token by token, and would not
     repeat the call to the bit anyway. The others ignore `on_tokens` and `begun`."""
+
+    is_remote: ClassVar[bool] = False
+    """Whether it samples elsewhere, on nothing that the trainer computes with, and `generate` may run in a thread."""
 
     @abstractmethod
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
@@ -96,6 +106,7 @@ class RolloutEngine(ABC):
 
         Raises:
             EngineError: the engine's tensors differ from what was sent.
+            EngineDied: the engine died.
         """
 
     def warm_up(self) -> None:
@@ -104,7 +115,7 @@ class RolloutEngine(ABC):
         It changes no later draw. Nothing where the first call is like the others.
 
         Raises:
-            EngineError: the engine died.
+            EngineDied: the engine died.
         """
 
     @abstractmethod
@@ -127,7 +138,8 @@ class RolloutEngine(ABC):
 
         Raises:
             ValueError: a prompt with its new tokens is longer than the engine's `max_model_len`; nothing is cut.
-            EngineError: the engine holds another version, died, or passed its deadline.
+            EngineError: the engine holds another version.
+            EngineDied: it died, passed its deadline, or returned nothing or something broken.
         """
 
     def sleep(self) -> None:
@@ -137,7 +149,7 @@ class RolloutEngine(ABC):
         """Undoes `sleep`. Weights may be gone: a `sync` follows before the next `generate`."""
 
     def close(self) -> None:
-        """Frees everything. The engine cannot be used again."""
+        """Frees everything, whatever state the engine is in: also one that died, or never started."""
 
     def _check_version(self, policy_version: int) -> None:
         if self.policy_version != policy_version:
@@ -175,7 +187,7 @@ class RolloutEngine(ABC):
         body = builder.body(token_ids)
         complete = is_complete(token_ids, builder.end_ids, max_new_tokens)
         if not complete or len(body) != len(token_ids) - ended or len(logprobs) != len(token_ids):
-            raise EngineError(
+            raise EngineDied(
                 f"the engine returned a broken response to question {prompt.question.id!r}: {len(token_ids)} tokens of "
                 f"at most {max_new_tokens}, {len(logprobs)} log-probabilities, end-of-turn token last: {ended}"
             )

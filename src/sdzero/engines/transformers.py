@@ -111,7 +111,7 @@ class TransformersEngine(RolloutEngine):
 
     def close(self) -> None:
         self.policy_version = None
-        del self._model
+        self._model = None
 
 
 class _RecordLogprobs(LogitsProcessor):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from sdzero.endings import watchdog
 from sdzero.engines import vllm_patches
 from sdzero.engines.base import (
-    EngineError,
+    EngineDied,
     EngineSpec,
     OnTokens,
     Piece,
@@ -35,7 +36,8 @@ from sdzero.types import Prompt, Rollout, Sampling
 
 _GRACE_SECONDS = 60.0  # past the deadline, before a call that hangs in native code ends the process
 _WARM_UP_LENGTH = 16  # requests, and tokens of each prompt
-_STDERR = 2  # the descriptor: sys.stderr may be a notebook's or a test's stand-in without one
+
+log = logging.getLogger(__name__)
 
 
 class VLLMEngine(RolloutEngine):
@@ -56,8 +58,9 @@ class VLLMEngine(RolloutEngine):
         longest_first: where a call has more than max_num_seqs prompts, those with the longest go first: a revision is
             about as long as the answer in its prompt, and a long one that starts last runs on alone. Off, the prompts'
             own order, and so the draws of runs that were made in it.
-        deadline_seconds: limit of one generate call; passing it raises EngineError. A start, sync or generate that
-            hangs in native code ends the process a minute later, with the stacks of all threads on stderr.
+        deadline_seconds: limit of one generate call; passing it raises EngineDied. A start, sync or generate that
+            hangs in native code ends the process a minute later, with the stacks of all threads on stderr;
+            under `sdzero run` in stacks.txt of the stage, which is then restarted.
     """
 
     keeps_partial = True
@@ -91,6 +94,7 @@ class VLLMEngine(RolloutEngine):
 
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
         self._spec, self._builder = spec, builder
+        self._asleep.clear()
         os.environ.update(vllm_patches.environment(self.tensor_parallel_size))
         with preserved_rng(), vllm_patches.preserved_threads():
             self._layout = WeightLayout.of_pretrained(spec.model_path)
@@ -143,21 +147,28 @@ class VLLMEngine(RolloutEngine):
         self._wake("weights")
         with preserved_rng(), self._guarded():
             check = SyncCheck(self._layout, self._held(), getattr(torch, self._spec.dtype))
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": check.watch(weights)})
-            if self._is_cpu:
-                self._llm.apply_model(vllm_patches.repack_heads)
+            self._reload(check.watch(weights))
             self._forget_prefixes()
             checksum = check.finish(self._held())
         self._wake("kv_cache")
         self.policy_version = policy_version
         return SyncReport(perf_counter() - started, checksum)
 
+    def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self._is_cpu:
+                self._llm.apply_model(vllm_patches.repack_heads)
+        except Exception as error:  # whatever vLLM raises
+            deque(weights, 0)  # other ranks wait for this one to gather its part of the rest
+            raise EngineDied("vLLM died while it took new weights") from error
+
     def _held(self) -> Mapping[str, Tensor]:
         return self._llm.apply_model(_parameters)[0]
 
     def _forget_prefixes(self) -> None:
         if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM could not drop its cached prefixes, which belong to older weights")
+            raise EngineDied("vLLM could not drop its cached prefixes, which belong to older weights")
 
     def generate(
         self,
@@ -228,8 +239,14 @@ class VLLMEngine(RolloutEngine):
     def close(self) -> None:
         """Frees the engine and leaves the trainer's process group alone."""
         self.policy_version = None
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+        llm = getattr(self, "_llm", None)
+        self._llm: Any = None
+        if llm is not None:
+            try:
+                llm.llm_engine.engine_core.shutdown()
+            except Exception:  # a dead one's, which must not hide what it died of
+                log.warning("vLLM did not shut down in order", exc_info=True)
+        del llm
         gc.collect()  # vLLM's objects refer to each other
 
     @contextmanager
@@ -237,17 +254,11 @@ class VLLMEngine(RolloutEngine):
         """Around a call into vLLM: a watchdog, and no compilation where the engine runs eagerly.
 
         Even an eager vLLM compiles helpers of its sampler with the system's C++ compiler, 5 to 20 seconds at the first
-        call. There is one watchdog of this kind in a process.
+        call.
         """
-        faulthandler.dump_traceback_later(self.deadline_seconds + _GRACE_SECONDS, exit=True, file=_STDERR)
-        try:
-            if self._runs_eagerly:
-                with torch.compiler.set_stance("force_eager"):
-                    yield
-            else:
-                yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        stance = torch.compiler.set_stance("force_eager") if self._runs_eagerly else nullcontext()
+        with watchdog(self.deadline_seconds + _GRACE_SECONDS), stance:
+            yield
 
 
 def _missing() -> ModuleNotFoundError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from sdzero.engines.base import EngineError, Piece
+from sdzero.engines.base import EngineDied, Piece
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Sampling, TokenIds
 
@@ -84,7 +84,7 @@ def run_requests(
     The engine is stepped here, to watch the clock. It gets the requests in `order`, their places, where that is given.
 
     Raises:
-        EngineError: vLLM died, gave up a request, lost one or went on with a finished one, or passed the deadline.
+        EngineDied: vLLM died, gave up a request, lost one or went on with a finished one, or passed the deadline.
     """
     deadline, finished = monotonic() + deadline_seconds, set[int]()
     try:
@@ -94,17 +94,17 @@ def run_requests(
             engine.add_request(str(index), prompt, params(request.max_tokens))
         while engine.has_unfinished_requests():
             if monotonic() > deadline:
-                raise EngineError(
+                raise EngineDied(
                     f"vLLM finished {len(finished)} of {len(requests)} responses in deadline_seconds "
                     f"{deadline_seconds}: raise it, or sample fewer prompts per call"
                 )
             yield _pieces(engine.step(), finished)
-    except EngineError:
+    except EngineDied:
         raise
     except Exception as error:  # whatever vLLM raises
-        raise EngineError(f"vLLM died with {len(finished)} of {len(requests)} responses finished") from error
+        raise EngineDied(f"vLLM died with {len(finished)} of {len(requests)} responses finished") from error
     if finished != set(range(len(requests))):
-        raise EngineError(f"vLLM returned {len(finished)} of {len(requests)} responses and called itself done")
+        raise EngineDied(f"vLLM returned {len(finished)} of {len(requests)} responses and called itself done")
 
 
 def _pieces(outputs: Sequence[Any], finished: set[int]) -> dict[int, Piece]:
@@ -113,10 +113,10 @@ def _pieces(outputs: Sequence[Any], finished: set[int]) -> dict[int, Piece]:
     for output in outputs:
         index, part = int(output.request_id), output.outputs[0]
         if index in finished:
-            raise EngineError(f"vLLM went on with request {index} after its end")
+            raise EngineDied(f"vLLM went on with request {index} after its end")
         if output.finished:
             if len(output.outputs) != 1 or part.finish_reason not in ("stop", "length"):
-                raise EngineError(f"vLLM gave up request {index}: {[o.finish_reason for o in output.outputs]}")
+                raise EngineDied(f"vLLM gave up request {index}: {[o.finish_reason for o in output.outputs]}")
             finished.add(index)
         pieces[index] = Piece(tuple(part.token_ids), _logprobs(part))
     return pieces
