@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,10 @@ def test_a_step_that_is_not_finite_stops_the_run(
         fit(method, batches, tmp_path)
     assert "step 1:" in str(error.value) and "['q2', 'q3']" in str(error.value)
     assert "max_nonfinite_steps=0" in str(error.value)
+    kept = torch.load(re.findall(r"torch.load\('(.*)'\)", str(error.value))[0])
+    assert [Example(**row) for row in kept["examples"]] == method.examples(batches[1])
+    assert kept["counts"] == method.counts(method.examples(batches[1])) and (kept["step"], kept["rank"]) == (1, 0)
+    assert not all(math.isfinite(kept["figures"][name]) for name in ("loss", "grad_norm"))
     assert (method.policy_version, method.num_nonfinite) == (1, 1)
     assert all(torch.isfinite(w).all() for w in weights_of(method.student).values())
 

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +27,7 @@ from sdzero.losses import cross_entropy_head
 from sdzero.methods.evaluation import Evaluated
 from sdzero.methods.schedule import Schedule
 from sdzero.models import ModelConfig, load
+from sdzero.post_mortem import write_post_mortem
 from sdzero.prompts import Context, Revision
 from sdzero.random_states import random_states, restore
 from sdzero.seeds import run_seed
@@ -210,7 +212,7 @@ class Method(Evaluated):
 
     def training_step(self, batch: RolloutBatch | TraceBatch, batch_idx: int) -> None:
         started = time.monotonic()
-        if isinstance(batch, RolloutBatch) and batch.policy_version != self.policy_version:
+        if isinstance(batch, RolloutBatch) and not 0 <= self.policy_version - batch.policy_version <= batch.max_lag:
             raise RuntimeError(f"off-policy batch: version {batch.policy_version}, student {self.policy_version}")
         if isinstance(batch, RolloutBatch):
             self._log("rollout", self._count_rollouts(batch))
@@ -219,7 +221,7 @@ class Method(Evaluated):
         if not counts[0]:
             return self._skip()
         metrics = self._backward(examples, counts[:-1])
-        metrics |= self._step(metrics, [e.id for e in examples])
+        metrics |= self._step(metrics, examples, counts[:-1])
         self.num_skipped = 0
         self.num_tokens_trained += int(counts[-1])
         metrics["tokens_per_second"] = torch.tensor(counts[-1] / (time.monotonic() - started))
@@ -242,7 +244,7 @@ class Method(Evaluated):
         reduced = self.reduce(torch.stack([totals[name] for name in names]), "sum")
         return dict(zip(names, reduced, strict=True))
 
-    def _step(self, metrics: dict[str, Tensor], ids: list[str]) -> dict[str, Tensor]:
+    def _step(self, metrics: dict[str, Tensor], examples: list[Example], counts: list[int]) -> dict[str, Tensor]:
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         norm = self._clip()
@@ -253,15 +255,23 @@ class Method(Evaluated):
             self.lr_schedulers().step()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue, reportCallIssue]
             self.policy_version += 1
         else:
-            self._count_nonfinite(metrics["loss"], norm, ids)
+            self._count_nonfinite({**metrics, "grad_norm": norm}, examples, counts)
         optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "lr": torch.tensor(learning_rate), "nonfinite": torch.tensor(self.num_nonfinite)}
 
-    def _count_nonfinite(self, loss: Tensor, norm: Tensor, ids: list[str]) -> None:
+    def _count_nonfinite(self, metrics: dict[str, Tensor], examples: list[Example], counts: list[int]) -> None:
+        """Collective: loss and norm are those of all ranks, so all of them pass the step over, or stop."""
         self.num_nonfinite += 1
-        what = f"step {self.policy_version}: loss {float(loss)}, gradient norm {float(norm)}, batch {ids}"
+        figures, ids = {name: float(value) for name, value in metrics.items()}, [e.id for e in examples]
+        what = f"step {self.policy_version}: loss {figures['loss']}, gradient norm {figures['grad_norm']}, batch {ids}"
         if self.num_nonfinite > self.max_nonfinite_steps:
-            raise NonFiniteError(f"{what}. max_nonfinite_steps={self.max_nonfinite_steps} lets such steps pass")
+            folder = Path(self.trainer.default_root_dir) / "nonfinite"
+            write_post_mortem(folder, self.policy_version, self.trainer.global_rank, examples, figures, counts)
+            self.trainer.strategy.barrier()  # a rank that raises takes the others with it
+            raise NonFiniteError(
+                f"{what}. max_nonfinite_steps={self.max_nonfinite_steps} lets such steps pass. The batch is kept, a "
+                f"file a rank: torch.load('{folder}/step={self.policy_version}-rank=0.pt')"
+            )
         self.print(f"passed over {what}")
 
     def _clip(self) -> Tensor:
