@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,7 +132,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     A checkpoint is a file, or the folder of a sharded strategy. Logs a warning for each that it passes over, with the
     reason. Changes nothing on disk.
     """
-    for path, content in finished_checkpoints(folder):
+    return first_that_verifies(finished_checkpoints(folder))
+
+
+def first_that_verifies(finished: Iterable[tuple[Path, Content | FolderContent]]) -> Path | None:
+    """Reads whole checkpoints. Logs a warning for each that does not hold what it should."""
+    for path, content in finished:
         fault = content.fault(path)
         if fault is None:
             return path

@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.callbacks import Preemption
+from sdzero.checkpoints import finished_checkpoints, first_that_verifies
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
+from sdzero.ranks import of_all_ranks
 from sdzero.rollouts import write_text
+from sdzero.sharded_checkpoints import AtomicFolders
 from sdzero.strategies import share_of
 from sdzero.summary import print_evaluation
+
+NEWEST = "newest"
+"""A `--ckpt_path` that lets the same command begin a training and go on with it."""
 
 # Lightning's advice that does not hold here
 _NOISE = (
@@ -110,6 +115,39 @@ class SDZeroCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="", flush_secs=5)
         return super().instantiate_trainer(**kwargs)
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == NEWEST:
+            kwargs["ckpt_path"] = self._newest(Path(self.trainer.default_root_dir) / "checkpoints", subcommand)
+        return kwargs
+
+    def _newest(self, folder: Path, subcommand: str) -> Path | None:
+        """What `--ckpt_path=newest` stands for. None, a new start, is said and for `fit` only.
+
+        Raises:
+            ValueError: no checkpoint is there for another command, or none of those there verifies.
+        """
+        finished = finished_checkpoints(folder)
+        if not finished and subcommand != "fit":
+            raise ValueError(f"ckpt_path={NEWEST}: there is no finished checkpoint in {folder}")
+        if not finished:
+            self._say(f"no finished checkpoint in {folder}: starting anew")
+            return None
+        if isinstance(self.trainer.strategy, AtomicFolders) and not self.trainer.is_global_zero:
+            return finished[0][0]  # it asks rank 0 when it loads: one rank has to read whole models, not all
+        newest = first_that_verifies(finished)
+        if newest is None:
+            raise ValueError(
+                f"ckpt_path={NEWEST}: none of the checkpoints in {folder} verifies. Mend the disk or bring back a "
+                "copy; to start anew, remove them"
+            )
+        self._say(f"going on from {newest}")
+        return newest
+
+    def _say(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            print(text, flush=True)
+
     def before_fit(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -118,7 +156,7 @@ class SDZeroCLI(LightningCLI):
     before_validate = before_test = before_fit
 
     def after_test(self) -> None:
-        rewards = self._gather(self.model.eval_rewards)
+        rewards = of_all_ranks(self.model.eval_rewards)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
             by_question = {question: answers for part in rewards for question, answers in part.items()}
@@ -128,15 +166,6 @@ class SDZeroCLI(LightningCLI):
             results = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
             print_evaluation(results, by_question)
-
-    @staticmethod
-    def _gather(value: Any) -> list[Any]:
-        """Every rank's value."""
-        if not torch.distributed.is_initialized():
-            return [value]
-        values = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(values, value)
-        return values
 
     def after_predict(self) -> None:
         """Every rank leaves the responses of its share, one JSON object a line."""

@@ -9,12 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers import Steps, Toy, make_trace, same, weights_of
 from sdzero.callbacks import TeacherSync
-from sdzero.checkpoints import AtomicCheckpointIO
+from sdzero.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from sdzero.data import Evaluation, RolloutDataModule, TraceDataModule
 from sdzero.data.base import StepDataModule
 from sdzero.engines import TransformersEngine
@@ -81,22 +82,29 @@ class Run:
     """A fit of NUM_STEPS steps, from its beginning or from a checkpoint, with objects of its own."""
 
     def __init__(
-        self, make: Make, path: Path, root: Path, sync: dict[str, Any], checkpoint: Path | None = None
+        self,
+        make: Make,
+        path: Path,
+        root: Path,
+        sync: dict[str, Any],
+        checkpoint: Path | None = None,
+        keep: tuple[L.Callback, ...] = (),
+        **options: Any,
     ) -> None:
         self.method, data = make(path)
         callbacks: list[L.Callback] = [TeacherSync(**sync)] if sync else []
-        every_step = ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+        keep = keep or (ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1),)
         steps = Steps()
         trainer = L.Trainer(
             default_root_dir=root,
             accelerator="cpu",
-            max_steps=NUM_STEPS,
-            callbacks=[*callbacks, every_step, steps],
+            callbacks=[*callbacks, *keep, steps],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
             enable_model_summary=False,
+            **{"max_steps": NUM_STEPS, **options},
         )
         trainer.fit(self.method, datamodule=data, ckpt_path=checkpoint, weights_only=False)
         self.lrs = [m["train/lr"] for m in steps.metrics if "train/lr" in m]
@@ -161,3 +169,24 @@ def test_finished_calls_are_not_sampled_again(path: Path, tmp_path: Path) -> Non
     again = Run(self_distill, path, tmp_path, {}, tmp_path / "checkpoints/step=5.ckpt")
     assert same(again.weights, whole.weights)
     assert calls.read_text() == started
+
+
+KEEP_BEST = Path(__file__).parents[2] / "configs/trainer/keep_best.yaml"
+
+
+def test_the_best_is_kept_beside_the_newest_two(path: Path, tmp_path: Path) -> None:
+    """Validation is rarer than saving; both kinds are saved after step 3; a run goes on from either, to the bit."""
+    whole = Run(self_distill, path, tmp_path / "whole", {"every_n_steps": 2})
+    (overlay,) = yaml.safe_load(KEEP_BEST.read_text())["trainer"]["callbacks+"]
+    assert overlay["class_path"] == "lightning.pytorch.callbacks.ModelCheckpoint"
+    folder = tmp_path / "kept/checkpoints"
+    best = ModelCheckpoint(folder, **overlay["init_args"])
+    last = ModelCheckpoint(folder, monitor="step", mode="max", save_top_k=2, every_n_train_steps=1)
+    Run(self_distill, path, tmp_path / "kept", {"every_n_steps": 2}, None, (last, best), max_steps=5)
+    names = ["best-step=3.ckpt", "epoch=1-step=4.ckpt", "epoch=1-step=5.ckpt"]
+    assert sorted(file.name for file in folder.glob("*.ckpt")) == names
+    assert newest_checkpoint(folder) == folder / names[-1]
+    for name in names:
+        resumed = Run(self_distill, path, tmp_path / f"from-{name}", {"every_n_steps": 2}, folder / name)
+        assert same(resumed.weights, whole.weights) and resumed.position == whole.position, name
+        assert state(resumed.method) == state(whole.method), name
