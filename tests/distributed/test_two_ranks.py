@@ -1,4 +1,4 @@
-"""Two gloo ranks on the CPU do what one rank does: FSDP2 through FullShard, and DDP."""
+"""Gloo ranks on the CPU do what one rank does: FSDP2 and tensor parallelism through FullShard, and DDP."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ import pytest
 import torch
 
 from distributed.evaluate_ranks import evaluate
+from distributed.train_stored import ITEMS
+from runs import rows
 from tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent
-ITEMS = (7, 6, 1)  # of train_stored.py
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
+    return write_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False, num_key_value_heads=2)
+
+
+def command(script: Path, *arguments: object) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # for what tests share
+    line = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def run(script: str, out: Path, *arguments: object) -> dict:
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # for what tests share
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command(HERE / script, *arguments)
     return torch.load(out)
 
 
@@ -35,34 +40,46 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / a.norm().clamp(min=1e-30))
 
 
+@pytest.fixture(scope="module")
+def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of train_stored.py, and what its callbacks wrote."""
+    out = tmp_path_factory.mktemp("trained")
+    command(HERE / "train_stored.py", model_folder, out)
+    return out
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2_alone", "fsdp2", "ddp", "tp", "fsdp2_tp"])
 @pytest.mark.parametrize("kind", ["srt", "self_distill"])
-def test_two_ranks_equal_one(kind: str, model_folder: Path, tmp_path: Path) -> None:
-    """Float32, SGD, clipping, uneven shares, a rank without rows, several micro batches."""
-    one = run("train_stored.py", tmp_path / "one.pt", kind, 1, model_folder, tmp_path / "one.pt")
-    for strategy in ("fsdp2", "ddp") if kind == "self_distill" else ("fsdp2",):
-        out = tmp_path / f"{strategy}.pt"
-        two = run("train_stored.py", out, kind, 2, model_folder, out, strategy)
-        for step, (ours, theirs) in enumerate(zip(one["gradients"], two["gradients"], strict=True)):
-            assert max(map(relative, ours, theirs)) < 1e-5, (strategy, step)
-        assert one["weights"].keys() == two["weights"].keys()
-        assert max(relative(w, two["weights"][name]) for name, w in one["weights"].items()) < 1e-5
-        for step, (ours, theirs) in enumerate(zip(one["losses"], two["losses"], strict=True)):  # reduced over the ranks
-            assert ours.keys() == theirs.keys()
-            assert all(torch.allclose(ours[k], theirs[k], rtol=1e-4, atol=1e-6, equal_nan=True) for k in ours), step
-            if kind == "self_distill":
-                assert theirs.keys() >= {"rollout/keywords_per_response", "rollout/length_p50", "rollout/copy_rate"}
-        if strategy == "fsdp2":  # embedding and head once a step, the teacher's once for good; layers every time
-            root = min(size for step in two["gathers"] for size in step)
-            assert [step.count(root) for step in two["gathers"][:-1]] == [1 + (kind == "self_distill"), 1, 1]
-            assert len(two["gathers"][0]) > len(two["gathers"][2])  # it had more micro batches
+def test_several_ranks_equal_one(kind: str, strategy: str, trained: Path) -> None:
+    """Float32, SGD, clipping, uneven shares, a share without rows, several micro batches."""
+    one, several = (torch.load(trained / f"{kind}-{name}.pt") for name in ("one", strategy))
+    for step, (ours, theirs) in enumerate(zip(one["gradients"], several["gradients"], strict=True)):
+        assert max(map(relative, ours, theirs)) < 1e-5, step
+    assert one["weights"].keys() == several["weights"].keys()
+    assert max(relative(w, several["weights"][name]) for name, w in one["weights"].items()) < 1e-5
+    for step, (ours, theirs) in enumerate(zip(one["losses"], several["losses"], strict=True)):  # reduced over the ranks
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[k], theirs[k], rtol=1e-4, atol=1e-6, equal_nan=True) for k in ours), step
         if kind == "self_distill":
-            alone, shared = (
-                pd.concat(map(pd.read_parquet, (tmp_path / n).rglob("*.parquet"))) for n in ("one", strategy)
-            )
-            alone, shared = (t.sort_values(["step", "question"]).reset_index() for t in (alone, shared))
-            assert list(alone.question) == list(shared.question) and len(alone) == sum(ITEMS)
-            for ours, theirs in zip(alone.kl, shared.kl, strict=True):
-                assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+            assert theirs.keys() >= {"rollout/keywords_per_response", "rollout/length_p50", "rollout/copy_rate"}
+    if strategy == "fsdp2":  # embedding and head once a step, the teacher's once for good; layers every time
+        root = min(size for step in several["gathers"] for size in step)
+        assert [step.count(root) for step in several["gathers"][:-1]] == [1 + (kind == "self_distill"), 1, 1]
+        assert len(several["gathers"][0]) > len(several["gathers"][2])  # it had more micro batches
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp", "tp", "fsdp2_tp"])
+def test_every_response_is_written_once(strategy: str, trained: Path) -> None:
+    """Ranks that compute a batch together have the same responses: one of them writes."""
+    folders = [trained / f"self_distill-{name}" for name in ("one", strategy)]
+    samples = [[row for file in sorted(f.glob("samples/*.jsonl")) for row in rows(file)] for f in folders]
+    alone, shared = (sorted((row["step"], row["question"]) for row in written) for written in samples)
+    assert alone == shared and len(shared) == sum(ITEMS)
+    alone, shared = (pd.concat(map(pd.read_parquet, f.glob("token_kl/*.parquet"))) for f in folders)
+    alone, shared = (t.sort_values(["step", "question"]).reset_index() for t in (alone, shared))
+    assert list(alone.question) == list(shared.question) and len(alone) == sum(ITEMS)
+    for ours, theirs in zip(alone.kl, shared.kl, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 def test_figures_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: Path, tmp_path: Path) -> None:
@@ -90,9 +107,9 @@ def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path:
 def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: Path) -> None:
     """Gather, reload, generate, reward, distil, save sharded, export."""
     overlays = ["recipes/smoke/self_distill", "data/vllm_cpu", "trainer/fsdp2"]
-    command = [sys.executable, "-m", "sdzero", "fit"]
-    command += [part for overlay in overlays for part in ("--config", f"configs/{overlay}.yaml")]
-    command += [
+    line = [sys.executable, "-m", "sdzero", "fit"]
+    line += [part for overlay in overlays for part in ("--config", f"configs/{overlay}.yaml")]
+    line += [
         "--trainer.accelerator=cpu",
         "--trainer.devices=2",
         "--trainer.precision=32-true",
@@ -102,7 +119,7 @@ def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: 
         f"--data.disjoint_from={smoke_run / 'collect/questions.json'}",
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, check=False, cwd=HERE.parents[1], env=dict(os.environ)
+        line, capture_output=True, text=True, timeout=500, check=False, cwd=HERE.parents[1], env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "model/model.safetensors").is_file()

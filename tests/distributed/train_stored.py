@@ -1,22 +1,25 @@
-"""Trains on stored rollouts or traces, on one rank or on several, and saves gradients, metrics and weights.
+"""Trains on stored rollouts and traces, on one rank and on several, and saves gradients, metrics and weights.
 
-python train_stored.py srt|self_distill NUM_RANKS MODEL_FOLDER OUT_FILE [ddp | tp]
+python train_stored.py MODEL_FOLDER OUT_FOLDER
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pyarrow.parquet  # noqa: F401 - once, before the ranks are forked
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
-from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, TokenKLRecorder
+from distributed.forked import forked
+from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, SampleWriter, TokenKLRecorder
 from sdzero.data.base import stream_loader
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models import ModelConfig
@@ -24,7 +27,16 @@ from sdzero.strategies import FullShard, share_of
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
 from sdzero.weights import full_weights
 
+KINDS = ("srt", "self_distill")
 NUM_STEPS, ITEMS = 3, (7, 6, 1)  # odd numbers: the ranks' shares differ, and once one rank has nothing
+RUNS: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, strategy
+    "one": (1, lambda: "auto"),
+    "fsdp2_alone": (1, FullShard),
+    "fsdp2": (2, FullShard),
+    "ddp": (2, lambda: "ddp"),
+    "tp": (2, lambda: FullShard(tensor_parallel_size=2)),
+    "fsdp2_tp": (4, lambda: FullShard(tensor_parallel_size=2)),
+}
 
 
 def items(builder, kind: str, count: int, rng: random.Random) -> list:
@@ -51,14 +63,12 @@ class Stored(L.LightningDataModule):
 
     def train_dataloader(self):
         assert self.trainer is not None
-        trainer, builder = self.trainer, getattr(self.trainer.lightning_module, "builder")  # noqa: B009
+        share, builder = share_of(self.trainer), getattr(self.trainer.lightning_module, "builder")  # noqa: B009
 
         def batches():
             rng = random.Random(0)
             for step, count in enumerate(ITEMS):
-                mine = items(builder, self.kind, count, rng)
-                share = share_of(trainer)
-                mine = mine[share.index :: share.num_shares]
+                mine = items(builder, self.kind, count, rng)[share.index :: share.num_shares]
                 yield TraceBatch(mine, step) if self.kind == "srt" else RolloutBatch(mine, step, step)
 
         return stream_loader(NUM_STEPS, batches)
@@ -95,31 +105,37 @@ class Record(L.Callback):
             torch.save({"weights": weights, **figures}, self.out)
 
 
-def main() -> None:
-    kind, ranks, model, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+def train(kind: str, ranks: int, strategy: Callable[[], Any], model: str, out: Path, rank: int) -> None:
     options = {
         "optimizer": lambda p: torch.optim.SGD(p, lr=0.5),
         "max_tokens_per_micro_batch": 160,
         "max_grad_norm": 1.0,
     }
     method = (SRT if kind == "srt" else SelfDistill)(ModelConfig(model), **options)
-    strategy = "auto"
-    if ranks > 1:
-        strategy = DDPStrategy() if "ddp" in sys.argv else FullShard(2 if "tp" in sys.argv else 1)
+    writers = [SampleWriter(every_n_steps=1), TokenKLRecorder(every_n_steps=1)]
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=strategy,
+        strategy=strategy(),
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        enable_model_summary=False,
         default_root_dir=out.with_suffix(""),
-        callbacks=[KeywordTracker(), LengthTracker(), CopyTracker(), TokenKLRecorder(every_n_steps=1), Record(out)],
+        callbacks=[KeywordTracker(), LengthTracker(), CopyTracker(), *writers, Record(out)],
         use_distributed_sampler=False,
     )
     trainer.fit(method, datamodule=Stored(kind))
 
 
+def main(model: str, out: Path) -> None:
+    for kind in KINDS:
+        for name, (ranks, strategy) in RUNS.items():
+            work = partial(train, kind, ranks, strategy, model, out / f"{kind}-{name}.pt")
+            codes = forked(ranks, out / f"{kind}-{name}-rank", work)
+            assert codes == [0] * ranks, f"{kind}, {name}: {(out / f'{kind}-{name}-rank0.log').read_text()[-3000:]}"
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], Path(sys.argv[2]))

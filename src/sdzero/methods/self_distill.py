@@ -83,6 +83,9 @@ class SelfDistill(Method):
         else:
             teacher = load(self.teacher_config, run_seed()).requires_grad_(False)
             self.teacher = self.shard(teacher, self.teacher_config).eval()
+            # DDP is to leave it alone: every rank has read it, and it may lie on another device than the student
+            tensors = (*teacher.named_parameters(), *teacher.named_buffers())
+            self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._move_teacher(self.device)  # a GPU's collectives, which gather its shards, need it there

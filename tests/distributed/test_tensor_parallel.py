@@ -1,0 +1,38 @@
+"""A model cut over two gloo ranks is the model: the same log-probabilities and gradients, from the same weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_model import write_tiny
+
+HERE = Path(__file__).parent
+KINDS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 32}, "olmo3": {}}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    models = [write_tiny(folder / kind, kind, num_key_value_heads=2, **more) for kind, more in KINDS.items()]
+    line = [sys.executable, str(HERE / "tensor_parallel_ranks.py"), *map(str, (folder, *models))]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_compute_what_one_computes(kind: str, rank: int, compared: Path) -> None:
+    found = torch.load(compared / f"rank{rank}.pt")[kind]
+    assert found["logprobs"] < 1e-5 and found["ranks_agree"]
+    assert found["gradients"] < 1e-5 and found["head_norms"] < 1e-5
+    assert found["weights"], "gathered and averaged, every weight is what was loaded"
+    assert found["smallest_part"] == 0.5, "no rank holds more than half of a matrix, and none less"
