@@ -168,12 +168,14 @@ class Example:
 
 @dataclass
 class RolloutBatch:
-    """All rollouts of one optimizer step that are a rank's share. `stats` are figures of sampling, to be logged."""
+    """All rollouts of one optimizer step that are a rank's share. `stats` are figures of sampling, to be logged;
+    `max_lag`: how many versions the student may be ahead of `policy_version`."""
 
     scored: list[ScoredRollout]
     policy_version: int
     counter: int
     stats: dict[str, float] = field(default_factory=dict)
+    max_lag: int = 0
 
     def to(self, *_: Any, **__: Any) -> RolloutBatch:
         return self  # plain ids: the method moves tensors once it has collated them
