@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sdzero.disk import is_full, naming
 from sdzero.endings import (
     Stopped,
     enable_crash_stacks,
@@ -67,7 +68,9 @@ def collect(arguments: list[str]) -> None:
     # what seed_everything would set; every draw is seeded by its name, and Lightning takes seconds to import
     os.environ["PL_GLOBAL_SEED"] = str(config.seed_everything)
     values = parser.instantiate(config).as_dict()
-    Collect(**{k: v for k, v in values.items() if k not in ("config", "seed_everything")}).run()
+    collection = Collect(**{k: v for k, v in values.items() if k not in ("config", "seed_everything")})
+    with naming(collection.out):
+        collection.run()
 
 
 def lightning(_: list[str]) -> None:
@@ -186,10 +189,12 @@ def main() -> None:
     except ArgumentError as error:
         print(f"sdzero {name}: error: {_one_line(str(error))}; `sdzero {name} --help` lists the keys", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, TypeError, OSError, ImportError, JudgeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, JudgeError, RuntimeError) as error:
+        if is_full(error):
+            sys.exit(f"sdzero {name}: error: {error}. What is finished is kept: make room, and go on with it")
         own = _own(error)
-        if own is None:
-            raise
+        if own is None or (isinstance(error, RuntimeError) and not type(error).__module__.startswith("sdzero.")):
+            raise  # the plain RuntimeErrors that our code runs into are torch's
         sys.exit(f"sdzero {name}: error: {own}")
 
 

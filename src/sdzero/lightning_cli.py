@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sdzero.callbacks import Preemption
 from sdzero.checkpoints import finished_checkpoints, first_that_verifies
 from sdzero.data.base import StepDataModule
+from sdzero.disk import naming
 from sdzero.methods import Method
 from sdzero.ranks import of_all_ranks
 from sdzero.rollouts import write_text
@@ -147,6 +148,10 @@ class SDZeroCLI(LightningCLI):
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero:
             print(text, flush=True)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with naming(Path(self.trainer.default_root_dir)):
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         for logger in self.trainer.loggers:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from sdzero import __version__
+from sdzero.disk import naming
 from sdzero.endings import PARENT, STACKS, STAGE, handling, name_of, requeue, say, status_of
 from sdzero.stages import ENGINES, Choices, Stage, stages
 from sdzero.summary import print_table, summarize
@@ -244,7 +245,7 @@ def main(arguments: list[str], check: Check) -> None:
     with (out / ".lock").open("w") as lock:
         _acquire(lock, out)
         run = Run(plan, out, lock, shlex.split(options.launch))
-        with handling(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        with naming(out), handling(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             run.execute(check)
 
 
