@@ -89,7 +89,6 @@ class Run:
         sync: dict[str, Any],
         checkpoint: Path | None = None,
         keep: tuple[L.Callback, ...] = (),
-        **options: Any,
     ) -> None:
         self.method, data = make(path)
         callbacks: list[L.Callback] = [TeacherSync(**sync)] if sync else []
@@ -98,13 +97,13 @@ class Run:
         trainer = L.Trainer(
             default_root_dir=root,
             accelerator="cpu",
+            max_steps=NUM_STEPS,
             callbacks=[*callbacks, *keep, steps],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
             enable_model_summary=False,
-            **{"max_steps": NUM_STEPS, **options},
         )
         trainer.fit(self.method, datamodule=data, ckpt_path=checkpoint, weights_only=False)
         self.lrs = [m["train/lr"] for m in steps.metrics if "train/lr" in m]
@@ -175,18 +174,16 @@ KEEP_BEST = Path(__file__).parents[2] / "configs/trainer/keep_best.yaml"
 
 
 def test_the_best_is_kept_beside_the_newest_two(path: Path, tmp_path: Path) -> None:
-    """Validation is rarer than saving; both kinds are saved after step 3; a run goes on from either, to the bit."""
-    whole = Run(self_distill, path, tmp_path / "whole", {"every_n_steps": 2})
+    """Validation is rarer than saving; both kinds are saved after step 3; a run goes on from each, to the bit."""
     (overlay,) = yaml.safe_load(KEEP_BEST.read_text())["trainer"]["callbacks+"]
     assert overlay["class_path"] == "lightning.pytorch.callbacks.ModelCheckpoint"
-    folder = tmp_path / "kept/checkpoints"
+    folder, sync = tmp_path / "kept/checkpoints", {"every_n_steps": 2}
     best = ModelCheckpoint(folder, **overlay["init_args"])
-    last = ModelCheckpoint(folder, monitor="step", mode="max", save_top_k=2, every_n_train_steps=1)
-    Run(self_distill, path, tmp_path / "kept", {"every_n_steps": 2}, None, (last, best), max_steps=5)
-    names = ["best-step=3.ckpt", "epoch=1-step=4.ckpt", "epoch=1-step=5.ckpt"]
-    assert sorted(file.name for file in folder.glob("*.ckpt")) == names
-    assert newest_checkpoint(folder) == folder / names[-1]
-    for name in names:
-        resumed = Run(self_distill, path, tmp_path / f"from-{name}", {"every_n_steps": 2}, folder / name)
+    last = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=2, every_n_train_steps=1)
+    whole = Run(self_distill, path, tmp_path / "kept", sync, None, (last, best))
+    assert sorted(file.name for file in folder.glob("*.ckpt")) == ["best-step=3.ckpt", "step=5.ckpt", "step=6.ckpt"]
+    assert newest_checkpoint(folder) == folder / "step=6.ckpt"
+    for name in ("best-step=3", "step=5"):
+        resumed = Run(self_distill, path, tmp_path / f"from-{name}", sync, folder / f"{name}.ckpt")
         assert same(resumed.weights, whole.weights) and resumed.position == whole.position, name
         assert state(resumed.method) == state(whole.method), name
