@@ -202,7 +202,7 @@ class RolloutDataModule(StepDataModule):
         return super().sync_policy()
 
     def on_exception(self, exception: BaseException) -> None:
-        if self._ahead is not None:
+        if self.overlap:  # else the draw under way would keep the process
             self.teardown("fit")
 
     def teardown(self, stage: str) -> None:
