@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from runs import ROOT, SMOKE, exit_code, read_json, responses
 from sdzero.cli import _check
+from sdzero.lora import AdaptersOff, Lora, add_adapters, num_adapter_parameters
 from sdzero.losses import Divergence, cross_entropy_head, divergence_head
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models import LanguageModel
@@ -339,6 +340,48 @@ def test_the_backward_pass_takes_no_more_and_little_less(checkpointing: bool, bf
     teacher = (step.sizes, 4) if with_teacher else None
     backward, _ = training_moments("x", training_config(checkpointing), step.sizes, teacher, at, 512, True)
     assert step.live.peak <= backward.total <= 1.2 * step.live.peak
+
+
+LORA = {"rank": 4, "alpha": 8.0, "target_modules": "all-linear"}
+
+
+class AdapterStep(Step):
+    """Of adapters alone, with the model they lie beside as teacher."""
+
+    def __init__(self, bf16: bool, num_tokens: int) -> None:
+        super().__init__(False, bf16, False, num_tokens)
+        if bf16:
+            self.student.bfloat16()
+        add_adapters(self.student.hf, Lora(**LORA))
+        self.teacher, self.with_teacher = AdaptersOff(self.student), True
+        self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad])
+        self.live = Live()
+        self.live.show(self.student.parameters())
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_with_adapters_the_weights_are_kept_once(bf16: bool) -> None:
+    step = AdapterStep(bf16, num_tokens=512)
+    step.run()
+    config = training_config(False)
+    config["model"]["init_args"]["model"] |= {"lora": LORA, "dtype": "bfloat16" if bf16 else "float32"}
+    at = Machine(False, 1, 1, 2 if bf16 else 4)
+    backward, update = training_moments("x", config, step.sizes, (step.sizes, 0), at, 512, True)
+    trained = [p for p in step.student.parameters() if p.requires_grad]
+    moments = [step.optimizer.state[p][name] for p in trained for name in ("exp_avg", "exp_avg_sq")]
+    assert sum(p.numel() for p in trained) == step.sizes.num_adapter_parameters(LORA)
+    expected = {"weights": step.student.parameters(), "gradients": [p.grad for p in trained], "optimizer": moments}
+    for name, tensors in expected.items():
+        assert backward.parts[name] == sum(t.nbytes for t in tensors if t is not None), name
+    assert backward.parts["teacher"] == 0 and update.parts["gradients"] == backward.parts["gradients"]
+    assert step.live.peak <= backward.total <= 1.3 * step.live.peak
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "down_proj"]])
+def test_adapters_of_chosen_layers_are_counted(targets: list[str]) -> None:
+    config = tiny("qwen3", hidden_size=128, intermediate_size=512)
+    hf, lora = AutoModelForCausalLM.from_config(config), {**LORA, "target_modules": targets}
+    assert Architecture.of(config).num_adapter_parameters(lora) == num_adapter_parameters(hf, Lora(**lora))
 
 
 def test_a_teacher_that_goes_first_leaves_its_head_alone() -> None:

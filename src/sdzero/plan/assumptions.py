@@ -115,6 +115,14 @@ class Architecture:
         """Embedding, final norm and head: what is no decoder layer."""
         return self.num_parameters - self.num_layers * self.num_layer_parameters
 
+    def num_adapter_parameters(self, lora: Config) -> int:
+        """Of `model.lora`: each adapter has rank x (in + out) of a linear layer. Of the usual names of those layers."""
+        sides = {name: self.hidden + self.intermediate for name in ("gate_proj", "up_proj", "down_proj")}
+        sides |= {name: self.hidden + self.queries for name in ("q_proj", "o_proj")}
+        sides |= {name: self.hidden + self.keys for name in ("k_proj", "v_proj")}
+        chosen = sides if lora["target_modules"] == "all-linear" else lora["target_modules"]
+        return lora["rank"] * self.num_layers * sum(sides.get(name, 0) for name in chosen)
+
     @classmethod
     def of(cls, config: Any) -> Architecture:
         """Of a transformers config; its model is built on the meta device, without memory."""

@@ -63,8 +63,7 @@ class Survey:
         file, key = _file(stage), "devices" if stage == "collect" else "trainer.devices"
         if self.assumptions and at.on_gpu and at.world_size > self.assumptions.num_gpus:
             self.found.refusals.append(
-                f"{file}: {key} asks for {at.world_size} GPUs; num_gpus of plan.yaml has "
-                f"{self.assumptions.num_gpus}"
+                f"{file}: {key} asks for {at.world_size} GPUs; num_gpus of plan.yaml has {self.assumptions.num_gpus}"
             )
         if at.world_size % at.num_shards:
             self.found.refusals.append(
@@ -162,14 +161,15 @@ class Survey:
         for moment in moments:
             if self.gpu_bytes and at.on_gpu and moment.total > self.gpu_bytes:
                 self._refuse(moment, _advice(moment, arguments, at, max(student, reads), self.gpu_bytes))
-        kept = resident(self.model, teacher, at, arguments["model"]["cpu_offload"])
+        kept = resident(self.model, teacher, at, arguments["model"])
         self._sample(stage, config, kept, at, longest_rollout)
 
     def _teacher(self, arguments: Mapping[str, Any]) -> tuple[Architecture, int]:
-        """Sizes of the teacher, and the bytes of its elements: by default it is the student as it starts."""
+        """Sizes of the teacher, and the bytes of its elements: by default it is the student as it starts, and beside
+        adapters the student's own weights."""
         named = arguments["teacher"]
         if named is None:
-            return self.model, 4
+            return self.model, 0 if arguments["model"].get("lora") else 4
         sizes = load_architecture(named["path"], None)
         if sizes is None:
             self.found.notes.append(

@@ -1,6 +1,6 @@
 """Memory per GPU of each stage, at the moments at which it is largest. A model of it: nothing here is measured.
 
-Weights, their gradients and AdamW's two moments are float32. What stands between them is counted by its largest
+Trained weights, their gradients and AdamW's two moments are float32. What stands between them is counted by its largest
 tensors: activations by what autograd keeps of a decoder layer, the loss head by its copies and chunks of logits, the
 engine as vLLM sizes itself.
 """
@@ -126,13 +126,15 @@ def activation_bytes(model: Architecture, num_tokens: int, checkpointing: bool, 
     return num_tokens * (kept + 3 * model.intermediate * at.compute_bytes)  # and the gradients inside the MLP
 
 
-def gathered_bytes(model: Architecture, at: Machine, has_teacher: bool) -> int:
-    """Copies of weights in the computation's dtype: sharded, both roots (embedding and head) and two layers, with a
-    layer's gradient; unsharded, what autocast keeps of each weight."""
+def gathered_bytes(model: Architecture, at: Machine, num_roots: int, settings: Config) -> int:
+    """Copies of weights in the computation's dtype: sharded, the roots (embedding and head) and two layers, with a
+    layer's gradient; unsharded, what autocast keeps of each weight. Frozen ones have no gradient."""
     if at.num_shards == 1:
-        return model.num_parameters * at.compute_bytes if at.compute_bytes < FLOAT32 else 0
-    roots = (2 if has_teacher else 1) * model.num_root_parameters * at.compute_bytes
-    return roots + model.num_layer_parameters * (3 * at.compute_bytes + FLOAT32)
+        is_copied = at.compute_bytes < FLOAT32 and settings.get("dtype") != "bfloat16"
+        return model.num_parameters * at.compute_bytes if is_copied else 0
+    gradient = 0 if settings.get("lora") else FLOAT32
+    roots = num_roots * model.num_root_parameters * at.compute_bytes
+    return roots + model.num_layer_parameters * (3 * at.compute_bytes + gradient)
 
 
 def logit_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool) -> int:
@@ -144,15 +146,15 @@ def logit_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: 
     return min(CUDA_CHUNK_SIZE, num_tokens) * model.vocab * (FLOAT32 * (2 if has_teacher else 1) + gradient)
 
 
-def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool) -> int:
-    """Of the loss head: copies of the heads in what they are multiplied in, the head's gradient in float32 and as it is
-    handed on, the hidden states' gradient, and a chunk's logits."""
+def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool, is_frozen: bool) -> int:
+    """Of the loss head: copies of the heads in what they are multiplied in, the head's gradient (unless it is frozen)
+    in float32 and as it is handed on, the hidden states' gradient, and a chunk's logits."""
     head = model.vocab * model.hidden
     low, is_sharded = at.compute_bytes < FLOAT32, at.num_shards > 1
     # gathered in the computation's dtype: on a GPU multiplied as they are; whole in float32: the other way round
     copied_to = at.compute_bytes if at.on_gpu else FLOAT32
     copies = (2 if has_teacher else 1) * copied_to * head if low and at.on_gpu != is_sharded else 0
-    gradient = FLOAT32 * head + (at.compute_bytes * head if low and is_sharded else 0)
+    gradient = 0 if is_frozen else FLOAT32 * head + (at.compute_bytes * head if low and is_sharded else 0)
     hidden = num_tokens * model.hidden * (FLOAT32 + (3 if has_teacher else 2) * at.compute_bytes)
     return copies + gradient + hidden + logit_bytes(model, num_tokens, at, has_teacher)
 
@@ -170,12 +172,20 @@ class Resident:
         return {"weights": self.weights, "optimizer": self.optimizer, "teacher": self.teacher}
 
 
-def resident(model: Architecture, teacher: tuple[Architecture, int] | None, at: Machine, offloaded: bool) -> Resident:
-    """Args: teacher: its sizes and the bytes of its elements; offloaded: the host's memory holds all of it."""
-    if offloaded:
+def num_trained(model: Architecture, settings: Config) -> int:
+    """Parameters that train under `model.model` of a config: all, or its adapters'."""
+    lora = settings.get("lora")
+    return model.num_adapter_parameters(lora) if lora else model.num_parameters
+
+
+def resident(model: Architecture, teacher: tuple[Architecture, int] | None, at: Machine, settings: Config) -> Resident:
+    """Args: teacher: its sizes and the bytes of its elements; settings: of the student, `model.model` of a config."""
+    if settings["cpu_offload"]:  # the host's memory holds all of it
         return Resident(0, 0, 0)
-    own = FLOAT32 * model.num_parameters // at.num_shards
-    return Resident(own, 2 * own, teacher[0].num_parameters * teacher[1] // at.num_shards if teacher else 0)
+    trained = FLOAT32 * num_trained(model, settings)
+    frozen = (2 if settings["dtype"] == "bfloat16" else FLOAT32) * model.num_parameters if settings.get("lora") else 0
+    theirs = teacher[0].num_parameters * teacher[1] if teacher else 0
+    return Resident(*(size // at.num_shards for size in (frozen + trained, 2 * trained, theirs)))
 
 
 def training_moments(
@@ -193,7 +203,7 @@ def training_moments(
         stage: name of the stage.
         config: of the stage.
         model: the student.
-        teacher: its sizes and the bytes of its elements; None without one.
+        teacher: its sizes and the bytes of its elements, 0 where they are the student's own; None without one.
         at: what it runs on.
         num_tokens: of the largest micro batch.
         accumulates: a step has several micro batches on a rank. FSDP then keeps their whole gradients in float32 until
@@ -201,15 +211,16 @@ def training_moments(
     """
     arguments = config["model"]["init_args"]
     settings, options = arguments["model"], arguments["optimizer"]["init_args"]
-    kept = resident(model, teacher, at, settings["cpu_offload"])
-    whole = FLOAT32 * model.num_parameters
-    shard = kept.weights
+    kept = resident(model, teacher, at, settings)
+    whole = FLOAT32 * num_trained(model, settings)
+    shard = kept.optimizer // 2
+    num_roots = 2 if teacher and teacher[1] else 1
     gradients = whole if accumulates and at.num_shards > 1 else shard
     backward = {
         "gradients": gradients,
-        "copies": gathered_bytes(model, at, teacher is not None),
+        "copies": gathered_bytes(model, at, num_roots, settings),
         "activations": activation_bytes(model, num_tokens, settings["gradient_checkpointing"], at),
-        "loss head": head_bytes(model, num_tokens, at, teacher is not None),
+        "loss head": head_bytes(model, num_tokens, at, teacher is not None, bool(settings.get("lora"))),
     }
     # torch's default on a GPU works on all weights at once, and so holds a square root of them all
     at_once = at.on_gpu and not options.get("fused") and options.get("foreach") is not False
@@ -268,6 +279,6 @@ def rollout_moment(
     if kept:
         per_token = 8 * model.hidden + 3 * model.intermediate * at.compute_bytes
         parts["activations"] = longest_response * per_token + logit_bytes(model, longest_response, at, False)
-        parts["copies"] = gathered_bytes(model, at, False) if at.num_shards > 1 else 0
+        parts["copies"] = gathered_bytes(model, at, 1, {}) if at.num_shards > 1 else 0
     parts["other"] = OTHER if at.on_gpu else 0
     return Moment(stage, "rollout", parts, beside)
