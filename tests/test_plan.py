@@ -436,6 +436,14 @@ def test_over_how_many_gpus_a_model_is_sharded(strategy: Any, devices: Any, expe
     assert (at.world_size, at.num_shards) == expected and at.compute_bytes == 2 and at.on_gpu
 
 
+@pytest.mark.parametrize(("devices", "num_nodes", "expected"), [(1, 1, 1), ("auto", 1, 8), (4, 2, 8)])
+def test_collection_names_its_own_devices_and_shards_nothing(devices: Any, num_nodes: int, expected: int) -> None:
+    at = machine({"devices": devices, "num_nodes": num_nodes}, num_gpus=8)
+    assert at == Machine(True, expected, 1, 4)
+    on_cpu = machine({"devices": devices, "num_nodes": num_nodes}, num_gpus=None)
+    assert (on_cpu.on_gpu, on_cpu.world_size) == (False, 1 if devices == "auto" else expected)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -482,9 +490,10 @@ def test_the_papers_recipes_fit_their_gpus(paper: Configs, recipe: str) -> None:
         ),
         (
             "collect.engine.init_args.tensor_parallel_size",
-            4,
-            r"collect\.yaml: engine\.tensor_parallel_size 4 does not divide the number of processes, 1",
+            3,
+            r"collect\.yaml: engine\.tensor_parallel_size 3 does not divide the number of processes, 4",
         ),
+        ("collect.devices", 8, r"collect\.yaml: devices asks for 8 GPUs; num_gpus of plan\.yaml has 4"),
         (
             "collect.sampling.max_new_tokens",
             140_000,
