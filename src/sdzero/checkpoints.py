@@ -30,6 +30,7 @@ from sdzero.manifests import (
     manifest_path,
     remove,
     replacing,
+    set_aside,
     tidy,
     write_manifest,
 )
@@ -167,6 +168,7 @@ def finished_checkpoints(folder: Path) -> list[tuple[Path, Content | FolderConte
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tidy(path.parent)
+    folder = set_aside(path) if path.is_dir() else None  # a sharded strategy's
     try:
         old = [content for content in contents(path) if isinstance(content, Content)]
     except CheckpointError as error:
@@ -177,6 +179,8 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
         if old:
             write_manifest(path, [new, *old])
     write_manifest(path, [new])
+    if folder is not None:
+        remove(folder)
 
 
 def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> Content:

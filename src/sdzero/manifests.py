@@ -138,12 +138,18 @@ def sync(path: Path) -> None:
 
 def put_in_place(folder: Path, path: Path) -> None:
     """Renames a finished folder to `path`. What was there is a checkpoint until the new one is."""
-    old = path.with_name(path.stem + OLD + path.suffix)
-    if path.exists():
-        _move(path, old)
+    old = set_aside(path) if path.exists() else None
     os.replace(folder, path)
     sync(path.parent)
-    remove(old)
+    if old is not None:
+        remove(old)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a checkpoint whose name is needed; returns its new name, under which it still verifies."""
+    old = path.with_name(path.stem + OLD + path.suffix)
+    _move(path, old)
+    return old
 
 
 def _move(path: Path, to: Path) -> None:
