@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sdzero.engines import ScriptedEngine, TransformersEngine, VLLMEngine
-from sdzero.engines.base import EngineError, EngineSpec, Piece, RolloutEngine
+from sdzero.engines import RemoteVLLMEngine, ScriptedEngine, TransformersEngine, VLLMEngine
+from sdzero.engines.base import EngineDied, EngineError, EngineSpec, Piece, RolloutEngine
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
 from tiny_model import write_tiny_model
+from vllm_server import vllm_server
 
 MAX_MODEL_LEN = 512
 
@@ -29,7 +33,10 @@ FACTORIES = {
     "scripted": lambda: ScriptedEngine(script),
     "transformers": lambda: TransformersEngine(max_batch_size=512),
     "vllm": lambda: VLLMEngine(kv_cache_gib=0.05, max_num_seqs=512),
+    "remote": lambda: RemoteVLLMEngine(SERVERS, Path("/dev/shm")),
 }
+SERVERS: list[str] = []
+"""The URL of this module's server, once a test needs it."""
 
 
 def rng_state() -> tuple:
@@ -54,7 +61,8 @@ def trainer(model_path: str) -> torch.nn.Module:
 class Started:
     """Each engine is started once, without weights, and says whether that touched the trainer's process."""
 
-    def __init__(self, model_path: str, builder: PromptBuilder) -> None:
+    def __init__(self, model_path: str, builder: PromptBuilder, log: Path) -> None:
+        self.log, self.stack = log, ExitStack()
         self.spec, self.builder = EngineSpec(model_path, MAX_MODEL_LEN), builder
         self.engines: dict[str, RolloutEngine] = {}
         self.process_kept: dict[str, bool] = {}
@@ -63,6 +71,8 @@ class Started:
         self.engines.pop(name).close()
 
     def __getitem__(self, name: str) -> RolloutEngine:
+        if name == "remote" and not SERVERS:
+            SERVERS.append(self.stack.enter_context(vllm_server(self.spec.model_path, self.log, MAX_MODEL_LEN)))
         if name not in self.engines:
             engine = FACTORIES[name]()
             before = rng_state(), torch.get_num_threads(), torch.set_num_threads
@@ -74,11 +84,13 @@ class Started:
 
 
 @pytest.fixture(scope="module")
-def started(model_path: str, builder: PromptBuilder) -> Iterator[Started]:
-    started = Started(model_path, builder)
-    yield started
-    for name in list(started.engines):
-        started.close(name)
+def started(model_path: str, builder: PromptBuilder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    started = Started(model_path, builder, tmp_path_factory.mktemp("server") / "log")
+    with started.stack:
+        yield started
+        for name in list(started.engines):
+            started.close(name)
+    SERVERS.clear()
 
 
 @pytest.fixture(params=FACTORIES)
@@ -89,7 +101,7 @@ def engine(request: pytest.FixtureRequest, started: Started, trainer: torch.nn.M
     return engine
 
 
-@pytest.fixture(params=["transformers", "vllm"])
+@pytest.fixture(params=["transformers", "vllm", "remote"])
 def sampler(request: pytest.FixtureRequest, started: Started, trainer: torch.nn.Module) -> RolloutEngine:
     engine = started[request.param]
     engine.sync(trainer.named_parameters(), 1)
@@ -226,7 +238,7 @@ def test_a_seed_names_its_tokens(sampler: RolloutEngine, builder: PromptBuilder)
     again = sampler.generate(asked, sampling, seed=11, policy_version=1)
     other = sampler.generate(asked, sampling, seed=12, policy_version=1)
     assert ids(again) == ids(first)
-    assert isinstance(sampler, VLLMEngine) or [r.logprobs for r in again] == [r.logprobs for r in first]
+    assert not isinstance(sampler, TransformersEngine) or [r.logprobs for r in again] == [r.logprobs for r in first]
     assert sum(a != b for a, b in zip(ids(other), ids(first), strict=True)) > 20
 
 
@@ -300,8 +312,9 @@ def exact_distribution(logits: Tensor, temperature: float, top_p: float) -> Tens
 def test_samples_follow_the_exact_distribution(
     sampler: RolloutEngine, trainer: torch.nn.Module, temperature: float, top_p: float
 ) -> None:
-    """Chi-square of 4,000 first tokens, the rare ones lumped: 6 standard deviations above its mean is no chance."""
-    draws, prompt = 4000, Prompt(Question("q", "", ""), (30, 40, 50))
+    """Chi-square of 4,000 first tokens, the rare ones lumped: 6 standard deviations above its mean is no chance. Of a
+    server 1,500: each is a request."""
+    draws, prompt = 1500 if sampler.is_remote else 4000, Prompt(Question("q", "", ""), (30, 40, 50))
     with torch.no_grad():
         logits = trainer(torch.tensor([prompt.token_ids])).logits[0, -1]
     expected = exact_distribution(logits, temperature, top_p) * draws
@@ -379,25 +392,44 @@ def test_unknown_repeated_and_misshapen_weights_are_caught(sampler: RolloutEngin
     assert sampler.policy_version == 2
 
 
-def test_one_wrong_bit_is_caught(sampler: RolloutEngine, trainer: torch.nn.Module) -> None:
+def flipped(weight: Tensor) -> Tensor:
+    weight = weight.detach().clone()
+    weight[7] = torch.nextafter(weight[7], torch.tensor(9.0))
+    return weight
+
+
+def garbled(transport: Any) -> Any:
+    """A folder that is written with another bit than was sent."""
+    write = transport._write
+
+    def garbling(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+        write(((name, flipped(w) if name == "model.norm.weight" else w) for name, w in weights), folder)
+
+    return garbling
+
+
+def test_one_wrong_bit_is_caught(
+    sampler: RolloutEngine, trainer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def flip(model: torch.nn.Module) -> None:
-        weight = model.get_parameter("model.norm.weight").data
-        weight[7] = torch.nextafter(weight[7], torch.tensor(9.0))
+        weight = model.get_parameter("model.norm.weight")
+        weight.data.copy_(flipped(weight))
 
     def garbling() -> Iterator[tuple[str, Tensor]]:
         yield from trainer.named_parameters()
         if isinstance(sampler, VLLMEngine):
             sampler._llm.apply_model(flip)
-        else:
-            assert isinstance(sampler, TransformersEngine)
+        elif isinstance(sampler, TransformersEngine):
             flip(sampler._model)
 
-    with pytest.raises(EngineError, match=r"'model\.norm\.weight' of the engine differs.*\(1 such"):
+    if isinstance(sampler, RemoteVLLMEngine):
+        monkeypatch.setattr(sampler._connected(), "_write", garbled(sampler._connected()))
+    with pytest.raises(EngineError, match=r"'model\.norm\.weight' of the .* differs.*\(1 such"):
         sampler.sync(garbling(), 2)
     assert sampler.policy_version is None
 
 
-@pytest.mark.parametrize("name", ["transformers", "vllm"])
+@pytest.mark.parametrize("name", ["transformers", "vllm", "remote"])
 def test_a_second_engine_started_with_weights_is_version_0(
     name: str, started: Started, builder: PromptBuilder, trainer: torch.nn.Module
 ) -> None:
@@ -409,4 +441,45 @@ def test_a_second_engine_started_with_weights_is_version_0(
     engine = FACTORIES[name]()
     engine.start(EngineSpec(started.spec.model_path, MAX_MODEL_LEN, load_weights=True), builder)
     assert ids(engine.generate(asked, sampling, seed=4, policy_version=0)) == ids(synced)
+    engine.close()
+
+
+def test_a_server_that_took_nothing_is_caught(
+    started: Started, trainer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = started["remote"]
+    assert isinstance(engine, RemoteVLLMEngine)
+    engine.sync(trainer.named_parameters(), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._connected(), "send", list)  # takes the weights, and keeps them
+        with pytest.raises(EngineError, match=r"'model\.layers.* of the vLLM server at .* differs from what was sent"):
+            engine.sync(scaled(trainer, 1.5).items(), 2)
+    assert engine.policy_version is None
+    engine.sync(trainer.named_parameters(), 3)
+
+
+def test_weights_that_another_trainer_put_into_the_server_are_refused(
+    started: Started, builder: PromptBuilder, trainer: torch.nn.Module
+) -> None:
+    """Each response names the weights that drew it: the very next one tells."""
+    engine = started["remote"]
+    engine.sync(trainer.named_parameters(), 1)
+    other = FACTORIES["remote"]()
+    other.start(started.spec, builder)
+    other.sync(scaled(trainer, 0.9).items(), 1)
+    with pytest.raises(EngineDied, match=r"was drawn from weights \['1-.*'\], not 1-.*: another trainer uses"):
+        engine.generate(prompts(builder, 2), Sampling(1.0, 1.0, 4), seed=0, policy_version=1)
+    other.close()
+
+
+def test_a_folder_keeps_nothing(started: Started, trainer: torch.nn.Module, tmp_path: Path) -> None:
+    started["remote"]  # the server is up
+    engine = RemoteVLLMEngine(SERVERS, tmp_path / "weights")
+    engine.start(started.spec, started.builder)
+    assert engine.sync(trainer.named_parameters(), 1).checksum == engine.sync(trainer.named_parameters(), 2).checksum
+    assert not list((tmp_path / "weights").iterdir())
+    with pytest.raises(EngineError, match=r"did not reach the vLLM server"):
+        engine.folder = Path("/proc")  # where nothing can be written
+        engine._transport = None
+        engine.sync(trainer.named_parameters(), 3)
     engine.close()

@@ -21,7 +21,7 @@ from sdzero.engines.remote.client import Client
 
 _SHARD_BYTES = 2 * 2**30
 _VOCABULARY_MULTIPLE = 64  # vLLM pads a vocabulary to it
-_EMPTY = hashlib.sha256().hexdigest()  # of a weight that vLLM's CPU build has packed away
+EMPTY = hashlib.sha256().hexdigest()  # of a weight that vLLM's CPU build has packed away
 
 
 class Transport(Protocol):
@@ -141,7 +141,7 @@ class Digests:
         if num_workers > 1:  # each holds a part, which nothing here was the digest of
             return
         own = {key.rpartition(":")[2]: digest for key, digest in held.items()}
-        wrong = [name for name, sent in self._sent.items() if own.get(name, _EMPTY) not in (_EMPTY, sent)]
+        wrong = [name for name, sent in self._sent.items() if own.get(name, EMPTY) not in (EMPTY, sent)]
         if wrong:
             raise EngineError(
                 f"weight sync: {wrong[0]!r} of the vLLM server at {url} differs from what was sent ({len(wrong)} such "
