@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers import same, weights_of
+from runs import exit_code
 from sdzero.lora import AdaptersOff, Lora, adapters, check_strategy, num_adapter_parameters, target_layers
 from sdzero.models import LanguageModel, ModelConfig, folder_sha256, load
 from sdzero.prompts import PromptBuilder
@@ -178,3 +179,41 @@ def test_strategies_that_cannot_hold_them_are_refused() -> None:
     check_strategy(lora, "float32", FSDPStrategy())
     check_strategy(lora, "bfloat16", ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
     check_strategy(None, "float32", parallel)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+WITHOUT_SYNC = (
+    "[{class_path: sdzero.callbacks.ExportModel}, {class_path: lightning.pytorch.callbacks.ModelCheckpoint, "
+    "init_args: {monitor: step, mode: max, every_n_train_steps: 1}}]"
+)
+
+
+def fitted(monkeypatch: pytest.MonkeyPatch, stage: str, base: Path, out: Path, *options: str) -> LanguageModel:
+    """Two steps of the smoke recipe's stage with the overlay; the model of its checkpoint, adapters and all."""
+    configs = [f"configs/recipes/smoke/{stage}.yaml", f"configs/overlays/lora/{stage}.yaml"]
+    arguments = [part for config in configs for part in ("--config", config)]
+    arguments += [f"--model.model.path={base}", f"--trainer.default_root_dir={out}", "--trainer.max_steps=2", *options]
+    assert exit_code(monkeypatch, "fit", *arguments) == 0
+    (checkpoint,) = out.rglob("*step=2.ckpt")
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    model = load(ModelConfig(str(base), lora=Lora(rank=32, alpha=64.0)), seed=0)
+    model.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
+    return model
+
+
+def test_a_recipe_with_the_overlay_leaves_merged_weights(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SRT, and self-distillation from what it exported. Plain transformers reads the folders."""
+    traces, asked = smoke_run / "collect/traces.jsonl", smoke_run / "collect/questions.json"
+    sync = f"--data.disjoint_from={asked}", f"--trainer.callbacks={WITHOUT_SYNC}"
+    base = smoke_run / "base/model"
+    for stage, options in {"srt": (f"--data.source.path={traces}",), "self_distill": sync}.items():
+        model, out = fitted(monkeypatch, stage, base, tmp_path / stage, *options), tmp_path / stage / "model"
+        ours, exported, before = (
+            hf(IDS).logits for hf in (model.hf, *map(AutoModelForCausalLM.from_pretrained, (out, base)))
+        )
+        torch.testing.assert_close(ours, exported)
+        assert not torch.allclose(exported, before)
+        base = out
