@@ -47,7 +47,7 @@ def check_tensor_parallel(hf_config: Any, size: int) -> None:
     if size == 1:
         return
     what = f"strategy.tensor_parallel_size={size}: {hf_config.model_type}"
-    plan: dict[str, str] = getattr(hf_config, "base_model_tp_plan", None) or {}
+    plan = _plan(hf_config)
     if not plan:
         raise ValueError(f"{what} has no plan for tensor parallelism in transformers: set it to 1")
     if unknown := sorted(set(plan.values()) - STYLES.keys()):
@@ -57,14 +57,21 @@ def check_tensor_parallel(hf_config: Any, size: int) -> None:
             raise ValueError(f"{what} has {name}={count}, which it does not divide: choose another size")
 
 
+def _plan(hf_config: Any) -> dict[str, str]:
+    """Module of the decoder -> style. Embedding, final norm and head stay whole: the loss heads take the whole head."""
+    plan = getattr(hf_config, "base_model_tp_plan", None) or {}
+    return {name: style for name, style in plan.items() if name.startswith("layers.")}
+
+
 def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Cuts the layers' weights over the ranks of `mesh`, by transformers' own plan; in place.
 
-    Embedding, final norm and head stay whole: the loss heads take the whole head.
+    Raises:
+        ValueError: the model has none, or tells of other layers or numbers than that many ranks can share.
     """
     decoder, size = model.hf.get_decoder(), mesh.size()
     check_tensor_parallel(model.hf.config, size)
-    plan = model.hf.config.base_model_tp_plan
+    plan = _plan(model.hf.config)
     for name, module in decoder.named_modules():
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
         if "wise" in plan.get(pattern, "") and not isinstance(module, nn.Linear):

@@ -20,6 +20,7 @@ from sdzero.losses import cross_entropy_head
 from sdzero.models import LanguageModel, ModelConfig, load
 from sdzero.sequences import collate
 from sdzero.sharding import shard_fsdp2
+from sdzero.strategies import Share
 from sdzero.weights import full_weights, lerp_weights
 
 ROWS = [((5, 6, 7), tuple(range(4, 4 + n))) for n in (3, 9, 17, 30)]
@@ -67,6 +68,9 @@ def compare(folder: str, rank: int) -> dict[str, float | bool]:
 
 def work(folders: list[str], out: Path, rank: int) -> None:
     dist.init_process_group("gloo")
+    share = Share(0, 1, rank, 2, within=dist.group.WORLD)
+    for count in range(6):
+        assert share.whole([*share.part(range(count))]) == [*range(count)]
     torch.save({Path(folder).name: compare(folder, rank) for folder in folders}, out / f"rank{rank}.pt")
     dist.barrier()
 

@@ -14,7 +14,12 @@ import torch
 from tiny_model import write_tiny
 
 HERE = Path(__file__).parent
-KINDS: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 32}, "olmo3": {}}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "olmo3": {},
+}
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from distributed.evaluate_ranks import evaluate
 from distributed.train_stored import ITEMS
-from runs import rows
+from runs import read_json, responses, rows
 from tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent
@@ -82,16 +81,54 @@ def test_every_response_is_written_once(strategy: str, trained: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
+@pytest.fixture(scope="module")
+def recipes(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of recipe_ranks.py: the engines are real ones, and each rank has its own."""
+    out = tmp_path_factory.mktemp("recipes")
+    command(HERE / "recipe_ranks.py", smoke_run, out)
+    return out
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "tp"])
+def test_a_recipe_on_two_ranks_counts_and_writes_once(strategy: str, recipes: Path) -> None:
+    """Steps of three questions and of one, an evaluation of three: nothing divides by two."""
+    run = recipes / strategy
+    asked = sorted(read_json(run / "self_distill/questions-fit.json")["eval"])
+    assert len(asked) == 3
+    num_tokens = 0  # of the last stage's
+    for stage in ("srt", "self_distill", "eval"):
+        journals = [run / stage / f"journal/rank{rank}" for rank in (0, 1)]
+        answers = [responses(journal, "eval") for journal in journals]
+        assert all(answers), "both engines were asked"
+        assert sorted(answer["question"] for answer in answers[0] + answers[1]) == sorted(2 * asked)
+        num_tokens = sum(len(answer["token_ids"]) for answer in answers[0] + answers[1])
+        assert len([*(run / stage).glob("events*")]) == 1
+        kept = [row["question"] for file in (run / stage / "samples").glob("eval-*") for row in rows(file)]
+        assert sorted(kept) == asked
+    for stage, num_generations in (("srt", 0), ("self_distill", 3 + 1)):
+        manifest = read_json(run / stage / "model/sdzero.json")
+        assert (manifest["num_generations"], manifest["policy_version"]) == (num_generations, 2)
+    trained = [row["question"] for file in (run / "self_distill/samples").glob("train-*") for row in rows(file)]
+    assert len(trained) == len({*trained}) == 3
+    rewards, results = (read_json(run / f"eval/{name}.json") for name in ("rewards", "results"))
+    assert sorted(rewards) == asked and all(len(of_question) == 2 for of_question in rewards.values())
+    assert results["eval/avg_at_k"] == pytest.approx(sum(map(sum, rewards.values())) / 6)
+    assert results["eval/response_tokens"] == pytest.approx(num_tokens / 6)
+
+
 def test_figures_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: Path, tmp_path: Path) -> None:
-    evaluate(1, str(model_folder), tmp_path / "one.pt")
-    one = torch.load(tmp_path / "one.pt")
-    two = run("evaluate_ranks.py", tmp_path / "two.pt", 2, model_folder, tmp_path / "two.pt")
-    benchmarks = [{question.split("/")[0] for question in asked} for asked in two["asked"]]
-    assert benchmarks == [{"x", "y"}, {"x", "z"}]
-    ours, theirs = one["figures"], two["figures"]
-    assert ours.keys() == theirs.keys() >= {"eval/avg_at_k", "eval/y/avg_at_k", "eval/z/pass_at_2", "eval/x/truncated"}
-    assert all(torch.equal(ours[name].nan_to_num(-1), theirs[name].nan_to_num(-1)) for name in ours)
+    """Ranks that compute together know the same answers, which count once."""
+    command(HERE / "evaluate_ranks.py", model_folder, tmp_path)
+    one, ddp, tp = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "ddp", "tp"))
+    benchmarks = [{question.split("/")[0] for question in asked} for asked in (*ddp["asked"], *tp["asked"])]
+    assert benchmarks == [{"x", "y"}, {"x", "z"}, {"x", "y", "z"}, {"x", "y", "z"}]
+    ours = one["figures"]
+    assert ours.keys() >= {"eval/avg_at_k", "eval/y/avg_at_k", "eval/z/pass_at_2", "eval/x/truncated"}
+    for theirs in (ddp["figures"], tp["figures"]):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name].nan_to_num(-1), theirs[name].nan_to_num(-1)) for name in ours)
     assert (ours["eval/x/avg_at_k"], ours["eval/x/truncated"], ours["eval/z/avg_at_k"]) == (0.25, 0.25, 1)
+    assert ours["eval/x/avg_at_k_se"] > 0.2, "more of the same answers would lower it"
 
 
 def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path: Path) -> None:
