@@ -85,9 +85,11 @@ class SyncCheck:
                 self._faults.append(fault)
                 continue
             tensor = tensor.detach()
-            self._sent[name] = fingerprint(tensor.to(self._dtype))
+            self._sent[name] = sent = fingerprint(tensor.to(self._dtype))
             if self._is_comparable(name, tensor):
-                self._compared[name] = tensor.shape[0], fingerprint(tensor.to(self._held[name][1]))
+                dtype = self._held[name][1]
+                as_held = sent if dtype == self._dtype else fingerprint(tensor.to(dtype))
+                self._compared[name] = tensor.shape[0], as_held
             yield name, tensor
         self._faults += [f"{name!r} was not sent" for name in sorted(self._layout.required - self._sent.keys())]
 
