@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sdzero.cli import main
+from sdzero.seals import unseal
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "configs/recipes/smoke"
@@ -77,7 +78,8 @@ def read_json(path: Path) -> Any:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What a JSONL file says, without the rows' seals."""
+    return [unseal(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def num_calls(out: Path) -> int:

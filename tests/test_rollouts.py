@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from sdzero.engines import ScriptedEngine
 from sdzero.engines.base import EngineDied, EngineSpec, OnTokens, Piece, RolloutEngine, ignore, is_complete
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler, read_jsonl, read_traces, score, write_text, write_traces
+from sdzero.seals import seal, unseal
 from sdzero.seeds import derive_seed
 from sdzero.types import Prompt, Question, Rollout, Sampling, Trace
 from tiny_model import write_tiny_model
@@ -218,7 +220,7 @@ def partial(folder: Path) -> dict[int, list[int]]:
     """Place -> tokens in `g.partial`, from its whole lines."""
     drawn: dict[int, list[int]] = {}
     lines = (folder / "g.partial").read_bytes().split(b"\n")[1:-1]
-    for step in map(json.loads, lines):
+    for step in (unseal(json.loads(line)) for line in lines):
         for place, (token_ids, logprobs) in step.items():
             assert logprobs == [-token / 7 for token in token_ids]
             drawn.setdefault(int(place), []).extend(token_ids)
@@ -485,6 +487,64 @@ def test_a_damaged_line_is_an_error(tmp_path: Path, line: bytes) -> None:
     path.write_bytes(b'{"a": 1}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl: line 2 is .*: remove the file to have it made again"):
         read_jsonl(path)
+
+
+def flips(raw: bytes) -> Iterator[bytes]:
+    """The file with one of its bits turned over; of every byte some."""
+    for bit in range(0, 8 * len(raw), 3):
+        yield raw[: bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1 :]
+
+
+def test_no_bit_that_flips_in_a_journal_changes_a_response(tmp_path: Path) -> None:
+    """Most would leave rows of JSON that read well. Only the last line's end may go: the call is made again."""
+    row = {"token_ids": [5, 16], "logprobs": [-0.25, -1e-05], "text": "7", "finish_reason": "stop"}
+    journal = CallJournal(tmp_path)
+    journal.put("g", "0", "f", [row])
+    file = tmp_path / "g.jsonl"
+    errors = Counter()
+    for damaged in flips(file.read_bytes()):
+        file.write_bytes(damaged)
+        try:
+            kept = CallJournal(tmp_path).get("g", "0", "f")
+        except ValueError as error:
+            assert str(file) in str(error) and "remove the file to have it made again" in str(error)
+            errors["crc32" in str(error)] += 1
+        else:
+            assert kept == [row] or (kept is None and not damaged.endswith(b"\n"))
+    assert errors[True] > 150 and errors[False] > 150  # many are found by the seal alone
+
+
+def test_no_bit_that_flips_in_the_traces_changes_one(tmp_path: Path) -> None:
+    path, traces = tmp_path / "traces.jsonl", [Trace(Question("q", "1+1=", "2"), (1, 2), (3,), (4,), (5, 6), 1)]
+    write_traces(path, traces)
+    for damaged in flips(path.read_bytes()):
+        path.write_bytes(damaged)
+        try:
+            assert read_traces(path) == traces
+        except ValueError as error:
+            assert f"{path}: line" in str(error)
+
+
+def test_rows_of_before_the_seals_are_read(tmp_path: Path) -> None:
+    (tmp_path / "g.jsonl").write_text('{"key": "0", "fingerprint": "f", "responses": [1]}\n')
+    assert CallJournal(tmp_path).get("g", "0", "f") == [1]
+    row = {"a": (1, 2.5, float("inf"), "é"), 3: None}
+    assert unseal(json.loads(json.dumps(seal(row)))) == {"a": [1, 2.5, float("inf"), "é"], "3": None}
+
+
+def test_a_full_disk_names_the_file_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = CallJournal(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = r"No space left on device; what was finished before is kept: make room .*'{}'"
+    with pytest.raises(OSError, match=said.format(".*g.jsonl")):
+        journal.put("g", "0", "f", [])
+    with pytest.raises(OSError, match=said.format(".*traces.jsonl")):
+        write_traces(tmp_path / "traces.jsonl", [])
+    assert not (tmp_path / "traces.jsonl").exists()
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sdzero.engines.base import EngineDied, OnTokens, Piece, RolloutEngine
+from sdzero.manifests import sync
+from sdzero.seals import seal, unseal
 from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Trace, Verdict
@@ -37,19 +39,19 @@ def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
     """Rows of a JSONL file.
 
     Raises:
-        ValueError: a line is not a JSON object; names the file and the line.
+        ValueError: a line is not a JSON object, or not the one that was sealed; names the file and the line.
     """
     rows = []
     for number, line in enumerate(raw.splitlines(), 1):
         try:
             row = json.loads(line)
+            rows.append(unseal(row) if isinstance(row, dict) else row)
         except ValueError as error:
             raise ValueError(
                 f"{path}: line {number} is damaged ({error}): remove the file to have it made again"
             ) from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number} is no JSON object: remove the file to have it made again")
-        rows.append(row)
     return rows
 
 
@@ -68,20 +70,34 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return parse_rows(path, raw[:end])
 
 
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Says which file could not be written, and what to do: Python's own error of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.strerror}; what was finished before is kept: make room on the disk or mend it, then start again"
+        raise OSError(error.errno, what, str(path)) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with written(path):
+        partial.write_text(text)
+        os.replace(partial, path)
 
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:
-    """Writes D_revision whole or not at all, one JSON object a line."""
+    """Writes D_revision whole or not at all, one sealed JSON object a line."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        for trace in traces:
-            file.write(json.dumps(dataclasses.asdict(trace)) + "\n")
-    os.replace(partial, path)
+    with written(path):
+        with partial.open("w") as file:
+            for trace in traces:
+                file.write(json.dumps(seal(dataclasses.asdict(trace))) + "\n")
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
 
 
 def read_traces(path: Path) -> list[Trace]:
@@ -102,7 +118,7 @@ def read_traces(path: Path) -> list[Trace]:
 
 
 class CallJournal:
-    """Finished generate calls on disk, one JSON line each, one file per `group`.
+    """Finished generate calls on disk, one sealed JSON line each, one file per `group`.
 
     A call is reused only under the same key and fingerprint (prompts, sampling, seed, policy weights).
     `calls.log` (`calls-RANK.log` of a further rank) holds a line per call that was started, also the ones that a kill
@@ -141,8 +157,8 @@ class CallJournal:
 
     def put(self, group: str, key: str, fingerprint: str, responses: list[dict[str, Any]]) -> None:
         row = {"key": key, "fingerprint": fingerprint, "responses": responses}
-        with self._file(group).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with written(self._file(group)), self._file(group).open("a") as file:
+            file.write(json.dumps(seal(row)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._partial(group).unlink(missing_ok=True)
@@ -174,16 +190,17 @@ class CallJournal:
         with self._partial(group).open("a") as file:
             synced = time.monotonic()
             if not file.tell():
-                file.write(json.dumps({"fingerprint": fingerprint}) + "\n")
+                file.write(json.dumps(seal({"fingerprint": fingerprint})) + "\n")
 
             def write(pieces: Mapping[int, Piece]) -> None:
                 nonlocal synced
                 step = {place: (piece.token_ids, piece.logprobs) for place, piece in pieces.items()}
-                file.write(json.dumps(step, separators=(",", ":")) + "\n")
-                file.flush()
-                if time.monotonic() - synced >= FSYNC_SECONDS:
-                    os.fsync(file.fileno())
-                    synced = time.monotonic()
+                with written(self._partial(group)):
+                    file.write(json.dumps(seal(step), separators=(",", ":")) + "\n")
+                    file.flush()
+                    if time.monotonic() - synced >= FSYNC_SECONDS:
+                        os.fsync(file.fileno())
+                        synced = time.monotonic()
 
             yield write
 
