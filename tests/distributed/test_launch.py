@@ -1,0 +1,85 @@
+"""The scripts of configs/cluster, with two processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from runs import ROOT, SMOKE, environment, read_json, scalars
+
+CLUSTER = ROOT / "configs/cluster"
+SRUN = """#!/bin/bash
+# What SLURM's does on one node: the command as often as there are tasks, each with its number.
+echo "srun $*" >> "$SRUN_LOG"
+while [[ $1 == -* ]]; do shift; done
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
+"""
+
+
+def bash(script: str, *arguments: str | Path, cwd: Path = ROOT, path: Path | None = None, **variables: str) -> str:
+    """What a script of configs/cluster says, in the environment of this interpreter."""
+    folders = [*([str(path)] if path else []), str(Path(sys.executable).parent), os.environ["PATH"]]
+    variables = environment(PATH=os.pathsep.join(folders), **variables)
+    command = ["bash", str(CLUSTER / script), *map(str, arguments)]
+    options: dict[str, Any] = {"cwd": cwd, "env": variables, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, timeout=300, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
+def test_a_script_is_sound_and_says_how_it_is_called(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "usage:" in done.stderr
+
+
+def test_slurm_collects_on_two_ranks_what_one_collected(smoke_run: Path, tmp_path: Path) -> None:
+    """To the bit, so that the stages after it stay finished. The other ones were made by one process."""
+    out = shutil.copytree(smoke_run, tmp_path / "out")
+    shutil.rmtree(out / "collect")
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin/srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "sdzero", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
+    slurm |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_NODELIST": "localhost"}
+    said = bash("slurm.sh", SMOKE, "--out", out, path=srun.parent, SRUN_LOG=str(tmp_path / "log"), **slurm)
+    assert said.count("finished before") == 6
+    (launched,) = (tmp_path / "log").read_text().splitlines()
+    assert launched.startswith("srun --kill-on-bad-exit=1 python -m sdzero collect ")
+    assert "--devices=2 --num_nodes=1" in launched
+    for name in ("traces.jsonl", "questions.json", "statistics.json"):
+        assert (out / "collect" / name).read_bytes() == (smoke_run / "collect" / name).read_bytes()
+    counts = [len((out / f"collect/journal/{log}").read_text().splitlines()) for log in ("calls.log", "calls-1.log")]
+    assert counts == [4, 4]
+    assert read_json(out / "lineage.json")["collect"]["config"]["devices"] == 2
+
+
+def test_torchrun_trains_on_two_ranks(smoke_run: Path, tmp_path: Path) -> None:
+    """A recipe of one stage, cut short."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "recipe").mkdir()
+    config = yaml.safe_load((SMOKE / "srt.yaml").read_text())
+    config["model"]["init_args"]["model"]["path"] = str(smoke_run / "base/model")
+    config["data"]["init_args"]["source"]["init_args"]["path"] = str(smoke_run / "collect/traces.jsonl")
+    for key in ("task", "engine", "evaluation"):
+        del config["data"]["init_args"][key]
+    config["trainer"] |= {"max_steps": 2, "default_root_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe/srt.yaml").write_text(yaml.safe_dump(config))
+    bash("torchrun.sh", tmp_path / "recipe", DEVICES="2", MASTER_PORT=port)
+    assert [step for step, _ in scalars(tmp_path / "out", "train/loss")[0]] == [0, 1]
+    assert (tmp_path / "out/model/model.safetensors").is_file()
