@@ -69,7 +69,7 @@ class Client:
         try:
             return future.result()
         except TimeoutError as error:
-            raise EngineDied(f"the vLLM server did not finish {what} in {seconds:.0f} seconds") from error
+            raise EngineDied(f"the vLLM server did not finish {what} in {seconds:g} seconds") from error
         except CancelledError as error:
             raise EngineError(f"{what} was given up: the engine was closed") from error
         finally:
