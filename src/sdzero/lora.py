@@ -73,9 +73,11 @@ def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
     linear = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if lora.target_modules == "all-linear":
         return linear
-    known = {name.rpartition(".")[2] for name in linear}
-    if unknown := sorted({*lora.target_modules} - known) or not lora.target_modules:
-        raise ValueError(f"model.lora.target_modules: {unknown or 'empty'}; the decoder's linear layers are {known}")
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    unknown = sorted({*lora.target_modules} - {*known})
+    if unknown or not lora.target_modules:
+        wrong = f"no linear layer is called {', '.join(unknown)}" if unknown else "it is empty"
+        raise ValueError(f"model.lora.target_modules: {wrong}; the decoder has {', '.join(known)}")
     return {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in lora.target_modules}
 
 
