@@ -27,12 +27,12 @@ for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
 """
 
 
-def bash(script: str, *arguments: str | Path, cwd: Path = ROOT, path: Path | None = None, **variables: str) -> str:
-    """What a script of configs/cluster says, in the environment of this interpreter."""
-    folders = [*([str(path)] if path else []), str(Path(sys.executable).parent), os.environ["PATH"]]
-    variables = environment(PATH=os.pathsep.join(folders), **variables)
+def bash(script: str, *arguments: str | Path, programs: Path = ROOT, **variables: str) -> str:
+    """What a script of configs/cluster says. It finds `programs` first, then those of this interpreter."""
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", str(CLUSTER / script), *map(str, arguments)]
-    options: dict[str, Any] = {"cwd": cwd, "env": variables, "capture_output": True, "text": True}
+    variables = environment(PATH=path, **variables)
+    options: dict[str, Any] = {"cwd": ROOT, "env": variables, "capture_output": True, "text": True}
     done = subprocess.run(command, check=False, timeout=300, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -55,7 +55,8 @@ def test_slurm_collects_on_two_ranks_what_one_collected(smoke_run: Path, tmp_pat
     srun.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "sdzero", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
     slurm |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_NODELIST": "localhost"}
-    said = bash("slurm.sh", SMOKE, "--out", out, path=srun.parent, SRUN_LOG=str(tmp_path / "log"), **slurm)
+    slurm |= {"SRUN_LOG": str(tmp_path / "log")}
+    said = bash("slurm.sh", SMOKE, "--out", out, **slurm, programs=srun.parent)
     assert said.count("finished before") == 6
     (launched,) = (tmp_path / "log").read_text().splitlines()
     assert launched.startswith("srun --kill-on-bad-exit=1 python -m sdzero collect ")
