@@ -41,15 +41,16 @@ class SampleWriter(EvaluationReader):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        writes = share_of(trainer).member == 0
-        if writes and isinstance(batch, RolloutBatch) and batch.policy_version % self.every_n_steps == 0:
+        assert isinstance(pl_module, Method)
+        writes, step = share_of(trainer).member == 0, pl_module.policy_version
+        if writes and isinstance(batch, RolloutBatch) and step % self.every_n_steps == 0:
             seen: Counter[str] = Counter()
-            file = RowFile(_path(trainer, "train", batch.policy_version))
+            file = RowFile(_path(trainer, "train", step))
             for scored in batch.scored[: self.num_samples]:
                 question = scored.rollout.prompt.question.id
                 file.add(_row(scored, batch.policy_version, seen[question]))
                 seen[question] += 1
-            self._finish(trainer, "train", batch.policy_version, file)
+            self._finish(trainer, "train", step, file)
 
     def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
         if share_of(trainer).member:

@@ -54,8 +54,8 @@ class TokenKLRecorder(EvaluationReader):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if isinstance(batch, RolloutBatch) and batch.policy_version % self.every_n_steps == 0:
-            assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, Method)
+        if isinstance(batch, RolloutBatch) and pl_module.policy_version % self.every_n_steps == 0:
             self._record(pl_module, batch.scored[: self.num_responses], batch.scored)
             self._write(trainer, pl_module, "train")
 
