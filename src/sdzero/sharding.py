@@ -67,20 +67,11 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Cuts the layers' weights over the ranks of `mesh`, by transformers' own plan; in place.
 
     Raises:
-        ValueError: the model has none, or tells of other layers or numbers than that many ranks can share.
+        ValueError: as `check_tensor_parallel`.
     """
-    decoder, size = model.hf.get_decoder(), mesh.size()
-    check_tensor_parallel(model.hf.config, size)
-    plan = _plan(model.hf.config)
-    for name, module in decoder.named_modules():
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        if "wise" in plan.get(pattern, "") and not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"strategy.tensor_parallel_size={size}: {name} of the model is a {type(module).__name__}, not a plain "
-                "linear layer: set it to 1"
-            )
-    # every rank has read the same weights: nothing is sent
-    parallelize_module(decoder, mesh, {name: STYLES[style]() for name, style in plan.items()}, src_data_rank=None)
+    check_tensor_parallel(model.hf.config, mesh.size())
+    plan = {name: STYLES[style]() for name, style in _plan(model.hf.config).items()}
+    parallelize_module(model.hf.get_decoder(), mesh, plan, src_data_rank=None)  # all have read the same: send nothing
 
 
 def shard_fsdp2(
