@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -148,6 +150,23 @@ def test_changed_traces_stop_the_run(copy: Path, refuse: Callable[..., str]) -> 
     traces.write_text("".join(traces.read_text().splitlines(keepends=True)[:-1]))
     said = refuse(SMOKE, "--out", copy)
     assert "stage srt of" in said and "other inputs: data.init_args.source.init_args.path changed" in said
+
+
+def test_a_file_that_was_cut_since_its_stage_wrote_it_stops_the_next(copy: Path, refuse: Callable[..., str]) -> None:
+    """At the end of a line: what is left reads well, and the stage that would read it has not started before."""
+    lineage = read_json(copy / "lineage.json")
+    stopped = {name: record for name, record in lineage.items() if not name.startswith(("srt", "self_distill"))}
+    (copy / "lineage.json").write_text(json.dumps(stopped))
+    traces = copy / "collect/traces.jsonl"
+    traces.write_text("".join(traces.read_text().splitlines(keepends=True)[:-1]))
+    said = refuse(SMOKE, "--out", copy)
+    assert f"stage srt would read {traces}, which is not what stage collect wrote" in said
+    assert f"remove {copy / 'collect'} to have it made again" in said
+
+
+def test_a_damaged_lineage_is_named(copy: Path, refuse: Callable[..., str]) -> None:
+    os.truncate(copy / "lineage.json", 100)
+    assert f"{copy / 'lineage.json'} is damaged" in (said := refuse(SMOKE, "--out", copy)) and "--out" in said
 
 
 def test_edited_questions_and_an_edited_verifier_stop_the_run(

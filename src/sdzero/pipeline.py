@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,7 +65,7 @@ class Run:
         self.lineage_path = out / "lineage.json"
         self.lineage: dict[str, Any] = {}
         if self.lineage_path.is_file():
-            self.lineage = json.loads(self.lineage_path.read_text())
+            self.lineage = _read_lineage(self.lineage_path)
 
     def execute(self, check: Check) -> None:
         if not self.lineage:  # a wrong key in the last stage must not show after the first has run for hours
@@ -115,7 +115,9 @@ class Run:
         folder = self.out / stage.name
         spent = self.lineage.get(stage.name, {}).get("spent", 0.0)
         # written before the stage starts, so that a restart with another config is noticed too
-        self._record(stage, {**self._identity(stage), "spent": spent})
+        identity = self._identity(stage)
+        self._check_inputs(stage, identity["inputs"])
+        self._record(stage, {**identity, "spent": spent})
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         command, code = self._attempt(stage, folder)
@@ -141,6 +143,17 @@ class Run:
         outputs = {o: content_sha256(folder / o) for o in stage.outputs}
         versions = {"sdzero": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
         self._record(stage, {**self.lineage[stage.name], "outputs": outputs, "versions": versions, "seconds": spent})
+
+    def _check_inputs(self, stage: Stage, hashes: Mapping[str, str]) -> None:
+        """Raises: ValueError where a file is no longer what an earlier stage wrote: cut, damaged or edited."""
+        for name, record in self.lineage.items():
+            for output, written in record.get("outputs", {}).items():
+                path = self.out / name / output
+                if any(path == stage.inputs.get(key) and written != now for key, now in hashes.items()):
+                    raise ValueError(
+                        f"stage {stage.name} would read {path}, which is not what stage {name} wrote: bring back a "
+                        f"copy, or remove {self.out / name} to have it made again"
+                    )
 
     def _attempt(self, stage: Stage, folder: Path) -> tuple[list[str], int]:
         """Starts the stage's process, or goes on with what it did before; returns its command and exit code."""
@@ -179,6 +192,16 @@ class Run:
 
         self.lineage[stage.name] = record
         write_text(self.lineage_path, json.dumps(self.lineage, indent=2) + "\n")
+
+
+def _read_lineage(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): bring back a copy, or take another --out. It says which stages have "
+            "finished, with which config"
+        ) from None
 
 
 def _local_file(value: Any) -> Path | None:

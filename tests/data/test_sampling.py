@@ -198,6 +198,9 @@ def test_phases_share_no_question(attach: Data, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 questions of phase 2 are also in phase 1 .*\['phase2-3'\]"):
         attach(phase2(disjoint_from=file))
     attach(phase2(num_questions=3, disjoint_from=file))
+    file.write_text(json.dumps(["phase1-0"])[:-1])
+    with pytest.raises(ValueError, match=r"disjoint_from: .*questions\.json is damaged .*`sdzero collect`"):
+        attach(phase2(num_questions=3, disjoint_from=file))
 
 
 def test_a_stage_says_which_questions_it_uses(attach: Data, tmp_path: Path) -> None:

@@ -105,9 +105,7 @@ class RolloutDataModule(StepDataModule):
 
     def _check_disjoint(self) -> None:
         own, held_out = {q.identity for q in self.questions}, {q.identity for q in self.eval_questions}
-        if self.disjoint_from is not None and not self.disjoint_from.is_file():
-            raise FileNotFoundError(f"disjoint_from: no file {self.disjoint_from}; `sdzero collect` writes it")
-        phase1 = set(json.loads(self.disjoint_from.read_text())) if self.disjoint_from is not None else set()
+        phase1 = set() if self.disjoint_from is None else _identities(self.disjoint_from)
         for name, ids in (("phase 1 (disjoint_from)", phase1), ("evaluation", held_out)):
             if shared := sorted(own & ids):
                 raise ValueError(
@@ -229,3 +227,15 @@ class RolloutDataModule(StepDataModule):
 def _group(counter: int) -> str:
     """The name of a batch's draw in the journal."""
     return f"train-{counter:06d}"
+
+
+def _identities(path: Path) -> set[str]:
+    """The question ids that `sdzero collect` wrote."""
+    if not path.is_file():
+        raise FileNotFoundError(f"disjoint_from: no file {path}; `sdzero collect` writes it")
+    try:
+        return set(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"disjoint_from: {path} is damaged ({error}): remove it and have `sdzero collect` make it again"
+        ) from None
