@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers import Toy, fit
+from sdzero.data import RolloutDataModule
 from sdzero.engines import RemoteVLLMEngine, ScriptedEngine, TransformersEngine, VLLMEngine
 from sdzero.engines.base import EngineDied, EngineError, EngineSpec, Piece, RolloutEngine
+from sdzero.methods import SelfDistill
+from sdzero.models import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
 from tiny_model import write_tiny_model
@@ -483,3 +487,19 @@ def test_a_folder_keeps_nothing(started: Started, trainer: torch.nn.Module, tmp_
         engine._transport = None
         engine.sync(trainer.named_parameters(), 3)
     engine.close()
+
+
+def test_a_fit_draws_from_a_server_while_it_trains(started: Started, tmp_path: Path) -> None:
+    """Weights that move far at each step: rollouts from others than the compared ones would be nats off."""
+    started["remote"]  # the server is up
+    data = RolloutDataModule(
+        *(Toy(), RemoteVLLMEngine(SERVERS, Path("/dev/shm")), 8, 2),
+        sampling=Sampling(max_new_tokens=20),
+        max_logprob_gap=1e-3,
+        overlap=True,
+    )
+    model = ModelConfig(started.spec.model_path)
+    steps = fit(SelfDistill(model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)), data, tmp_path)
+    assert steps.curve("rollout/policy_lag") == [0, 1, 1, 1]
+    assert max(steps.curve("rollout/logprob_gap")) < 1e-4
+    assert min(steps.curve("train/grad_norm")) > 0
