@@ -131,10 +131,11 @@ class AtomicFolders(ParallelStrategy):
         mine = None if failure is None else f"rank {self.global_rank}: {_in_short(failure)}"
         said, results = zip(*of_all_ranks((mine, result)), strict=True)
         if any(said):
+            # torch hides the reason of a failed write behind errors of its own: say what would explain it
             free = shutil.disk_usage(path.parent).free / 2**20
             raise CheckpointError(
-                f"could not save {path}: {'; '.join(filter(None, said))} ({free:.0f} MiB free). Earlier checkpoints "
-                "are untouched; make room on the disk or mend it, and resume from the newest of them"
+                f"could not save {path} onto a disk with {free:.0f} MiB free: {'; '.join(filter(None, said))}. Earlier "
+                "checkpoints are untouched; make room on the disk or mend it, and resume from the newest of them"
             ) from failure
         return list(results)
 
