@@ -36,16 +36,20 @@ class Faulty(TransformersEngine):
     """Goes wrong once, in the generate call of a number, counted from 0, on a rank.
 
     Args:
-        fault: `kill`, `raise`, `die`, `term` (is told to end), `hang` (in native
-            code, under a watchdog of a second), `wait` (for ever, after it has written its id to `mark`), or `none`.
+        fault: `kill`, `raise`, `die`, `term` (is told to end), `hang` (in native code, under a watchdog of a second),
+            `wait` (for ever, or until there is a file `mark`.go), or `none`; null takes the variables
+            SDZERO_TEST_FAULT and SDZERO_TEST_MARK.
         rank: where.
         call: when.
-        mark: a file that is there once it has happened; no fault happens where it is there.
+        mark: a file that holds this process's id once it has happened. No fault happens where it is there.
     """
 
-    def __init__(self, fault: str = "none", rank: int = 0, call: int = 1, mark: Path | None = None) -> None:
+    def __init__(self, fault: str | None = "none", rank: int = 0, call: int = 1, mark: Path | None = None) -> None:
         super().__init__()
-        self.fault, self.rank, self.call, self.mark = fault, rank, call, mark
+        self.fault, self.mark = fault, mark
+        if fault is None:
+            self.fault, self.mark = os.environ["SDZERO_TEST_FAULT"], Path(os.environ["SDZERO_TEST_MARK"])
+        self.rank, self.call = rank, call
         self.num_calls = 0
 
     def generate(self, prompts: Sequence[Prompt], *rest: Any, **more: Any) -> list[Rollout]:
@@ -53,13 +57,13 @@ class Faulty(TransformersEngine):
         happened = self.mark is not None and self.mark.exists()
         self.num_calls += 1
         if self.num_calls == self.call + 1 and here == self.rank and not happened:
-            if self.mark is not None:
-                self.mark.with_suffix(".part").write_text(str(os.getpid()))
-                self.mark.with_suffix(".part").rename(self.mark)
             self._go_wrong()
         return super().generate(prompts, *rest, **more)
 
     def _go_wrong(self) -> None:
+        if self.mark is not None and self.fault != "none":
+            self.mark.with_suffix(".part").write_text(str(os.getpid()))
+            self.mark.with_suffix(".part").rename(self.mark)
         if self.fault == "raise":
             raise KeyError("something went wrong")
         if self.fault == "die":
@@ -67,7 +71,7 @@ class Faulty(TransformersEngine):
         if self.fault == "hang":
             with watchdog(1.0):
                 ctypes.PyDLL(None).sleep(600)  # holds the interpreter: no thread and no handler of Python runs
-        while self.fault == "wait":
-            time.sleep(1)
+        while self.fault == "wait" and not (self.mark and self.mark.with_suffix(".go").exists()):
+            time.sleep(0.05)
         if self.fault in ("kill", "term"):
             os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGTERM)
