@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
@@ -88,12 +89,29 @@ def shard_fsdp2(
         root_mesh = mesh._flatten("all_ranks")
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(mesh.device_type != "cpu") if config.cpu_offload else OffloadPolicy(),
     }
     for layer in _layers(model, config):
         fully_shard(layer, mesh=layer_mesh, **options)
     fully_shard(model, mesh=root_mesh, reshard_after_forward=False, **options)  # in place
     return model
+
+
+@torch.no_grad()
+def average_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Averages the gradients of the layers' weights that each rank of a tensor-parallel group holds whole. Collective
+    over the group.
+
+    They are the same but for rounding, which on a GPU has no fixed order. AdamW would make steps of it, and the copies
+    would drift apart.
+    """
+    sharded = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    grads = [grad.to_local() for grad in sharded if grad.device_mesh.mesh_dim_names == ("data_parallel",)]
+    mean = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(mean, group=group)
+    mean /= group.size()
+    for grad, of_one in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(of_one.view_as(grad))
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

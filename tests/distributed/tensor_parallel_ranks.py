@@ -19,7 +19,7 @@ from distributed.forked import forked
 from sdzero.losses import cross_entropy_head
 from sdzero.models import LanguageModel, ModelConfig, load
 from sdzero.sequences import collate
-from sdzero.sharding import shard_fsdp2
+from sdzero.sharding import average_copies, shard_fsdp2
 from sdzero.strategies import Share
 from sdzero.weights import full_weights, lerp_weights
 
@@ -33,6 +33,12 @@ def logprobs(model: LanguageModel) -> torch.Tensor:
     output = model(batch.input_ids, batch.predicts, lambda h, w: cross_entropy_head(h, w, batch.targets, weights, 59))
     output.loss.backward()
     return output.metrics["logprobs"]
+
+
+def gradients_of_norms(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """Of the norms before and after attention and MLP, which every rank holds whole."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if "layers." in name and "layernorm" in name]
+    return {name: grad.to_local() for name, grad in named if isinstance(grad, DTensor)}
 
 
 def compare(folder: str, rank: int) -> dict[str, float | bool]:
@@ -51,6 +57,11 @@ def compare(folder: str, rank: int) -> dict[str, float | bool]:
         parts.append(theirs.to_local().numel() / ours.numel())
     shared = [torch.empty_like(differences) for _ in range(2)]
     dist.all_gather(shared, differences)
+    averaged = gradients_of_norms(cut)
+    for gradient in averaged.values():
+        gradient += rank  # as if the ranks had rounded differently, by far
+    expected = {name: gradient - rank + 0.5 for name, gradient in averaged.items()}
+    average_copies([*cut.parameters()], dist.group.WORLD)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
@@ -59,6 +70,7 @@ def compare(folder: str, rank: int) -> dict[str, float | bool]:
     return {
         "logprobs": float(differences.max()),
         "ranks_agree": torch.equal(*shared),
+        "copies": all(torch.allclose(averaged[name], gradient, atol=1e-6) for name, gradient in expected.items()),
         "gradients": max(gradients),
         "head_norms": max(norms, default=0.0),
         "smallest_part": min(parts),

@@ -39,5 +39,6 @@ def test_two_ranks_compute_what_one_computes(kind: str, rank: int, compared: Pat
     found = torch.load(compared / f"rank{rank}.pt")[kind]
     assert found["logprobs"] < 1e-5 and found["ranks_agree"]
     assert found["gradients"] < 1e-5 and found["head_norms"] < 1e-5
+    assert found["copies"], "what both hold whole stays the same on both"
     assert found["weights"], "gathered and averaged, every weight is what was loaded"
     assert found["smallest_part"] == 0.5, "no rank holds more than half of a matrix, and none less"

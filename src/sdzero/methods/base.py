@@ -32,7 +32,7 @@ from sdzero.prompts import Context, Revision
 from sdzero.random_states import random_states, restore
 from sdzero.seeds import run_seed
 from sdzero.sequences import collate, micro_batches
-from sdzero.sharding import check_tensor_parallel, clip_grad_norm, shard_fsdp1, shard_fsdp2
+from sdzero.sharding import average_copies, check_tensor_parallel, clip_grad_norm, shard_fsdp1, shard_fsdp2
 from sdzero.strategies import Share, share_of
 from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
 from sdzero.weights import full_weights
@@ -278,7 +278,10 @@ class Method(Evaluated):
         max_norm = self.max_grad_norm or float("inf")
         if isinstance(self.student, FSDP1):
             return self.student.clip_grad_norm_(max_norm).cpu()
-        return clip_grad_norm([*self.student.parameters()], max_norm).detach().cpu()
+        parameters = [*self.student.parameters()]
+        if (members := self.share.within) is not None:
+            average_copies(parameters, members)
+        return clip_grad_norm(parameters, max_norm).detach().cpu()
 
     def _skip(self) -> None:
         self.num_skipped += 1
