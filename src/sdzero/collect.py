@@ -39,9 +39,11 @@ class _Job:
     builder: PromptBuilder
     questions: Sequence[Question]
     ranks: Ranks
-    restarts: Restarts
+    restarts: Restarts | None
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, group: str) -> list[ScoredRollout]:
+        if self.restarts is None:
+            return self.sampler.sample(prompts, sampling, group, 0)
         return self.restarts.draw(lambda: self.sampler.sample(prompts, sampling, group, 0))
 
 
@@ -68,7 +70,8 @@ class Collect:
         devices: processes on each node, one a GPU; `auto` takes all GPUs that it sees, or one process without any.
         num_nodes: nodes; several need a launcher such as torchrun or srun.
         max_engine_restarts: times that an engine which died, returned nothing or passed its deadline is started anew
-            before the collection stops.
+            before the collection stops. Of vLLM on several devices none is: the collection stops, and goes on from its
+            finished calls when it is started again.
     """
 
     model: ModelConfig
@@ -119,7 +122,9 @@ class Collect:
 
         try:
             start(again=False)
-            restarts = Restarts(self.max_engine_restarts, lambda _: start(again=True), ranks.largest)
+            restarts = None
+            if ranks.world_size == 1 or not self.engine.starts_together:  # the other ranks are in calls of their own
+                restarts = Restarts(self.max_engine_restarts, lambda _: start(again=True), ranks.largest)
             job = _Job(self._sampler(ranks), builder, questions, ranks, restarts)
             self._say_idle(job)
             counts, kept = self._ask_all(job)

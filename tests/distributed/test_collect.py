@@ -22,7 +22,7 @@ from distributed.forked import forked
 from runs import ROOT, read_json, rows
 from sdzero.collect import Collect
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import EngineError, EngineSpec
+from sdzero.engines.base import EngineDied, EngineError, EngineSpec
 from sdzero.models import ModelConfig
 from sdzero.processes import launch
 from sdzero.prompts import PromptBuilder
@@ -54,6 +54,9 @@ class Actor(ScriptedEngine):
         if self.ends is not None and self.num_generate_calls + 1 == self.ends[0]:
             if self.ends[1] == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.ends[1] == "dies":
+                self.ends = None
+                raise EngineDied("it died")
             raise EngineError("the engine died")
         asked = [prompt.question for prompt in prompts]
         if self.tensor_parallel_size > 1:
@@ -149,6 +152,20 @@ def test_a_rank_that_ends_ends_the_others_and_another_number_of_ranks_goes_on(
     assert engine.num_generate_calls == 24 - 12 - 5, "rank 0 had made its three chunks, rank 1 five calls"
     assert (out / "traces.jsonl").read_bytes() == (alone / "traces.jsonl").read_bytes()
     assert read_json(out / "statistics.json") == {**read_json(alone / "statistics.json"), "engine_calls": 24 + 1}
+
+
+@pytest.mark.parametrize("starts_together", [False, True])
+def test_an_engine_that_all_ranks_start_together_is_not_started_by_one_alone(
+    starts_together: bool, model: ModelConfig, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(Actor, "starts_together", starts_together)
+    codes, said = collect_on(2, model, out, ends=(6, "dies"))
+    if starts_together:
+        assert codes == [1, 1] and "EngineDied: it died" in said and "restart 1 of" not in said
+    else:
+        assert codes == [0, 0] and "restart 1 of at most 2" in said
+        assert (out / "traces.jsonl").read_bytes() == (alone / "traces.jsonl").read_bytes()
 
 
 def test_what_one_process_began_ranks_go_on_with(model: ModelConfig, alone: Path, tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ class RolloutEngine(ABC):
     """Whether a call that broke off is continued where it stood: an engine that draws token by token, and would not
     repeat the call to the bit anyway. The others ignore `on_tokens` and `begun`."""
 
+    starts_together: ClassVar[bool] = False
+    """Whether `start` is collective over all ranks: none can start its engine anew while another is in a call."""
+
     is_remote: ClassVar[bool] = False
     """Whether it samples elsewhere, on nothing that the trainer computes with, and `generate` may run in a thread."""
 

@@ -64,6 +64,7 @@ class VLLMEngine(RolloutEngine):
     """
 
     keeps_partial = True
+    starts_together = True
 
     def __init__(
         self,
