@@ -60,7 +60,22 @@ class FullShard(AtomicFolders, ModelParallelStrategy):
 
 
 class FSDP(AtomicFolders, FSDPStrategy):
-    """Lightning's FSDPStrategy (FSDP1), whose checkpoint folders are whole and verified, or not there."""
+    """Lightning's FSDPStrategy (FSDP1), full shard: student and teacher, decoder layer by decoder layer.
+
+    The models wrap themselves, so Lightning's keys of wrapping, precision and offload have no use here.
+
+    Args:
+        save_distributed_checkpoint: each rank writes its shard; else rank 0 gathers all into one file.
+        timeout_minutes: limit of one collective operation. Ranks whose responses take longer keep the others waiting.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True, timeout_minutes: float = 120.0) -> None:
+        timeout = timedelta(minutes=timeout_minutes)
+        super().__init__(
+            timeout=timeout,
+            sharding_strategy="FULL_SHARD",
+            state_dict_type="sharded" if save_distributed_checkpoint else "full",
+        )
 
     @property
     def writes_folders(self) -> bool:

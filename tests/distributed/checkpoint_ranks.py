@@ -37,8 +37,9 @@ from sdzero.weights import full_weights
 NUM_STEPS = 6  # two epochs of three
 STRATEGIES: dict[str, Any] = {
     "sharded": FullShard,
+    "tp": lambda: FullShard(tensor_parallel_size=2),
     "one_file": lambda: FullShard(save_distributed_checkpoint=False),
-    "fsdp1": lambda: FSDP(state_dict_type="sharded"),
+    "fsdp1": FSDP,
     "plain": lambda: "auto",
 }
 
