@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,20 @@ def test_a_resumed_run_trains_on_what_was_drawn_ahead(
     for name in ("rollout/reward", "train/loss", "train/grad_norm"):
         assert steps.curve(name) == uninterrupted[1].curve(name)[num_steps:]
     assert same(weights_of(method), weights_of(uninterrupted[0]))
+
+
+def test_a_validation_waits_for_the_draw(path: Path, tmp_path: Path) -> None:
+    """It brings newer weights to the engine; the draw under way is to end with its own."""
+
+    class Lingers(Elsewhere):
+        def begun(self, index: int) -> None:
+            time.sleep(1.5 if index == 1 else 0)
+
+    engine, evaluation = Lingers(), Evaluation(num_questions=1, num_samples=1, sampling=SAMPLING)
+    method, data = make(path, engine, evaluation=evaluation)
+    steps = fit(method, data, tmp_path, val_check_interval=1)
+    assert steps.curve("rollout/policy_lag") == [0, 1, 1]
+    assert [version for version, prompts in engine.calls if len(prompts) == 1] == [1, 2, 3]
 
 
 def test_without_the_journal_it_is_drawn_anew_and_said(

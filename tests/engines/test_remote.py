@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -275,13 +276,25 @@ def test_a_sync_that_fails_leaves_an_engine_that_refuses_and_a_server_that_runs(
     message: str,
 ) -> None:
     server.faults[where] = lambda body: answer
-    consumed: list[str] = []
     with pytest.raises(EngineError, match=f"weights of policy version 7 did not reach the vLLM server.*{message}"):
-        engine.sync((consumed.append(name) or (name, tensor) for name, tensor in weights.items()), 7)
-    assert engine.policy_version is None and len(consumed) == len(weights), "other ranks gather with this one"
+        engine.sync(weights.items(), 7)
+    assert engine.policy_version is None
     assert "/resume" in dict(server.calls)
     server.faults.clear()
     engine.sync(weights.items(), 8)
+
+
+def test_a_folder_that_cannot_be_written_fails_the_sync_once_all_weights_are_gathered(
+    server: FakeServer, path: str, builder: PromptBuilder, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    engine = RemoteVLLMEngine([server.url], tmp_path / "file")
+    engine.start(EngineSpec(path, 64), builder)
+    consumed: list[str] = []
+    with pytest.raises(EngineError, match="did not reach the vLLM server. FileExistsError: "):
+        engine.sync((consumed.append(name) or (name, tensor) for name, tensor in weights.items()), 1)
+    assert len(consumed) == len(weights), "other ranks gather with this one"
+    engine.close()
 
 
 def test_weights_that_do_not_change_with_the_trainers_are_stale(
@@ -400,6 +413,25 @@ def test_a_server_that_fails_refuses_or_dies(
     server.server_close()
     with pytest.raises(EngineDied, match="does not answer POST .* Is it running"):
         engine.generate(prompts(9), SAMPLING, 0, 1)
+
+
+def test_one_fault_takes_the_other_requests_back(
+    engine: RemoteVLLMEngine, server: FakeServer, weights: dict[str, torch.Tensor]
+) -> None:
+    """They would hold up the next sync, which waits for what runs."""
+    engine.sync(weights.items(), 1)
+    gate = threading.Event()
+    server.faults["/inference/v1/generate"] = lambda body: (
+        500 if body["token_ids"] == [5, 6, 9] else gate.wait(20),
+        "",
+    )
+    with pytest.raises(EngineDied, match="with 500"):
+        engine.generate(prompts(3), SAMPLING, 0, 1)
+    deadline = time.monotonic() + 5
+    while (running := asyncio.all_tasks(engine._client._loop)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    gate.set()
+    assert not running
 
 
 def test_a_late_server_is_given_up_and_so_is_one_whose_engine_is_closed(
