@@ -151,7 +151,14 @@ def test_a_second_signal_ends_a_fit_at_once(capfd: pytest.CaptureFixture[str], s
     assert (code, said) == (status, line)
 
 
-def test_a_child_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def is_running(process: str) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:  # it has ended, perhaps while it was read
+        return False
+
+
+def test_a_child_ends_with_its_parent(capfd: pytest.CaptureFixture[str]) -> None:
     def parent() -> None:
         os.environ[endings.PARENT] = str(os.getpid())
         read, write = os.pipe()
@@ -165,7 +172,7 @@ def test_a_child_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch, capfd: py
 
     code, child = in_a_fork(parent, capfd)
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+    while is_running(child):
         assert code == 0 and time.monotonic() < deadline
         time.sleep(0.05)
 

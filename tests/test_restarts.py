@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from helpers import Toy, fit, same, weights_of
 from sdzero.collect import Collect
 from sdzero.data import RolloutDataModule
 from sdzero.engines import ScriptedEngine, TransformersEngine
-from sdzero.engines.base import EngineDied, EngineError
+from sdzero.engines.base import EngineDied, EngineError, SyncReport
+from sdzero.engines.checks import SyncCheck, WeightLayout
 from sdzero.methods import SelfDistill
 from sdzero.models import ModelConfig
 from sdzero.types import Prompt, Rollout, Sampling
@@ -48,10 +51,10 @@ class Mortal(TransformersEngine):
         return super().generate(prompts, *rest, **more)
 
 
-def train(path: Path, root: Path, engine: Mortal, **options: Any) -> tuple[SelfDistill, list[float]]:
+def train(path: Path, root: Path, engine: Mortal, lr: float = 1e-3, **options: Any) -> tuple[SelfDistill, list[float]]:
     """Three steps of two calls each."""
     data = RolloutDataModule(Toy(), engine, 12, 4, sampling=SAMPLING, call_size=2, max_logprob_gap=1e-3, **options)
-    method = SelfDistill(ModelConfig(str(path)))
+    method = SelfDistill(ModelConfig(str(path)), optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0))
     return method, fit(method, data, root).curve("rollout/engine_restarts")
 
 
@@ -81,6 +84,36 @@ def test_wrong_weights_are_no_reason_to_try_again(path: Path, tmp_path: Path) ->
     with pytest.raises(EngineError, match="fell over$"):
         train(path, tmp_path, engine)
     assert engine.num_starts == 1
+
+
+class Skipping(Mortal):
+    """Takes no weights after the first `num_syncs` times; `claims` the version all the same."""
+
+    def __init__(self, num_syncs: int, claims: bool) -> None:
+        super().__init__([])
+        self.num_syncs, self.claims = num_syncs, claims
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        self.num_syncs -= 1
+        if self.num_syncs >= 0:
+            return super().sync(weights, policy_version)
+        self.policy_version = policy_version if self.claims else None
+        held = self._model.state_dict(keep_vars=True)
+        check = SyncCheck(WeightLayout.of(self._model), held if self.claims else {}, torch.float32)
+        for _ in check.watch(weights):
+            pass
+        return SyncReport(0.0, check.finish(held) if self.claims else "")
+
+
+@pytest.mark.parametrize("claims", [True, False], ids=["the checksum sees it", "the version sees it"])
+def test_a_skipped_sync_stops_the_run(path: Path, tmp_path: Path, claims: bool) -> None:
+    """In float32 at a learning rate of 1e-9, where the log-probabilities are the same."""
+    said = "of the engine differs from what was sent" if claims else "version 1, but the engine holds None"
+    engine = Skipping(1, claims)
+    with pytest.raises(EngineError, match=said):
+        train(path, tmp_path, engine, lr=1e-9)
+    assert (engine.num_starts, len(engine.sizes)) == (1, 2 + (not claims)), "the second step has no rollouts"
+    train(path, tmp_path / "sees", Skipping(1, True), lr=0.0)  # equal weights are no fault
 
 
 def test_collection_goes_on_with_the_same_draws(path: Path, tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ class Restarts:
 
     Attributes:
         limit: so many, and then the run stops.
-        restart: starts the engine anew; told whether it was this process's own engine that died.
+        restart: starts the engine anew, also where it was another rank's that died.
         largest: a number's largest value over the ranks that make a draw together.
         num: restarts so far.
     """
 
     limit: int
-    restart: Callable[[bool], None]
+    restart: Callable[[], None]
     largest: Callable[[int], int] = lambda value: value
     num: int = 0
 
@@ -45,7 +45,7 @@ class Restarts:
             if self.num > self.limit:
                 raise EngineError(f"{fault}. The engine was restarted max_engine_restarts={self.limit} times before")
             log.warning("%s: restart %d of at most %d", fault, self.num, self.limit)
-            self.restart(fault != "the engine of another rank died")
+            self.restart()
 
 
 def _attempt(make: Callable[[], T]) -> tuple[T | None, str]:

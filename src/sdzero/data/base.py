@@ -215,13 +215,9 @@ class StepDataModule(L.LightningDataModule):
             self._start_engine()
             journal = CallJournal(Path(self.trainer.default_root_dir) / "journal" / f"rank{self.rank}")
             self._sampler = Sampler(self.engine, self.task, journal, self.evaluation.call_size, run_seed(), self.rank)
-            if self._shares_engine:
+            if getattr(self.engine, "tensor_parallel_size", 1) > 1:
                 self._sampler.largest = self._largest
         return self._sampler
-
-    @property
-    def _shares_engine(self) -> bool:
-        return getattr(self.engine, "tensor_parallel_size", 1) > 1
 
     def _start_engine(self) -> None:
         assert self.engine is not None
@@ -229,15 +225,11 @@ class StepDataModule(L.LightningDataModule):
         self.engine.start(spec, self.policy.builder)
         self._is_warm = False
 
-    def _restart_engine(self, died: bool) -> None:
-        """Starts the engine anew where it died. The next sync sends the weights to those of all ranks: they gather them
-        together."""
+    def _restart_engine(self) -> None:
+        """On all ranks, whosever died: they gather the weights of the next sync together, and some engines start so."""
         assert self.engine is not None
-        if died or self._shares_engine:
-            self.engine.close()
-            self._start_engine()
-        else:
-            self.engine.policy_version = None
+        self.engine.close()
+        self._start_engine()
 
     def _largest(self, value: int) -> int:
         assert self.trainer is not None
