@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,18 @@ from sdzero.types import EvalBatch, RolloutBatch
 def defined(figures: Scalars) -> Scalars:
     """Without the figures that have nothing to count from, such as a rate of wrong answers where all are right."""
     return {name: value for name, value in figures.items() if not value.isnan()}
+
+
+def own_file(trainer: L.Trainer, name: str, ending: str) -> Path:
+    """`NAME-rankR.ENDING` in the stage's folder, for what is this rank's of a draw.
+
+    Files of ranks that there were before a restart on fewer are removed: each of their responses is another's now.
+    """
+    path = Path(trainer.default_root_dir) / f"{name}-rank{trainer.global_rank}.{ending}"
+    for file in path.parent.glob(f"{path.name.partition('-rank')[0]}-rank*.{ending}"):
+        if trainer.is_global_zero and int(file.stem.rpartition("-rank")[2]) >= trainer.world_size:
+            file.unlink()
+    return path
 
 
 class EvaluationReader(L.Callback, ABC):

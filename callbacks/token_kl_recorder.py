@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sdzero.callbacks.base import EvaluationReader, defined
+from sdzero.callbacks.base import EvaluationReader, defined, own_file
 from sdzero.estimates import top_share
 from sdzero.losses import Divergence, divergence_head
 from sdzero.methods import Method
@@ -75,9 +75,9 @@ class TokenKLRecorder(EvaluationReader):
         self._write(trainer, pl_module, "eval")
 
     def _write(self, trainer: L.Trainer, pl_module: Method, kind: str) -> None:
-        name = f"{kind}-{pl_module.policy_version:06d}-rank{trainer.global_rank}.parquet"
+        path = own_file(trainer, f"token_kl/{kind}-{pl_module.policy_version:06d}", "parquet")
         if self.rows and pl_module.share.member == 0:
-            _write_parquet(Path(trainer.default_root_dir) / "token_kl" / name, self.rows)
+            _write_parquet(path, self.rows)
         self.rows = []
         values = [share.to(pl_module.device).compute() for share in self.shares]
         shares = defined({f"kl_top10_share_r{reward}": value for reward, value in enumerate(values)})

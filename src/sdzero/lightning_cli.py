@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.callbacks import Preemption
+from sdzero.callbacks.base import own_file
 from sdzero.checkpoints import finished_checkpoints, first_that_verifies
 from sdzero.data.base import StepDataModule
 from sdzero.disk import naming
@@ -164,7 +165,8 @@ class SDZeroCLI(LightningCLI):
         rewards = of_all_ranks(self.model.eval_rewards)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
-            by_question = {question: answers for part in rewards for question, answers in part.items()}
+            answered = {question: answers for part in rewards for question, answers in part.items()}
+            by_question = {question.id: answered[question.id] for question in self.datamodule.eval_questions}
             write_text(folder / "rewards.json", json.dumps(by_question))
             figures = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
             # an error of too few questions is not a number, which JSON does not have
@@ -177,5 +179,4 @@ class SDZeroCLI(LightningCLI):
         if share_of(self.trainer).member:
             return  # the first of those who share them writes
         rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
-        path = Path(self.trainer.default_root_dir) / f"predictions-rank{self.trainer.global_rank}.jsonl"
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(own_file(self.trainer, "predictions", "jsonl"), "".join(json.dumps(row) + "\n" for row in rows))

@@ -140,3 +140,16 @@ def test_refuses_what_makes_no_sense() -> None:
         SampleWriter(every_n_steps=0)
     with pytest.raises(ValueError, match="or null"):
         SampleWriter(num_samples=0)
+
+
+def test_a_restart_on_fewer_ranks_leaves_nothing_of_the_others_at_its_steps(path: Path, tmp_path: Path) -> None:
+    builder = PromptBuilder.from_pretrained(path)
+    scored = [make_scored(builder, Question("q", "1+1=", "2"), "so 2", 1)]
+    (tmp_path / "samples").mkdir()
+    before = [f"{name}.jsonl" for name in ("train-000000-rank1", "train-000001-rank1", "eval-000001-rank1")]
+    for name in before:
+        (tmp_path / "samples" / name).write_text("{}\n")
+    fit(SelfDistill(ModelConfig(str(path))), [make_batch(scored)], tmp_path, SampleWriter(1))
+    files = sorted(file.name for file in (tmp_path / "samples").iterdir())
+    assert files == sorted(["train-000000-rank0.jsonl", *before[1:]])
+    assert rows(tmp_path / "samples/train-000000-rank0.jsonl")[0]["question"] == "q"
