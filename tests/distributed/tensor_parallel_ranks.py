@@ -1,4 +1,5 @@
-"""A model cut over two ranks beside the same model whole: what it computes, its gradients, and its weights.
+"""A model cut over two ranks beside the same model whole: what it computes, its gradients, and its weights. And a run
+of the last of the models that is gone on with by ranks that cut it, and by ranks that do not.
 
 python tensor_parallel_ranks.py OUT_FOLDER MODEL_FOLDER...
 """
@@ -6,6 +7,7 @@ python tensor_parallel_ranks.py OUT_FOLDER MODEL_FOLDER...
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM  # noqa: F401 - once, before the ranks are forked
 
+from distributed.checkpoint_ranks import fit
 from distributed.forked import forked
 from sdzero.losses import cross_entropy_head
 from sdzero.models import LanguageModel, ModelConfig, load
@@ -87,7 +90,18 @@ def work(folders: list[str], out: Path, rank: int) -> None:
     dist.barrier()
 
 
+def run(name: str, out: Path, work: Callable[[int], None]) -> None:
+    codes = forked(2, out / f"{name}-rank", work)
+    assert codes == [0, 0], f"{name}: {(out / f'{name}-rank0.log').read_text()[-3000:]}"
+
+
+def main(out: Path, folders: list[str]) -> None:
+    run("compared", out, partial(work, folders, out))
+    third = out / "whole/checkpoints/step=3.ckpt"
+    for name, strategy, start in (("whole", "tp", None), ("cut", "tp", third), ("uncut", "sharded", third)):
+        (out / name).mkdir()
+        run(name, out, lambda rank: fit(folders[-1], out / name, strategy, 2, start, 6))  # noqa: B023 - at once
+
+
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    codes = forked(2, out / "rank", partial(work, sys.argv[2:], out))
-    assert codes == [0, 0], (out / "rank0.log").read_text()[-3000:]
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,4 +1,5 @@
-"""A model cut over two gloo ranks is the model: the same log-probabilities and gradients, from the same weights."""
+"""A model cut over two gloo ranks is the model: the same log-probabilities and gradients, from the same weights, and
+the same run after a restart."""
 
 from __future__ import annotations
 
@@ -42,3 +43,12 @@ def test_two_ranks_compute_what_one_computes(kind: str, rank: int, compared: Pat
     assert found["copies"], "what both hold whole stays the same on both"
     assert found["weights"], "gathered and averaged, every weight is what was loaded"
     assert found["smallest_part"] == 0.5, "no rank holds more than half of a matrix, and none less"
+
+
+def test_a_run_is_gone_on_with_by_ranks_that_cut_the_model_and_by_ranks_that_do_not(compared: Path) -> None:
+    """Six steps with two copies into the teacher, or the last three of them."""
+    whole, cut, uncut = (torch.load(compared / name / "figures-rank0.pt") for name in ("whole", "cut", "uncut"))
+    assert whole["state"] == cut["state"] == uncut["state"] and whole["state"]["policy_version"] == 6
+    assert all(torch.equal(weight, cut["weights"][name]) for name, weight in whole["weights"].items())
+    for name, weight in whole["weights"].items():
+        assert float((weight - uncut["weights"][name]).norm() / weight.norm()) < 1e-5, name

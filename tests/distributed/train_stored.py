@@ -17,6 +17,7 @@ import pyarrow.parquet  # noqa: F401 - once, before the ranks are forked
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from distributed.forked import forked
 from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, SampleWriter, TokenKLRecorder
@@ -31,7 +32,7 @@ KINDS = ("srt", "self_distill")
 NUM_STEPS, ITEMS = 3, (7, 6, 1)  # odd numbers: the ranks' shares differ, and once one rank has nothing
 RUNS: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, strategy
     "one": (1, lambda: "auto"),
-    "fsdp2_alone": (1, FullShard),
+    "offloaded": (1, FullShard),
     "fsdp2": (2, FullShard),
     "ddp": (2, lambda: "ddp"),
     "tp": (2, lambda: FullShard(tensor_parallel_size=2)),
@@ -102,16 +103,20 @@ class Record(L.Callback):
         weights = {name: tensor.clone() for name, tensor in full_weights(pl_module.student)}
         if trainer.is_global_zero:
             figures = {"gradients": self.gradients, "losses": self.losses, "gathers": self.gathers}
+            if isinstance(ddp := trainer.strategy.model, DistributedDataParallel):
+                sent = (*ddp.modules_buffers, *ddp._module_parameters)
+                figures["num_sent"] = len({id(tensor) for tensor in sent})
+                figures["num_of_student"] = len([*pl_module.student.buffers(), *pl_module.student.parameters()])
             torch.save({"weights": weights, **figures}, self.out)
 
 
-def train(kind: str, ranks: int, strategy: Callable[[], Any], model: str, out: Path, rank: int) -> None:
+def train(kind: str, ranks: int, strategy: Callable[[], Any], model: ModelConfig, out: Path, rank: int) -> None:
     options = {
         "optimizer": lambda p: torch.optim.SGD(p, lr=0.5),
         "max_tokens_per_micro_batch": 160,
         "max_grad_norm": 1.0,
     }
-    method = (SRT if kind == "srt" else SelfDistill)(ModelConfig(model), **options)
+    method = (SRT if kind == "srt" else SelfDistill)(model, **options)
     writers = [SampleWriter(every_n_steps=1), TokenKLRecorder(every_n_steps=1)]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -132,7 +137,8 @@ def train(kind: str, ranks: int, strategy: Callable[[], Any], model: str, out: P
 def main(model: str, out: Path) -> None:
     for kind in KINDS:
         for name, (ranks, strategy) in RUNS.items():
-            work = partial(train, kind, ranks, strategy, model, out / f"{kind}-{name}.pt")
+            config = ModelConfig(model, cpu_offload=name == "offloaded")
+            work = partial(train, kind, ranks, strategy, config, out / f"{kind}-{name}.pt")
             codes = forked(ranks, out / f"{kind}-{name}-rank", work)
             assert codes == [0] * ranks, f"{kind}, {name}: {(out / f'{kind}-{name}-rank0.log').read_text()[-3000:]}"
 
