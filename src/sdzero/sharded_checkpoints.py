@@ -18,7 +18,10 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.strategies import ParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.optim import Optimizer
 
 from sdzero.manifests import (
     PARTIAL,
@@ -138,6 +141,23 @@ class AtomicFolders(ParallelStrategy):
                 "checkpoints are untouched; make room on the disk or mend it, and resume from the newest of them"
             ) from failure
         return list(results)
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """The state of a one-file checkpoint, into an optimizer over sharded weights. Collective.
+
+    The file numbers the optimizer's weights; which is which says their order.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ours = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    theirs = [number for group in state["param_groups"] for number in group["params"]]
+    name_of = dict(zip(theirs, ours, strict=True))
+    named = {
+        "state": {name_of[number]: values for number, values in state["state"].items()},
+        "param_groups": [{**g, "params": [name_of[number] for number in g["params"]]} for g in state["param_groups"]],
+    }
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
 
 
 def _make_room(partial: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from sdzero.sharded_checkpoints import AtomicFolders
+from sdzero.sharded_checkpoints import AtomicFolders, load_optimizer
 
 T = TypeVar("T")
 
@@ -57,6 +58,19 @@ class FullShard(AtomicFolders, ModelParallelStrategy):
         if self.root_device.type == "cuda":  # under model.cpu_offload gradients are reduced in host memory
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        # Lightning numbers an optimizer's weights as the model does, which is wrong where the model has frozen ones
+        optimizers, self.optimizers = self.optimizers, []
+        checkpoint = super().load_checkpoint(path, weights_only)
+        self.optimizers = optimizers
+        assert self.model is not None
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            load_optimizer(self.model, optimizer, state)
+        return checkpoint
 
 
 class FSDP(AtomicFolders, FSDPStrategy):

@@ -26,6 +26,7 @@ from sdzero import sharded_checkpoints
 from sdzero.callbacks import TeacherSync
 from sdzero.checkpoints import AtomicCheckpointIO
 from sdzero.data.base import StepDataModule
+from sdzero.lora import Lora
 from sdzero.methods import Schedule, SelfDistill
 from sdzero.methods.base import BUDGET, FAULTS
 from sdzero.models import ModelConfig
@@ -68,13 +69,17 @@ class Draws(L.Callback):
 
 
 def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, max_steps: int) -> None:
-    """`root/figures-rank*.pt` in the end. The random states differ from rank to rank and from run to run."""
+    """`root/figures-rank*.pt` in the end. The random states differ from rank to rank and from run to run.
+
+    A run whose name begins with "adapters" trains these, beside frozen weights that are its teacher.
+    """
+    lora = Lora() if root.name.startswith("adapters") else None
     seed = derive_seed(root.name, os.environ["RANK"])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     method = SelfDistill(
-        ModelConfig(model),
+        ModelConfig(model, lora=lora),
         # AdamW would blow up the last digits, in which one rank and two differ
         optimizer=lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9),
         schedule=Schedule("constant", warmup_steps=2),
@@ -89,7 +94,7 @@ def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, m
         strategy=STRATEGIES[strategy](),
         max_steps=max_steps,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[TeacherSync(every_n_steps=2), draws, every_step],
+        callbacks=[*([] if lora else [TeacherSync(every_n_steps=2)]), draws, every_step],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -97,7 +102,8 @@ def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, m
     )
     trainer.fit(method, datamodule=data, ckpt_path=start)
     weights = {f"student.{name}": tensor.clone() for name, tensor in full_weights(method.student)}
-    weights |= {f"teacher.{name}": tensor.clone() for name, tensor in full_weights(method.teacher)}
+    if lora is None:
+        weights |= {f"teacher.{name}": tensor.clone() for name, tensor in full_weights(method.teacher)}
     state = {name: getattr(method, name) for name in ("policy_version", "teacher_generation", *BUDGET, *FAULTS)}
     state |= {"counter": data.counter, "step": trainer.global_step, "epoch": trainer.current_epoch}
     state |= {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
@@ -155,6 +161,9 @@ def main() -> None:
     run("plain", "plain", 1, None, 3)
     run("file", "one_file", 2, "plain/checkpoints/step=3.ckpt", 5)
     run("from_file", "plain", 1, "file/checkpoints/step=5.ckpt")
+    run("adapters", "plain", 1, None, 3)
+    run("adapters_file", "one_file", 2, "adapters/checkpoints/step=1.ckpt", 2)
+    run("adapters_again", "plain", 1, "adapters_file/checkpoints/step=2.ckpt", 3)
     run("fsdp1", "fsdp1", 2, None, 3)
     run("fsdp1_same", "fsdp1", 2, "fsdp1/checkpoints/step=2.ckpt", 3)
     run("failed", "sharded", 2, before=lambda rank: fail(full) if rank == 1 else None)

@@ -83,6 +83,11 @@ def test_one_file_of_one_process_and_of_two_ranks(out: Path) -> None:
     assert ended["state"] == whole["state"]
 
 
+def test_one_file_of_adapters(out: Path) -> None:
+    """The optimizer holds some of the model's weights: numbered by all of them, its state would go to others."""
+    assert worst(figures(out, "adapters_again"), figures(out, "adapters")) < 1e-5
+
+
 def test_fsdp1_of_lightning_saves_and_goes_on(out: Path) -> None:
     """FSDPStrategy itself, which wants a GPU of Lightning's own accord, on two gloo ranks."""
     first, whole, same = figures(out, "plain"), figures(out, "fsdp1"), figures(out, "fsdp1_same")
