@@ -135,10 +135,10 @@ class Run:
         if self.signum and code:
             self._stop()
         if code:
-            stacks = f"; its stacks: {folder / STACKS}" if _faulted(code, folder) else ""
+            stacks = f"\nits stacks: {folder / STACKS}" if _faulted(code, folder) else ""
             sys.exit(
-                f"sdzero run: stage {stage.name} ended with exit code {code}{stacks}; its command:\n"
-                f"{shlex.join(command)}"
+                f"sdzero run: stage {stage.name} ended with exit code {code}; its command:\n"
+                f"{shlex.join(command)}{stacks}"
             )
         outputs = {o: content_sha256(folder / o) for o in stage.outputs}
         versions = {"sdzero": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
