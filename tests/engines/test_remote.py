@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
+from transformers import AutoModelForCausalLM
 
 from distributed.forked import forked
 from sdzero.engines import RemoteVLLMEngine
 from sdzero.engines.base import EngineDied, EngineError, EngineSpec
+from sdzero.engines.checks import WeightLayout
+from sdzero.engines.remote.weights import nccl_source
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
 from tiny_model import write_tiny_model
@@ -166,8 +169,6 @@ def engine(server: FakeServer, path: str, builder: PromptBuilder, tmp_path: Path
 
 @pytest.fixture
 def weights(path: str) -> dict[str, torch.Tensor]:
-    from sdzero.engines.checks import WeightLayout
-
     layout = WeightLayout.of_pretrained(path)
     return {name: torch.ones(layout.shapes[name]) for name in layout.shapes if name in layout.required}
 
@@ -306,6 +307,18 @@ def test_weights_that_do_not_change_with_the_trainers_are_stale(
     engine.sync(weights.items(), 2)  # the same weights: nothing has to change
     with pytest.raises(EngineError, match="holds the weights of the sync before: stale"):
         engine.sync({**weights, "model.norm.weight": weights["model.norm.weight"] * 2}.items(), 3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_nccl_gets_what_it_is_told_to_expect(tmp_path: Path, tied: bool) -> None:
+    """By vLLM's own check of what a trainer sends: a disagreement would hang both sides. No NCCL here: no GPU."""
+    sender = pytest.importorskip("vllm.distributed.weight_transfer.nccl_engine").NCCLTrainerWeightTransferEngine
+    folder = write_tiny_model(tmp_path, tie_word_embeddings=tied)
+    source = nccl_source(WeightLayout.of_pretrained(str(folder)), torch.device("cpu"), torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    source.weights = model.named_parameters()
+    sent = dict(sender._checked_iter(source, source.metadata()))
+    assert all(torch.equal(sent[name], weight.bfloat16()) for name, weight in model.named_parameters())
 
 
 def test_a_start_with_weights_sends_those_of_the_folder(

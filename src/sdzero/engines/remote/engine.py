@@ -172,7 +172,7 @@ class RemoteVLLMEngine(RolloutEngine):
             else:
                 num_workers = self._servers[self._url].world_size
                 self._transport = NCCLTransport(
-                    self._client, self._url, self._layout, num_workers, self._dtype, self.deadline_seconds
+                    self._url, self._layout, num_workers, self._dtype, self.deadline_seconds
                 )
         return self._transport
 

@@ -71,31 +71,11 @@ class FolderTransport:
 class NCCLTransport:
     """Weights sent from GPU to GPU by vLLM's own weight transfer; this process is the group's rank 0."""
 
-    def __init__(
-        self, client: Client, url: str, layout: WeightLayout, num_workers: int, dtype: torch.dtype, seconds: float
-    ) -> None:
-        from vllm.distributed.weight_transfer import (
-            HTTPVLLMWeightSyncClient,
-            ParamMeta,
-            WeightSource,
-            WeightTransferTrainerFactory,
-        )
+    def __init__(self, url: str, layout: WeightLayout, num_workers: int, dtype: torch.dtype, seconds: float) -> None:
+        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        device = torch.device("cuda", torch.cuda.current_device())
-
-        class Source(WeightSource):
-            weights: Iterable[tuple[str, Tensor]] = ()
-
-            def metadata(self) -> list[ParamMeta]:
-                shapes = {name: shape for name, shape in layout.shapes.items() if name in layout.required}
-                return [ParamMeta(name, dtype, tuple(shape)) for name, shape in shapes.items()]
-
-            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                for name, tensor in self.weights:
-                    yield name, tensor.to(device, dtype)
-
-        self._source = Source()
+        self._source = nccl_source(layout, torch.device("cuda", torch.cuda.current_device()), dtype)
         address, port = _own_address(url)
         info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=num_workers + 1, rank=0)
         self._engine: Any = WeightTransferTrainerFactory.trainer_init(
@@ -108,6 +88,24 @@ class NCCLTransport:
 
     def close(self) -> None:
         self._engine.shutdown()
+
+
+def nccl_source(layout: WeightLayout, device: torch.device, dtype: torch.dtype) -> Any:
+    """A vLLM `WeightSource`, to whose `weights` each sync's are given. It says beforehand what will come."""
+    from vllm.distributed.weight_transfer import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        weights: Iterable[tuple[str, Tensor]] = ()
+
+        def metadata(self) -> list[ParamMeta]:
+            shapes = {name: shape for name, shape in layout.shapes.items() if name in layout.required}
+            return [ParamMeta(name, dtype, tuple(shape)) for name, shape in shapes.items()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self.weights:
+                yield name, tensor.to(device, dtype)
+
+    return Source()
 
 
 def _own_address(url: str) -> tuple[str, int]:
