@@ -178,8 +178,12 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def start(urls: list[str], path: str, builder: PromptBuilder, folder: Path | None = Path("/dev/shm")) -> None:
-    """To see it refused."""
-    RemoteVLLMEngine(urls, folder, start_seconds=0.3).start(EngineSpec(path, 64), builder)
+    """To see it refused. What closes an engine closes one too that never started."""
+    engine = RemoteVLLMEngine(urls, folder, start_seconds=0.3)
+    try:
+        engine.start(EngineSpec(path, 64), builder)
+    finally:
+        engine.close()
 
 
 # --- refusals at the start ------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class RemoteVLLMEngine(RolloutEngine):
     """
 
     is_remote = True
+    starts_together = True
 
     def __init__(
         self,
@@ -76,14 +77,15 @@ class RemoteVLLMEngine(RolloutEngine):
         self.folder = folder
         self.deadline_seconds = deadline_seconds
         self.start_seconds = start_seconds
+        self._http: Client | None = None
+        self._transport: Transport | None = None
 
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
         """Raises: ValueError if a server lacks what is needed; names it, and how to start the server."""
         self._spec, self._builder, self._dtype = spec, builder, getattr(torch, spec.dtype)
         self._layout = WeightLayout.of_pretrained(spec.model_path)
         self._url = self.urls[_rank() % len(self.urls)]
-        self._client = Client()
-        self._transport: Transport | None = None
+        self._http = Client()
         self._sent, self._held = "", dict[str, Any]()  # checksum of the last weights, and the servers' digests of them
         self._label = ""
         tied = len(self._layout.required) < len(self._layout.shapes)
@@ -94,10 +96,15 @@ class RemoteVLLMEngine(RolloutEngine):
                 url: check_server(self._client, url, spec, tied, self.folder is not None) for url in self.urls
             }
         except BaseException:
-            self._client.close()
+            self.close()
             raise
         if spec.load_weights:
             self._sync_from_files()
+
+    @property
+    def _client(self) -> Client:
+        assert self._http is not None, "the engine is not started, or closed"
+        return self._http
 
     def _sync_from_files(self) -> None:
         """A server may hold what another stage left in it."""
@@ -256,7 +263,10 @@ class RemoteVLLMEngine(RolloutEngine):
         self.policy_version = None
         if self._transport is not None:
             self._transport.close()
-        self._client.close()
+            self._transport = None
+        if self._http is not None:
+            self._http.close()
+            self._http = None
 
 
 def _rank() -> int:
