@@ -67,7 +67,7 @@ def test_finished_stages_are_skipped(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {f: f.read_bytes() for f in copy.rglob("*") if f.is_file()}
-    monkeypatch.setattr(pipeline.subprocess, "run", no_child)
+    monkeypatch.setattr(pipeline.subprocess, "Popen", no_child)
     assert exit_code(monkeypatch, "run", SMOKE, "--out", copy) == 0
     said = capsys.readouterr().out
     assert [line for line in said.splitlines() if "finished before" in line] == [
@@ -140,9 +140,19 @@ def test_another_seed_or_engine_on_the_command_line_is_a_changed_key(copy: Path,
 
 
 def test_naming_the_recipes_own_seed_and_engine_changes_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.subprocess, "run", no_child)
+    monkeypatch.setattr(pipeline.subprocess, "Popen", no_child)
     arguments = ("run", SMOKE, "--out", copy, "--seed", "0", "--engine", "transformers")
     assert exit_code(monkeypatch, *arguments) == 0
+
+
+def test_another_place_changes_nothing_and_is_told_to_every_stage(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that one process began, others may go on with."""
+    monkeypatch.setattr(pipeline.subprocess, "Popen", no_child)
+    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--devices", "4", "--num-nodes", "2") == 0
+    for stage in stages(SMOKE, copy, Choices(devices=4, num_nodes=2)):
+        prefix = "" if stage.command == "collect" else "trainer."
+        assert {f"--{prefix}devices=4", f"--{prefix}num_nodes=2"} <= {*stage.arguments(copy)}
+        _check(stage.command, stage.arguments(copy / stage.name))
 
 
 def test_changed_traces_stop_the_run(copy: Path, refuse: Callable[..., str]) -> None:
@@ -376,7 +386,7 @@ def test_phase_2_alone_starts_from_the_base(
     page = render(RunFolder(copy))
     assert "SD-Zero" in page and history.missing(RunFolder(copy)) == []
     capsys.readouterr()
-    monkeypatch.setattr(pipeline.subprocess, "run", no_child)
+    monkeypatch.setattr(pipeline.subprocess, "Popen", no_child)
     assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only", "--overlay", overlay) == 0
     said = str(exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only"))
     assert "stage self_distill of" in said and "trainer.max_steps" in said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -14,6 +16,9 @@ import pytest
 import yaml
 
 from runs import ROOT, SMOKE, environment, read_json, scalars
+from sdzero import pipeline
+from sdzero.cli import _check
+from sdzero.stages import stages
 
 CLUSTER = ROOT / "configs/cluster"
 SRUN = """#!/bin/bash
@@ -84,3 +89,32 @@ def test_torchrun_trains_on_two_ranks(smoke_run: Path, tmp_path: Path) -> None:
     bash("torchrun.sh", tmp_path / "recipe", DEVICES="2", MASTER_PORT=port)
     assert [step for step, _ in scalars(tmp_path / "out", "train/loss")[0]] == [0, 1]
     assert (tmp_path / "out/model/model.safetensors").is_file()
+
+
+def page_commands() -> list[str]:
+    page = (ROOT / "docs/scaling.md").read_text()
+    return [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.S) for line in block.splitlines()]
+
+
+def test_the_pages_commands_for_machines_that_are_not_here_parse() -> None:
+    """Each names files that exist, options that exist, and a recipe that is one."""
+    kinds = set[str]()
+    for line in page_commands():
+        words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+        if words[0] in ("bash", "sbatch"):
+            script, recipe = words[1:]
+            assert (ROOT / script).parent == CLUSTER and (ROOT / recipe / "srt.yaml").is_file(), line
+            kinds.add(words[0])
+            continue
+        assert words[0] in ("sdzero", "torchrun"), line
+        command, *arguments = words[words.index("sdzero") + 1 :]
+        if command == "run":
+            options = pipeline._parser().parse_args(arguments)
+            choices = pipeline.Choices(tuple(options.overlay), devices=options.devices)
+            for stage in stages(options.recipe, Path("out"), choices):
+                key = "devices" if stage.name == "collect" else "trainer.devices"
+                assert f"--{key}={options.devices}" in stage.arguments(Path("out")), line
+        else:
+            _check(command, arguments)
+        kinds.add(command)
+    assert kinds >= {"bash", "sbatch", "run", "collect", "fit", "test"}
