@@ -169,10 +169,10 @@ class Run:
         self.is_starting = False
         if self.signum:  # it came meanwhile
             self.process.send_signal(self.signum)
-        try:
-            return command, self.process.wait()
-        finally:
-            self.process = None
+        code, self.process = self.process.wait(), None
+        if (folder / STACKS).exists() and not (folder / STACKS).stat().st_size:
+            (folder / STACKS).unlink()  # no process had anything to write
+        return command, code
 
     def handle(self, signum: int, _: Any) -> None:
         """Passes a signal on to the stage, which knows how to end; the run ends after it."""
@@ -224,8 +224,7 @@ def _check_engine(stage: Stage) -> None:
 def _faulted(code: int, folder: Path) -> bool:
     """Whether native code hung or crashed in a process of the stage. Stacks are written then and only then; another
     process of the stage may have been killed for it."""
-    stacks = folder / STACKS
-    return code in CRASHES or (stacks.exists() and stacks.stat().st_size > 0)
+    return code in CRASHES or (folder / STACKS).exists()
 
 
 def _going_on(stage: Stage, folder: Path) -> list[str]:
