@@ -104,6 +104,14 @@ def test_a_folder_is_refused_where_one_process_would_read_a_file(tmp_path: Path)
         AtomicCheckpointIO().load_checkpoint(save(tmp_path, 1))
 
 
+def test_a_folder_of_another_strategy_is_refused(tmp_path: Path) -> None:
+    class Another(Lone):
+        pass
+
+    with pytest.raises(ValueError, match="written by Lone, and Another looks .*go on with the strategy .*Lone"):
+        Another().load_checkpoint(save(tmp_path, 1))
+
+
 def test_one_file_is_left_to_the_checkpoint_io(tmp_path: Path) -> None:
     strategy = Lone(checkpoint_io=AtomicCheckpointIO())
     strategy.folders = False

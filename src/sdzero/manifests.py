@@ -52,11 +52,13 @@ class FolderContent:
     Attributes:
         global_step: optimizer steps taken.
         num_ranks: processes that wrote it.
+        strategy: name of the class that wrote it; another one looks for other names in it.
         files: name -> (sha256, size in bytes), all files but the manifest.
     """
 
     global_step: int
     num_ranks: int
+    strategy: str
     files: dict[str, tuple[str, int]]
 
     def fault(self, path: Path, files: Collection[str] | None = None) -> str | None:

@@ -73,7 +73,9 @@ class AtomicFolders(ParallelStrategy):
             if self.global_rank == 0:
                 remove(partial)
             raise
-        self._on_rank_0(path, lambda: _finish(partial, path, step, files))
+        self._on_rank_0(
+            path, lambda: _finish(partial, path, FolderContent(step, len(files), self._name, _merged(files)))
+        )
 
     def _write(self, checkpoint: dict[str, Any], partial: Path) -> Files:
         """This rank's files and their hashes."""
@@ -90,6 +92,7 @@ class AtomicFolders(ParallelStrategy):
 
         Raises:
             CheckpointError: on every rank, where a file is damaged or missing.
+            ValueError: another strategy wrote the folder.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         faults = [fault for fault in of_all_ranks(self._fault(path)) if fault]
@@ -98,7 +101,17 @@ class AtomicFolders(ParallelStrategy):
                 f"{path} is damaged: {faults[0]}. Resume from an older one: "
                 f"newest_checkpoint(Path({str(path.parent)!r})) finds the newest that verifies"
             )
+        for content in contents(path):
+            if isinstance(content, FolderContent) and content.strategy != self._name:
+                raise ValueError(
+                    f"{path} was written by {content.strategy}, and {self._name} looks for other names in it: go on "
+                    f"with the strategy sdzero.strategies.{content.strategy}"
+                )
         return super().load_checkpoint(path, weights_only=weights_only)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with this rank's share of a checkpoint; a file is rank 0's."""
@@ -166,19 +179,22 @@ def _make_room(partial: Path) -> None:
     partial.mkdir()
 
 
-def _finish(partial: Path, path: Path, step: int, files: Sequence[Files]) -> None:
+def _merged(files: Sequence[Files]) -> Files:
+    return {name: content for own in files for name, content in own.items()}
+
+
+def _finish(partial: Path, path: Path, content: FolderContent) -> None:
     """Writes the manifest and puts the folder in its place.
 
     Raises:
         FileNotFoundError: another rank's file is not there.
     """
-    listed = {name: content for own in files for name, content in own.items()}
-    for name, (_, size) in listed.items():
+    for name, (_, size) in content.files.items():
         if not (partial / name).is_file() or (partial / name).stat().st_size != size:
             raise FileNotFoundError(
                 f"{name} is not in {partial} as its rank wrote it: all ranks must share that folder"
             )
-    write_manifest(partial, [FolderContent(step, len(files), listed)])
+    write_manifest(partial, [content])
     put_in_place(partial, path)
 
 

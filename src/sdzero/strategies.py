@@ -76,24 +76,29 @@ class FullShard(AtomicFolders, ModelParallelStrategy):
 class FSDP(AtomicFolders, FSDPStrategy):
     """Lightning's FSDPStrategy (FSDP1), full shard: student and teacher, decoder layer by decoder layer.
 
-    The models wrap themselves, so Lightning's keys of wrapping, precision and offload have no use here.
+    The models wrap themselves, so Lightning's keys of wrapping, precision and offload have no use here. Each rank
+    writes its shard of a checkpoint.
 
     Args:
-        save_distributed_checkpoint: each rank writes its shard; else rank 0 gathers all into one file.
         timeout_minutes: limit of one collective operation. Ranks whose responses take longer keep the others waiting.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, timeout_minutes: float = 120.0) -> None:
+    def __init__(self, timeout_minutes: float = 120.0) -> None:
         timeout = timedelta(minutes=timeout_minutes)
-        super().__init__(
-            timeout=timeout,
-            sharding_strategy="FULL_SHARD",
-            state_dict_type="sharded" if save_distributed_checkpoint else "full",
-        )
+        super().__init__(timeout=timeout, sharding_strategy="FULL_SHARD", state_dict_type="sharded")
 
     @property
     def writes_folders(self) -> bool:
-        return self._state_dict_type == "sharded"
+        return True
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if path.is_file():  # Lightning's way of reading it crashes in native code
+            raise ValueError(
+                f"{path} is a checkpoint in one file, which FSDPStrategy does not read: go on with "
+                "sdzero.strategies.FullShard (configs/trainer/fsdp2.yaml)"
+            )
+        return super().load_checkpoint(path, weights_only)
 
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
