@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -129,7 +129,7 @@ def line(row: Row) -> str:
     )
 
 
-def write(name: str, about: str, settings: Mapping[str, Any], rows: list[Row], folder: Path = RESULTS) -> None:
+def write(name: str, about: str, settings: Mapping[str, Any], rows: Sequence[Any], folder: Path = RESULTS) -> None:
     """Writes NAME.json to `folder`, or NAME-cuda.json where there is a GPU."""
     on_gpu = torch.cuda.is_available()
     result = {
@@ -144,7 +144,7 @@ def write(name: str, about: str, settings: Mapping[str, Any], rows: list[Row], f
             "packages": {package: found for package in PACKAGES if (found := _version(package))},
         },
         "settings": dict(settings),
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) if isinstance(row, Row) else row for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}{'-cuda' if on_gpu else ''}.json").write_text(json.dumps(result, indent=1) + "\n")

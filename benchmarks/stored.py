@@ -95,8 +95,7 @@ def write_model(folder: Path, case: Case) -> None:
         pad_token_id=0,
         bos_token_id=None,
         dtype="float32",
-        **MODEL,
-        **(case.shape or SHAPE),
+        **{**MODEL, **(case.shape or SHAPE)},
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -48,7 +48,7 @@ def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-@pytest.mark.parametrize("strategy", ["offloaded", "fsdp2", "ddp", "tp", "fsdp2_tp"])
+@pytest.mark.parametrize("strategy", ["offloaded", "fsdp2", "reduced", "ddp", "tp", "fsdp2_tp"])
 @pytest.mark.parametrize("kind", ["srt", "self_distill"])
 def test_several_ranks_equal_one(kind: str, strategy: str, trained: Path) -> None:
     """Float32, SGD, clipping, uneven shares, a share without rows, several micro batches."""
@@ -64,6 +64,9 @@ def test_several_ranks_equal_one(kind: str, strategy: str, trained: Path) -> Non
             assert theirs.keys() >= {"rollout/keywords_per_response", "rollout/length_p50", "rollout/copy_rate"}
     if strategy == "ddp":
         assert several["num_sent"] == several["num_of_student"], "the teacher is nothing to it"
+    if strategy == "reduced":  # each micro batch's gradients, not a step's
+        once = torch.load(trained / f"{kind}-fsdp2.pt")["num_reduced"]
+        assert several["num_reduced"] > once == 3 * len(ITEMS)  # two layers and the root
     if strategy == "fsdp2":  # embedding and head once a step, the teacher's once for good; layers every time
         root = min(size for step in several["gathers"] for size in step)
         assert [step.count(root) for step in several["gathers"][:-1]] == [1 + (kind == "self_distill"), 1, 1]

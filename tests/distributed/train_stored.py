@@ -34,6 +34,7 @@ RUNS: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, s
     "one": (1, lambda: "auto"),
     "offloaded": (1, FullShard),
     "fsdp2": (2, FullShard),
+    "reduced": (2, FullShard),
     "ddp": (2, lambda: "ddp"),
     "tp": (2, lambda: FullShard(tensor_parallel_size=2)),
     "fsdp2_tp": (4, lambda: FullShard(tensor_parallel_size=2)),
@@ -81,15 +82,20 @@ class Record(L.Callback):
     def __init__(self, out: Path) -> None:
         self.out, self.gradients, self.losses = out, [], []
         self.gathers: list[list[int]] = [[]]  # of each step, the elements of each
+        self.num_reduced = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        gather = dist.all_gather_single
+        gather, reduce = dist.all_gather_single, dist.reduce_scatter_single
 
         def watched(output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
             self.gathers[-1].append(output_tensor.numel())
             return gather(output_tensor, *args, **kwargs)
 
-        dist.all_gather_single = watched
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.num_reduced += 1
+            return reduce(*args, **kwargs)
+
+        dist.all_gather_single, dist.reduce_scatter_single = watched, counted
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         grads = [p.grad for p in pl_module.student.parameters()]
@@ -102,7 +108,12 @@ class Record(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         weights = {name: tensor.clone() for name, tensor in full_weights(pl_module.student)}
         if trainer.is_global_zero:
-            figures = {"gradients": self.gradients, "losses": self.losses, "gathers": self.gathers}
+            figures = {
+                "gradients": self.gradients,
+                "losses": self.losses,
+                "gathers": self.gathers,
+                "num_reduced": self.num_reduced,
+            }
             if isinstance(ddp := trainer.strategy.model, DistributedDataParallel):
                 sent = (*ddp.modules_buffers, *ddp._module_parameters)
                 figures["num_sent"] = len({id(tensor) for tensor in sent})
@@ -112,6 +123,7 @@ class Record(L.Callback):
 
 def train(kind: str, ranks: int, strategy: Callable[[], Any], model: ModelConfig, out: Path, rank: int) -> None:
     options = {
+        "reduce_every_micro_batch": out.stem.endswith("-reduced"),
         "optimizer": lambda p: torch.optim.SGD(p, lr=0.5),
         "max_tokens_per_micro_batch": 160,
         "max_grad_norm": 1.0,

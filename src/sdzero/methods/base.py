@@ -57,6 +57,9 @@ class Method(Evaluated):
             the teacher's sequence; the sum of the sequences where they are packed (`model.attn_implementation`).
         reduction: `token_mean` divides by the target tokens of the global batch; `sequence_sum` sums
             over a sequence's tokens and divides by the number of sequences (equations 1, 2 and 4 to the letter).
+        reduce_every_micro_batch: sum gradients over the ranks after each micro batch, so that FSDP keeps a rank's share
+            of them only. Off, they are summed once a step and each rank keeps all of them in float32 until then: the
+            less communication of the two, for where there is room. Without effect on one rank.
         max_nonfinite_steps: NaN or infinite steps that are passed over before the run stops.
         max_skipped_steps: consecutive batches without a target token before the run stops.
     """
@@ -71,6 +74,7 @@ class Method(Evaluated):
         max_grad_norm: float = 1.0,
         max_tokens_per_micro_batch: int = 8192,
         reduction: Literal["token_mean", "sequence_sum"] = "token_mean",
+        reduce_every_micro_batch: bool = False,
         max_nonfinite_steps: int = 0,
         max_skipped_steps: int = 10,
     ) -> None:
@@ -84,6 +88,7 @@ class Method(Evaluated):
         self.max_grad_norm = max_grad_norm
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.reduction = reduction
+        self.reduce_every_micro_batch = reduce_every_micro_batch
         self.max_nonfinite_steps = max_nonfinite_steps
         self.max_skipped_steps = max_skipped_steps
         self.max_positions: int = getattr(self.hf_config, "max_position_embeddings", None) or 2**31
@@ -302,14 +307,15 @@ class Method(Evaluated):
         return {**means, **batch.stats}
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are reduced over ranks in a step's last backward pass only."""
+        """Gradients are reduced over ranks in a step's last backward pass only, unless they are to be in each."""
+        reduces = last or self.reduce_every_micro_batch
         if isinstance(self.student, FSDPModule):
-            self.student.set_requires_gradient_sync(last)
+            self.student.set_requires_gradient_sync(reduces)
             # embedding and head, which the forward pass leaves gathered, wait so for the next micro batch
             self.student.set_reshard_after_backward(last, recurse=False)
-        elif isinstance(self.student, FSDP1) and not last:
+        elif isinstance(self.student, FSDP1) and not reduces:
             return self.student.no_sync()
-        elif isinstance(self.trainer.strategy, DDPStrategy) and not last:
+        elif isinstance(self.trainer.strategy, DDPStrategy) and not reduces:
             return self.trainer.strategy.block_backward_sync()
         return nullcontext()
 

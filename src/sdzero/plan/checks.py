@@ -9,18 +9,9 @@ from typing import Any
 
 from sdzero.plan.assumptions import Architecture, Assumptions, Config, load_architecture
 from sdzero.plan.budget import num_traces
-from sdzero.plan.memory import (
-    GIB,
-    Engine,
-    Machine,
-    Moment,
-    Resident,
-    engine,
-    machine,
-    resident,
-    rollout_moment,
-    training_moments,
-)
+from sdzero.plan.memory import GIB, Engine, Machine, Moment, Resident, machine
+from sdzero.plan.sampling import engine, rollout_moment
+from sdzero.plan.training import resident, training_moments
 
 
 @dataclass
@@ -70,6 +61,11 @@ class Survey:
                 f"{file}: trainer.strategy.data_parallel_size {at.num_shards} does not divide the number of processes, "
                 f"{at.world_size}"
             )
+        if at.world_size % at.tensor_parallel:
+            self.found.refusals.append(
+                f"{file}: trainer.strategy.tensor_parallel_size {at.tensor_parallel} does not divide the number of "
+                f"processes, {at.world_size}"
+            )
         spec = _engine_spec(stage, config)
         size = (spec or {}).get("init_args", {}).get("tensor_parallel_size", 1)
         if at.world_size % size:
@@ -114,7 +110,8 @@ class Survey:
         mean = self.prompt + self._mean_response(stage) if self.assumptions else 0
         beside = engine(spec, dtype, self.model, at, longest, mean, self.gpu_bytes)
         if beside is None:
-            self.found.notes.append(f"{stage}: the memory of {spec['class_path']} is not modelled here")
+            where = ": it samples elsewhere" if spec["class_path"].endswith(".RemoteVLLMEngine") else ""
+            self.found.notes.append(f"{stage}: the memory of {spec['class_path']} is not modelled here{where}")
             return
         moment = rollout_moment(stage, self.model, kept, at, beside, response)
         self.found.moments.append(moment)
@@ -154,11 +151,15 @@ class Survey:
             collect = self.configs["collect"]
             student = min(self.prompt + 2 * collect["sampling"]["max_new_tokens"], self.model.max_positions)
             per_step, longest_rollout = min(data["traces_per_step"], num_traces(collect, self.assumptions)[0]), 0
-        limit, on_rank = arguments["max_tokens_per_micro_batch"], math.ceil(per_step / at.world_size)
+        limit, on_rank = (
+            arguments["max_tokens_per_micro_batch"],
+            math.ceil(per_step * at.tensor_parallel / at.world_size),
+        )
         accumulates = on_rank > 1 and on_rank * max(student, reads) > limit
         moments = training_moments(stage, config, self.model, teacher, at, max(limit, student), accumulates)
         self.found.moments += moments
-        for moment in moments:
+        *passes, update = moments
+        for moment in (max(passes, key=lambda passing: passing.total), update):  # one line for loss head and backward
             if self.gpu_bytes and at.on_gpu and moment.total > self.gpu_bytes:
                 self._refuse(moment, _advice(moment, arguments, at, max(student, reads), self.gpu_bytes))
         kept = resident(self.model, teacher, at, arguments["model"])
@@ -179,7 +180,7 @@ class Survey:
 
     def _refuse(self, moment: Moment, advice: str) -> None:
         assert self.gpu_bytes
-        moments = {"backward": "training", "update": "the optimizer's step", "rollout": "sampling"}
+        moments = {"loss": "training", "backward": "training", "update": "the optimizer's step", "rollout": "sampling"}
         self.found.refusals.append(
             f"{_file(moment.stage)}: {moments[moment.name]} of {moment.stage} needs {moment.total / GIB:.1f} GiB of a "
             f"GPU's {self.gpu_bytes / GIB:.1f}: {advice}"
@@ -194,6 +195,8 @@ def _advice(moment: Moment, arguments: Mapping[str, Any], at: Machine, longest: 
             return "set model.model.gradient_checkpointing: true"
         if arguments["max_tokens_per_micro_batch"] > longest:
             return f"lower model.max_tokens_per_micro_batch; the longest example has {longest:,} tokens"
+    if moment.parts["gradients"] > moment.parts["optimizer"] and not arguments["model"]["cpu_offload"]:  # whole
+        return "set model.reduce_every_micro_batch: true, or take more GPUs (trainer.devices)"
     if at.num_shards == 1:
         return "shard the model over several GPUs: trainer.strategy (configs/trainer/fsdp2.yaml) and trainer.devices"
     if moment.parts["teacher"] and (arguments["teacher"] or {}).get("dtype") != "bfloat16":
