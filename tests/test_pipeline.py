@@ -86,7 +86,7 @@ def test_a_stage_without_its_outputs_or_its_folder_is_run(
         started.append(command)
         raise OSError("no child in this test")
 
-    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    monkeypatch.setattr(pipeline.subprocess, "Popen", run)
     (copy / "srt/eval/results.json").unlink()
     with pytest.raises(OSError, match="no child"):
         exit_code(monkeypatch, "run", SMOKE, "--out", copy)
