@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from sdzero.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from sdzero.files import read_traces, write_traces
 from sdzero.manifests import CheckpointError
-from sdzero.rollouts import CallJournal, read_traces, write_traces
+from sdzero.rollouts import CallJournal
 from sdzero.types import Question, Trace
 from test_sharded_checkpoints import Lone
 

@@ -15,8 +15,8 @@ import pytest
 from fixtures.make import MAKERS, make
 from runs import ROOT, exit_code, read_json, rows
 from sdzero.cli import _check
+from sdzero.files import write_traces
 from sdzero.prompts import PromptBuilder
-from sdzero.rollouts import write_traces
 from sdzero.stages import resolved
 from sdzero.types import Question, Trace
 from tiny_model import write_tiny

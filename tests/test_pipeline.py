@@ -22,11 +22,11 @@ from sdzero import pipeline
 from sdzero.analysis import RunFolder
 from sdzero.cli import _check
 from sdzero.data import TraceDataModule, TraceFile
+from sdzero.files import read_traces
 from sdzero.keywords import count_keywords
 from sdzero.models import folder_sha256
 from sdzero.pipeline import content_sha256
 from sdzero.report import history, render
-from sdzero.rollouts import read_traces
 from sdzero.stages import FIT_MODEL, Choices, resolved, stages
 from sdzero.tasks import Chains
 

@@ -22,8 +22,9 @@ from helpers import Toy
 from sdzero import rollouts
 from sdzero.engines import ScriptedEngine
 from sdzero.engines.base import EngineDied, EngineSpec, OnTokens, Piece, RolloutEngine, ignore, is_complete
+from sdzero.files import read_jsonl, read_traces, write_text, write_traces
 from sdzero.prompts import PromptBuilder
-from sdzero.rollouts import CallJournal, Sampler, read_jsonl, read_traces, score, write_text, write_traces
+from sdzero.rollouts import CallJournal, Sampler, score
 from sdzero.seals import seal, unseal
 from sdzero.seeds import derive_seed
 from sdzero.types import Prompt, Question, Rollout, Sampling, Trace

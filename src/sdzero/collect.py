@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdzero.engines.base import EngineSpec, RolloutEngine
+from sdzero.files import write_text, write_traces
 from sdzero.models import ModelConfig, folder_sha256
 from sdzero.processes import Ranks, launch
 from sdzero.prompts import PromptBuilder
 from sdzero.restarts import Restarts
-from sdzero.rollouts import CallJournal, Sampler, write_text, write_traces
+from sdzero.rollouts import CallJournal, Sampler
 from sdzero.seeds import derive_seed, run_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Sampling, ScoredRollout, Split, Trace

@@ -20,9 +20,9 @@ from sdzero.callbacks.base import own_file
 from sdzero.checkpoints import finished_checkpoints, first_that_verifies
 from sdzero.data.base import StepDataModule
 from sdzero.disk import naming
+from sdzero.files import write_text
 from sdzero.methods import Method
 from sdzero.ranks import of_all_ranks
-from sdzero.rollouts import write_text
 from sdzero.sharded_checkpoints import AtomicFolders
 from sdzero.strategies import share_of
 from sdzero.summary import print_evaluation

@@ -26,6 +26,7 @@ from typing import IO, Any, NoReturn
 from sdzero import __version__
 from sdzero.disk import naming
 from sdzero.endings import PARENT, STACKS, STAGE, handling, name_of, requeue, say, status_of
+from sdzero.files import write_text
 from sdzero.stages import ENGINES, Choices, Stage, stages
 from sdzero.summary import print_table, summarize
 
@@ -81,8 +82,6 @@ class Run:
             self._execute(stage)
             if self.signum:  # the stage was at its end
                 self._stop()
-        from sdzero.rollouts import write_text  # brings torch
-
         summary = summarize(self.out, self.lineage)
         write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(summary)
@@ -188,8 +187,6 @@ class Run:
         sys.exit(status_of(self.signum))
 
     def _record(self, stage: Stage, record: dict[str, Any]) -> None:
-        from sdzero.rollouts import write_text  # brings torch
-
         self.lineage[stage.name] = record
         write_text(self.lineage_path, json.dumps(self.lineage, indent=2) + "\n")
 

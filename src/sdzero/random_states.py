@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     Collective.
     """
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     states: dict[str, Any] = {
         "python": [version, torch.tensor(numbers), gauss],
-        "numpy": [kind, torch.tensor(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [kind, torch.tensor(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":

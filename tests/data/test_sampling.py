@@ -20,8 +20,8 @@ from helpers import Notes, Toy, make_trace
 from sdzero.data import Evaluation, EvaluationDataModule, RolloutDataModule, TraceDataModule, TraceFile
 from sdzero.data.base import NUM_CHECKED, StepDataModule
 from sdzero.engines.base import EngineError
+from sdzero.files import write_traces
 from sdzero.prompts import PromptBuilder
-from sdzero.rollouts import write_traces
 from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, Split
 from tiny_model import write_tiny_model
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from sdzero.rollouts import read_traces
+from sdzero.files import read_traces
 from sdzero.types import Trace
 
 MODELS = {"base": "base", "srt": "SRT", "self_distill": "SD-Zero"}

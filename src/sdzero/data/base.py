@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdzero.data.answers import AnswerStream, Evaluation, Policy
 from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
+from sdzero.files import write_text
 from sdzero.restarts import Restarts
-from sdzero.rollouts import CallJournal, Sampler, write_text
+from sdzero.rollouts import CallJournal, Sampler
 from sdzero.seeds import derive_seed, run_seed
 from sdzero.strategies import Share, share_of
 from sdzero.tasks.base import Task

@@ -8,8 +8,8 @@ from pathlib import Path
 from sdzero.data.answers import Evaluation, at_least_one
 from sdzero.data.base import StepDataModule
 from sdzero.engines.base import RolloutEngine
+from sdzero.files import read_traces
 from sdzero.prompts import PromptBuilder
-from sdzero.rollouts import read_traces
 from sdzero.tasks.base import Task, TraceSource
 from sdzero.types import Question, Trace, TraceBatch
 

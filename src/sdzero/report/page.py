@@ -12,9 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sdzero.analysis.run import MODELS, RunFolder
+from sdzero.files import write_text
 from sdzero.report import history, results, samples, tokens
 from sdzero.report.figures import curves
-from sdzero.rollouts import write_text
 from sdzero.summary import summarize
 
 
