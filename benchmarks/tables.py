@@ -1,4 +1,4 @@
-"""Puts what results/ holds into the tables of docs/performance.md, between their marks.
+"""Puts what results/ holds into the tables of docs/performance.md and docs/scaling.md, between their marks.
 
 python benchmarks/tables.py
 """
@@ -8,15 +8,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import fits
 import floor
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/performance.md"
-ARITHMETIC = {"floor": floor.table, "padding": floor.padding_table}
+PAGES = (ROOT / "docs/performance.md", ROOT / "docs/scaling.md")
+ARITHMETIC = {
+    "floor": floor.table,
+    "padding": floor.padding_table,
+    "fits_srt": partial(fits.table, "srt"),
+    "fits_self_distill": partial(fits.table, "self_distill"),
+    "engines": fits.engines_table,
+}
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,6 +32,8 @@ def render(name: str, results: Path) -> str:
     """The table of one benchmark, with where and when it was measured."""
     if name in ARITHMETIC:
         return ARITHMETIC[name]()
+    if name == "memory":
+        return fits.measured_table(results)
     result = json.loads((results / f"{name}.json").read_text())
     machine = result["machine"]
     packages = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
@@ -55,7 +65,8 @@ def filled(page: str, results: Path) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(), ROOT / "benchmarks/results"))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), ROOT / "benchmarks/results"))
 
 
 if __name__ == "__main__":

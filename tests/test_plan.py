@@ -462,6 +462,17 @@ def test_over_how_many_gpus_a_model_is_sharded(strategy: Any, devices: Any, expe
     values = {"accelerator": "gpu", "num_nodes": 1, "precision": "bf16-mixed"}
     at = machine({"trainer": {**values, "strategy": strategy, "devices": devices}}, num_gpus=8)
     assert (at.world_size, at.num_shards) == expected and at.compute_bytes == 2 and at.on_gpu
+    assert at.tensor_parallel == (4 if "tensor_parallel_size" in str(strategy) else 1)
+
+
+def test_fsdp_on_one_gpu_gathers_layer_by_layer_what_lies_in_host_memory() -> None:
+    model, config = Architecture.of(tiny("qwen3")), training_config(True)
+    config["model"]["init_args"]["model"]["cpu_offload"] = True
+    one, many = (
+        training_moments("x", config, model, (model, 2), Machine(True, n, n, 2, wrapped=True), 64, False)
+        for n in (1, 8)
+    )
+    assert [moment.parts for moment in one] == [moment.parts for moment in many]
 
 
 @pytest.mark.parametrize(("devices", "num_nodes", "expected"), [(1, 1, 1), ("auto", 1, 8), (4, 2, 8)])

@@ -27,6 +27,7 @@ class Machine:
         num_shards: over how many processes a model is sharded; 1: each holds all of it.
         compute_bytes: of an element in the computation: 2 under bf16-mixed, else 4.
         tensor_parallel: how many neighbouring processes compute a batch together.
+        wrapped: by FSDP, which gathers layer by layer on one process too.
     """
 
     on_gpu: bool
@@ -34,6 +35,11 @@ class Machine:
     num_shards: int
     compute_bytes: int
     tensor_parallel: int = 1
+    wrapped: bool = False
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.wrapped or self.num_shards > 1
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,15 @@ def machine(config: Config, num_gpus: int | None) -> Machine:
     strategy = trainer["strategy"]
     kind = strategy["class_path"].rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)
     num_shards, tensor_parallel = 1, 1
-    if kind in ("FullShard", "FSDP", "FSDPStrategy", "fsdp"):
+    wrapped = kind in ("FullShard", "FSDP", "FSDPStrategy", "fsdp")
+    if wrapped:
         num_shards = world_size
         tensor_parallel = strategy.get("init_args", {}).get("tensor_parallel_size", 1) if kind == "FullShard" else 1
     elif kind == "ModelParallelStrategy":
         size = strategy.get("init_args", {}).get("data_parallel_size", "auto")
         num_shards = nodes if size == "auto" else int(size)  # as Lightning reads "auto"
     compute_bytes = 2 if "bf16" in str(trainer["precision"]) else FLOAT32
-    return Machine(on_gpu, world_size, num_shards, compute_bytes, tensor_parallel)
+    return Machine(on_gpu, world_size, num_shards, compute_bytes, tensor_parallel, wrapped)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def layer_bytes(model: Architecture, at: Machine) -> int:
 
 def kept_bytes(model: Architecture, num_tokens: int, checkpointing: bool, at: Machine) -> int:
     """What the forward pass leaves for the backward pass: all of the layers, or with checkpointing their inputs."""
-    stream = at.compute_bytes if at.num_shards > 1 else FLOAT32  # autocast keeps the residual stream in float32
+    stream = at.compute_bytes if at.is_sharded else FLOAT32  # autocast keeps the residual stream in float32
     return num_tokens * model.num_layers * (model.hidden * stream if checkpointing else layer_bytes(model, at))
 
 
@@ -34,17 +34,17 @@ def layer_backward_bytes(model: Architecture, num_tokens: int, checkpointing: bo
 
 def root_bytes(model: Architecture, at: Machine) -> int:
     """Embedding, final norm and head as FSDP2 gathers them, in the computation's dtype."""
-    return model.num_root_parameters * at.compute_bytes if at.num_shards > 1 else 0
+    return model.num_root_parameters * at.compute_bytes if at.is_sharded else 0
 
 
 def layers_gathered(model: Architecture, at: Machine) -> int:
     """One layer, likewise; of tensor parallelism a rank gathers its part."""
-    return model.num_layer_parameters // at.tensor_parallel * at.compute_bytes if at.num_shards > 1 else 0
+    return model.num_layer_parameters // at.tensor_parallel * at.compute_bytes if at.is_sharded else 0
 
 
 def autocast_bytes(model: Architecture, num_layers: int, at: Machine, settings: Config) -> int:
     """Copies that autocast makes of the float32 weights of so many unsharded layers; it leaves embedding and head."""
-    needed = at.num_shards == 1 and at.compute_bytes < FLOAT32 and settings.get("dtype") != "bfloat16"
+    needed = not at.is_sharded and at.compute_bytes < FLOAT32 and settings.get("dtype") != "bfloat16"
     return num_layers * model.num_layer_parameters * at.compute_bytes if needed else 0
 
 
@@ -65,7 +65,7 @@ def head_gradient(model: Architecture, at: Machine, settings: Config) -> int:
 
 
 def _weight_bytes(at: Machine) -> int:
-    return at.compute_bytes if at.num_shards > 1 else FLOAT32
+    return at.compute_bytes if at.is_sharded else FLOAT32
 
 
 def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool, settings: Config) -> int:
@@ -75,7 +75,7 @@ def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: b
     head, is_low = model.vocab * model.hidden, at.compute_bytes < FLOAT32
     # gathered in the computation's dtype: on a GPU multiplied as they are; whole in float32: the other way round
     copied_to = at.compute_bytes if at.on_gpu else FLOAT32
-    copies = (2 if has_teacher else 1) * copied_to * head if is_low and at.on_gpu != (at.num_shards > 1) else 0
+    copies = (2 if has_teacher else 1) * copied_to * head if is_low and at.on_gpu != at.is_sharded else 0
     gradient = 0 if settings.get("lora") else FLOAT32 * head
     hidden = num_tokens * model.hidden * (FLOAT32 + (3 if has_teacher else 2) * at.compute_bytes)
     handed_on = head_gradient(model, at, settings) if _weight_bytes(at) < FLOAT32 else 0
@@ -128,7 +128,7 @@ def training_moments(
     step = dict(parts)
     if teacher and arguments.get("teacher_first") and at.on_gpu:  # away, all but its head
         step["teacher"] = min(kept.teacher, model.vocab * model.hidden * at.compute_bytes)
-    is_whole = accumulates and at.num_shards > 1 and not arguments.get("reduce_every_micro_batch")
+    is_whole = accumulates and at.is_sharded and not arguments.get("reduce_every_micro_batch")
     step["gradients"] = whole_gradients(model, at, settings) if is_whole else shard
     # torch's default on a GPU works on all weights at once, and so holds a square root of them all
     at_once = at.on_gpu and not options.get("fused") and options.get("foreach") is not False
@@ -165,7 +165,7 @@ def _in_backward(
     gathered beside it, and a layer's gradient is reduced. At the embedding no activations are left, and the root's
     gradients are whole."""
     trains, checkpointing = not settings.get("lora"), settings["gradient_checkpointing"]
-    is_sharded, gathered = at.num_shards > 1, layers_gathered(model, at)
+    is_sharded, gathered = at.is_sharded, layers_gathered(model, at)
     reduced = FLOAT32 if is_sharded and trains else 0  # bytes of an element on its way to the other ranks
     roots = their_root + root_bytes(model, at)
     autocast = autocast_bytes(model, 1 if checkpointing else model.num_layers, at, settings)
