@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 BASE, ADAPTER = ".base_layer.", ".lora_"
@@ -54,6 +53,8 @@ def check_strategy(lora: Lora | None, dtype: str, strategy: Any) -> None:
     """
     if lora is None:
         return
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # collection does without Lightning
+
     if isinstance(strategy, ModelParallelStrategy) and int(strategy._tensor_parallel_size) > 1:
         raise ValueError("model.lora: adapters have no tensor-parallel plan: set tensor_parallel_size to 1")
     if isinstance(strategy, FSDPStrategy) and dtype != "float32":
