@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
+from sdzero.endings import watchdog
 from sdzero.engines.base import (
     EngineDied,
     EngineError,
@@ -35,7 +35,6 @@ from sdzero.seeds import derive_seed
 from sdzero.types import Prompt, Rollout, Sampling
 
 _GRACE_SECONDS = 60.0  # past the deadline, before a transfer that hangs in NCCL ends the process
-_STDERR = 2
 _FAULTS = (RuntimeError, OSError, ValueError, SafetensorError)  # of a transfer: EngineError, NCCL, a full disk, ...
 
 
@@ -192,16 +191,9 @@ class RemoteVLLMEngine(RolloutEngine):
         finally:
             self._post_all("/resume")
 
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """NCCL waits for good for a server that died: a watchdog ends the process, with its stacks on stderr."""
-        if self.folder is None:
-            faulthandler.dump_traceback_later(self.deadline_seconds + _GRACE_SECONDS, exit=True, file=_STDERR)
-        try:
-            yield
-        finally:
-            if self.folder is None:
-                faulthandler.cancel_dump_traceback_later()
+    def _guarded(self) -> AbstractContextManager[None]:
+        """NCCL waits for good for a server that died."""
+        return watchdog(self.deadline_seconds + _GRACE_SECONDS) if self.folder is None else nullcontext()
 
     def _post_all(self, path: str, body: Any = None) -> list[Any]:
         return self._client.post_all([(f"{url}{path}", body) for url in self.urls], self.deadline_seconds)
