@@ -63,7 +63,7 @@ def test_traces(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     model = write_tiny_model(tmp_path / "model", num_hidden_layers=1, hidden_size=32)
     arguments = ("--config", SMOKE / "collect.yaml", f"--model.path={model}", f"--out={tmp_path}")
     said = refusal(capsys, monkeypatch, "collect", *arguments, "--num_questions=8", "--verified_only=false")
-    assert f"No space left on device: '{tmp_path}'" in said and not (tmp_path / "traces.jsonl").exists()
+    assert f"No space left on device: '{tmp_path}/traces.jsonl'" in said and not (tmp_path / "traces.jsonl").exists()
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

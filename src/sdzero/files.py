@@ -55,12 +55,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Says which file could not be written, and what to do: Python's own error of a full disk names none."""
+    """Says which file could not be written: Python's own error of a full disk names none."""
     try:
         yield
     except OSError as error:
-        what = f"{error.strerror}; what was finished before is kept: make room on the disk or mend it, then start again"
-        raise OSError(error.errno, what, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

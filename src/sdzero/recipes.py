@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "configs"
-PARTS = ("model", "trainer", "data", "overlays")
-"""Folders of `configs` that recipes refer to or are overlaid with."""
+PARTS = ("model", "trainer", "data", "overlays", "cluster")
+"""Folders of `configs` that recipes refer to, are overlaid with or are launched by."""
 
 
 def recipes() -> dict[str, str]:
