@@ -25,7 +25,7 @@ from sdzero.engines.base import EngineDied, EngineSpec, OnTokens, Piece, Rollout
 from sdzero.files import read_jsonl, read_traces, write_text, write_traces
 from sdzero.prompts import PromptBuilder
 from sdzero.rollouts import CallJournal, Sampler, score
-from sdzero.seals import seal, unseal
+from sdzero.seals import sealed, unseal
 from sdzero.seeds import derive_seed
 from sdzero.types import Prompt, Question, Rollout, Sampling, Trace
 from tiny_model import write_tiny_model
@@ -530,7 +530,7 @@ def test_rows_of_before_the_seals_are_read(tmp_path: Path) -> None:
     (tmp_path / "g.jsonl").write_text('{"key": "0", "fingerprint": "f", "responses": [1]}\n')
     assert CallJournal(tmp_path).get("g", "0", "f") == [1]
     row = {"a": (1, 2.5, float("inf"), "é"), 3: None}
-    assert unseal(json.loads(json.dumps(seal(row)))) == {"a": [1, 2.5, float("inf"), "é"], "3": None}
+    assert unseal(json.loads(sealed(row))) == {"a": [1, 2.5, float("inf"), "é"], "3": None}
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

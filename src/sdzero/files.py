@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdzero.manifests import sync
-from sdzero.seals import seal, unseal
+from sdzero.seals import sealed, unseal
 from sdzero.types import Question, Trace
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def write_traces(path: Path, traces: Iterable[Trace]) -> None:
     with written(path):
         with partial.open("w") as file:
             for trace in traces:
-                file.write(json.dumps(seal(dataclasses.asdict(trace))) + "\n")
+                file.write(sealed(dataclasses.asdict(trace)) + "\n")
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sdzero.seals import seal, unseal
+from sdzero.seals import sealed, unseal
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +110,9 @@ def contents(path: Path) -> list[Content] | list[FolderContent]:
 
 
 def write_manifest(path: Path, listed: Iterable[Content | FolderContent]) -> None:
+    rows = ",\n ".join(sealed(asdict(content)) for content in listed)
     with replacing(manifest_path(path)) as file:
-        file.write(json.dumps([seal(asdict(content)) for content in listed], indent=1).encode() + b"\n")
+        file.write(f"[{rows}]\n".encode())
 
 
 @contextmanager

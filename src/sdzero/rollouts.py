@@ -15,7 +15,7 @@ from typing import Any
 
 from sdzero.engines.base import EngineDied, OnTokens, Piece, RolloutEngine
 from sdzero.files import read_jsonl, written
-from sdzero.seals import seal
+from sdzero.seals import sealed
 from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Rollout, Sampling, ScoredRollout, Verdict
@@ -75,7 +75,7 @@ class CallJournal:
     def put(self, group: str, key: str, fingerprint: str, responses: list[dict[str, Any]]) -> None:
         row = {"key": key, "fingerprint": fingerprint, "responses": responses}
         with written(self._file(group)), self._file(group).open("a") as file:
-            file.write(json.dumps(seal(row)) + "\n")
+            file.write(sealed(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._partial(group).unlink(missing_ok=True)
@@ -107,13 +107,13 @@ class CallJournal:
         with self._partial(group).open("a") as file:
             synced = time.monotonic()
             if not file.tell():
-                file.write(json.dumps(seal({"fingerprint": fingerprint})) + "\n")
+                file.write(sealed({"fingerprint": fingerprint}) + "\n")
 
             def write(pieces: Mapping[int, Piece]) -> None:
                 nonlocal synced
                 step = {place: (piece.token_ids, piece.logprobs) for place, piece in pieces.items()}
                 with written(self._partial(group)):
-                    file.write(json.dumps(seal(step), separators=(",", ":")) + "\n")
+                    file.write(sealed(step) + "\n")
                     file.flush()
                     if time.monotonic() - synced >= FSYNC_SECONDS:
                         os.fsync(file.fileno())
