@@ -146,7 +146,9 @@ def lose_the_manifest(folder: Path) -> str:
 def damage_the_manifest(folder: Path) -> str:
     """Another step: all files still are what it says."""
     manifest = folder / "sha256.json"
-    manifest.write_text(manifest.read_text().replace('"global_step": 2', '"global_step": 3'))
+    said = manifest.read_text()
+    manifest.write_text(said.replace('"global_step":2', '"global_step":3'))
+    assert manifest.read_text() != said
     return "cannot be read: its crc32"
 
 
