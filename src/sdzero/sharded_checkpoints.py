@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,9 +47,9 @@ class AtomicFolders(ParallelStrategy):
     """What a strategy that writes checkpoint folders inherits from, before the strategy of Lightning's."""
 
     @property
+    @abstractmethod
     def writes_folders(self) -> bool:
         """Whether each rank writes its shard; else rank 0 gathers all into one file."""
-        raise NotImplementedError
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
