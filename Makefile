@@ -47,7 +47,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 chaos: $(INSTALLED)
-	$(BIN)/python tests/chaos.py
+	$(BIN)/python tests/end_to_end/chaos.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -60,10 +60,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	$(BIN)/python -m sdzero.reference > docs/config.md
+	$(BIN)/python -m sdzero.cli.config_reference > docs/config.md
 
 notebooks: $(INSTALLED)
-	$(BIN)/python -m sdzero.analysis.render runs/quickstart
+	$(BIN)/python -m sdzero.report.notebooks runs/quickstart
 
 # One thread, whatever else the machine does: figures are ratios of sides that take turns in one process.
 BENCHMARKS := heads sd_step srt_step scaling passes

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sdzero.judge.client import Judge
-from sdzero.judge.types import Language, StdioTest, Submission
+from sdzero.graders.sandbox.client import Judge
+from sdzero.graders.sandbox.types import Language, StdioTest, Submission
 
 PROGRAMS: dict[Language, str] = {
     "python": "a, b = map(int, input().split())\nprint(a + b)\n",

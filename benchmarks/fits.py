@@ -1,4 +1,4 @@
-"""Which models fit which number of GPUs, by `sdzero.plan`'s arithmetic: docs/scaling.md's tables.
+"""Which models fit which number of GPUs, by `sdzero.pipeline.dry_run`'s arithmetic: docs/scaling.md's tables.
 
     python benchmarks/fits.py
 
@@ -19,10 +19,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from sdzero.plan.assumptions import Architecture, load_assumptions
-from sdzero.plan.memory import GIB, Machine
-from sdzero.plan.sampling import engine, rollout_moment
-from sdzero.plan.training import resident, training_moments
+from sdzero.pipeline.dry_run.assumptions import Architecture, load_assumptions
+from sdzero.pipeline.dry_run.memory import GIB, Machine
+from sdzero.pipeline.dry_run.sampling import engine, rollout_moment
+from sdzero.pipeline.dry_run.training import resident, training_moments
 
 RECIPES = Path(__file__).parents[1] / "configs/recipes"
 LARGE: dict[str, dict[str, Any]] = {  # of their config.json

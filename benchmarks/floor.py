@@ -15,7 +15,7 @@ import random
 import statistics
 from dataclasses import dataclass
 
-from sdzero.sequences import micro_batches
+from sdzero.methods.batching import micro_batches
 from sdzero.types import Example
 
 H100_FLOPS, H100_BYTES = 989e12, 3.35e12

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdzero.losses import Divergence, cross_entropy_head, divergence_head
-from sdzero.teachers import hidden_teacher
+from sdzero.losses.soft_targets import hidden_teacher
 
 VOCAB, CHUNK = 151_936, 256
 Side = Callable[[], Any]

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdzero.judge import mathematics
-from sdzero.judge.pool import Failed, GraderPool
+from sdzero.graders import math as math_grader
+from sdzero.graders.worker_pool import Failed, GraderPool
 
 NUM_WORKERS, DEADLINE, REPEATS = 2, 3.0, 5
 RESULTS = Path(__file__).parent / "results/math_grader.json"
@@ -68,8 +68,8 @@ def bare(pairs: list[Pair]) -> list[Any]:
     ]
 
 
-def whole(pool: GraderPool[mathematics.Job, Any], pairs: list[Pair]) -> list[Any]:
-    open_ = [pair for pair in pairs if mathematics.decide(*pair) is None]
+def whole(pool: GraderPool[math_grader.Job, Any], pairs: list[Pair]) -> list[Any]:
+    open_ = [pair for pair in pairs if math_grader.decide(*pair) is None]
     return pool.map(open_)
 
 
@@ -92,7 +92,7 @@ def measured(run: Callable[[list[Pair]], list[Any]], make: Callable[[int], list[
 
 
 def main() -> None:
-    pool: GraderPool[mathematics.Job, Any] = GraderPool(mathematics.work, mathematics.WARM_UP, NUM_WORKERS, DEADLINE)
+    pool: GraderPool[math_grader.Job, Any] = GraderPool(math_grader.work, math_grader.WARM_UP, NUM_WORKERS, DEADLINE)
     bare(ordinary(20))
     whole(pool, ordinary(50))  # the workers are up
     rows = {

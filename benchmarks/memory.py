@@ -1,4 +1,5 @@
-"""What a training holds at its largest moments on small models, byte by byte, beside what `sdzero.plan` says of them.
+"""What a training holds at its largest moments on small models, byte by byte, beside what the dry run
+says of them.
 
     python benchmarks/memory.py [--small] [--case NAME] [--out FOLDER]
 
@@ -34,13 +35,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Qwen3Config
 
 from sdzero.data.base import stream_loader
-from sdzero.lora import Lora
 from sdzero.methods import SRT, SelfDistill
-from sdzero.models import ModelConfig
-from sdzero.plan.assumptions import Architecture
-from sdzero.plan.memory import Machine
-from sdzero.plan.training import training_moments
-from sdzero.strategies import FullShard
+from sdzero.models.language_model import ModelConfig
+from sdzero.models.lora import Lora
+from sdzero.pipeline.dry_run.assumptions import Architecture
+from sdzero.pipeline.dry_run.memory import Machine
+from sdzero.pipeline.dry_run.training import training_moments
+from sdzero.trainer.strategies import FullShard
 from sdzero.types import RolloutBatch, TraceBatch
 
 NUM_STEPS = 3

@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from sdzero.losses import Divergence, divergence_head
-from sdzero.models import LanguageModel
-from sdzero.sequences import collate
-from sdzero.teachers import hidden_teacher
+from sdzero.losses.soft_targets import hidden_teacher
+from sdzero.methods.batching import collate
+from sdzero.models.language_model import LanguageModel
 
 
 def shape(hidden: int, layers: int, heads: int, inner: int, head_dim: int, shared: int, vocab: int) -> dict[str, Any]:

@@ -36,11 +36,11 @@ from measure import RESULTS, Row, compare, write
 from stored import SHAPE, TINY, Case, write_model
 from transformers import AutoModelForCausalLM
 
+from sdzero.data.sampler import CallJournal
 from sdzero.engines import VLLMEngine
 from sdzero.engines.base import EngineSpec, preserved_rng
 from sdzero.engines.vllm_requests import Request, sampling_params
 from sdzero.prompts import PromptBuilder
-from sdzero.rollouts import CallJournal
 from sdzero.types import Prompt, Question, Rollout, Sampling, TokenIds
 
 MODELS = {

@@ -21,7 +21,7 @@ import torch
 
 from sdzero.losses import Divergence
 from sdzero.methods import SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.types import RolloutBatch
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sdzero.losses import Divergence
 from sdzero.methods import SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.types import RolloutBatch, ScoredRollout, TokenIds
 
 TOP_K = 64

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sdzero.methods import SRT
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.types import TokenIds, Trace, TraceBatch
 
 CASES = (

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 from torchmetrics import Metric
 
+from sdzero.evaluation.metrics import Scalars
 from sdzero.methods import Method
-from sdzero.metrics import Scalars
 from sdzero.types import EvalBatch, RolloutBatch
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.evaluation.metrics import Ratio, Scalars
 from sdzero.methods import Method
-from sdzero.metrics import Ratio, Scalars
 from sdzero.prompts import PromptBuilder
 from sdzero.types import EvalBatch, RolloutBatch
 

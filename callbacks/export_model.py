@@ -8,7 +8,7 @@ import lightning as L
 
 from sdzero.methods import Method
 from sdzero.methods.base import BUDGET
-from sdzero.weights import export
+from sdzero.models.weights import export
 
 
 class ExportModel(L.Callback):

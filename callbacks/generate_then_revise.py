@@ -7,8 +7,8 @@ from torchmetrics import SumMetric
 
 from sdzero.callbacks.base import ResponseTracker
 from sdzero.data.base import StepDataModule
+from sdzero.evaluation.metrics import CorrectionRate, Ratio, Scalars
 from sdzero.methods import Method
-from sdzero.metrics import CorrectionRate, Ratio, Scalars
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 
 

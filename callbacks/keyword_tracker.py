@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sdzero.callbacks.base import ResponseTracker, defined
-from sdzero.keywords import count_keywords
+from sdzero.evaluation.keywords import count_keywords
+from sdzero.evaluation.metrics import KeywordRate, Ratio, Scalars
 from sdzero.methods import Method
-from sdzero.metrics import KeywordRate, Ratio, Scalars
 from sdzero.types import EvalBatch, RolloutBatch
 
 

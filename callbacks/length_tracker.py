@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.evaluation.metrics import LengthDistribution, Ratio, Scalars
 from sdzero.methods import Method
-from sdzero.metrics import LengthDistribution, Ratio, Scalars
 from sdzero.types import EvalBatch, RolloutBatch
 
 END_OF_THOUGHT = "</think>"

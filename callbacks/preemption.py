@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sdzero.endings import Stopped, end_now, name_of, requeue, say, status_of
+from sdzero.utils.process import Stopped, end_now, name_of, requeue, say, status_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECOND_SECONDS = 1.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.callbacks.base import EvaluationReader, own_file
 from sdzero.methods import Method
-from sdzero.strategies import share_of
+from sdzero.trainer.strategies import share_of
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
+from sdzero.utils.files import atomic_write
 
 Row = dict[str, Any]
 
@@ -84,20 +85,19 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
-        self.file = self.partial.open("w")
+        self._stack = ExitStack()
+        self.file = self._stack.enter_context(atomic_write(path))
         self.num_rows = 0
         self.first: list[Row] = []
 
     def add(self, row: Row) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(f"{json.dumps(row)}\n".encode())
         self.num_rows += 1
         if len(self.first) < self.NUM_FIRST:
             self.first.append(row)
 
     def close(self) -> None:
-        self.file.close()
-        os.replace(self.partial, self.path)
+        self._stack.close()
 
 
 def _path(trainer: L.Trainer, kind: str, step: int) -> Path:

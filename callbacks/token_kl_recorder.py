@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sdzero.callbacks.base import EvaluationReader, defined, own_file
-from sdzero.estimates import top_share
+from sdzero.evaluation.metrics import Ratio
+from sdzero.evaluation.statistics import top_share
 from sdzero.losses import Divergence, divergence_head
+from sdzero.losses.soft_targets import HiddenTeacher, hidden_teacher, top_k_teacher
 from sdzero.methods import Method
-from sdzero.metrics import Ratio
-from sdzero.sequences import collate, micro_batches
-from sdzero.teachers import HiddenTeacher, hidden_teacher, top_k_teacher
+from sdzero.methods.batching import collate, micro_batches
 from sdzero.types import EvalBatch, Example, RolloutBatch, ScoredRollout
+from sdzero.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +185,5 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    parquet.write_table(pa.Table.from_pylist(rows), partial)
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        parquet.write_table(pa.Table.from_pylist(rows), file)

@@ -10,9 +10,9 @@ from tempfile import mkdtemp
 
 import pytest
 
-from runs import SMOKE, once, sdzero
-from sandboxes import lacks_sandbox
-from sdzero.judge.backends import SANDBOXES
+from sdzero.graders.sandbox.backends import SANDBOXES
+from support.runs import SMOKE, once, sdzero
+from support.sandboxes import lacks_sandbox
 
 # before `datasets` is imported, which reads it then: rows of made-up data sets do not outlive the tests
 DATASETS_CACHE = mkdtemp(prefix="sdzero-datasets-")

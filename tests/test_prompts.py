@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from sdzero.methods.batching import collate
 from sdzero.prompts import (
     Context,
     ControlPhrases,
@@ -31,7 +32,6 @@ from sdzero.prompts import (
     PromptBuilder,
     Revision,
 )
-from sdzero.sequences import collate
 from sdzero.types import Question, Rollout, ScoredRollout, TokenIds, Verdict
 
 GOLDEN = Path(__file__).parent / "golden"

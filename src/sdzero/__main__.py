@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdzero.cli import main
+from sdzero.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from helpers import fit, make_trace
 from sdzero.callbacks import ExportModel
 from sdzero.methods import SRT
-from sdzero.models import ModelConfig, folder_sha256
+from sdzero.models.language_model import ModelConfig, folder_sha256
 from sdzero.prompts import PromptBuilder
 from sdzero.types import TraceBatch
-from tiny_model import write_tiny_model
+from support.helpers import fit, make_trace
+from support.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from pathlib import Path
 import lightning as L
 import pytest
 
-from helpers import Notes, Toy, encode, make_trainer
 from sdzero.callbacks import GenerateThenRevise
 from sdzero.data import Evaluation, EvaluationDataModule, RolloutDataModule
 from sdzero.methods import Method, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Sampling
-from tiny_model import write_tiny_model
+from support.helpers import Notes, Toy, encode, make_trainer
+from support.tiny_model import write_tiny_model
 
 NUM_QUESTIONS, NUM_SAMPLES, NUM_ATTEMPTS = 3, 3, 2
 FIRST = ["1", "?", "1"], ["?", "??", "2"], ["3", "so 3", "3"]  # the gold answers are 1, 2 and 3

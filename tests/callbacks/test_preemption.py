@@ -13,16 +13,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from helpers import Curves, Toy, make_trainer, same, weights_of
 from sdzero.callbacks import Preemption, TeacherSync, preemption
-from sdzero.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from sdzero.data import Evaluation, RolloutDataModule
-from sdzero.endings import Stopped, handling
 from sdzero.engines import TransformersEngine
 from sdzero.methods import SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
+from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.types import Prompt, Rollout, Sampling
-from tiny_model import write_tiny_model
+from sdzero.utils.process import Stopped, handling
+from support.helpers import Curves, Toy, make_trainer, same, weights_of
+from support.tiny_model import write_tiny_model
 
 NUM_STEPS, VALIDATED = 6, 2  # two epochs of three steps; after every second step a validation of two calls
 CALLS_PER_ROUND = 2 + 2  # two steps' rollouts and a validation's calls

@@ -11,16 +11,16 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
-from runs import rows
-from sdzero.analysis import RunFolder
 from sdzero.callbacks import SampleWriter
 from sdzero.data import Evaluation, EvaluationDataModule
 from sdzero.methods import Method, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
+from sdzero.report import RunFolder
 from sdzero.types import Prompt, Question, Sampling
-from tiny_model import write_tiny_model
+from support.helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
+from support.runs import rows
+from support.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from helpers import Notes, Toy, fit, make_batch, make_scored, make_trace, same, weights_of
 from sdzero.callbacks import TeacherSync
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.data.base import stream_loader
 from sdzero.methods import SRT, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, RolloutBatch, Sampling, TraceBatch
-from tiny_model import write_tiny_model
+from support.helpers import Notes, Toy, fit, make_batch, make_scored, make_trace, same, weights_of
+from support.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")

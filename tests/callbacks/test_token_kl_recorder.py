@@ -11,7 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import (
+from sdzero.callbacks import TokenKLRecorder
+from sdzero.data import Evaluation, EvaluationDataModule
+from sdzero.evaluation.statistics import top_share
+from sdzero.methods import Method, SelfDistill
+from sdzero.models.language_model import ModelConfig
+from sdzero.prompts import Demonstration, PromptBuilder
+from sdzero.types import Question, Sampling, ScoredRollout
+from support.helpers import (
     Curves,
     Notes,
     Toy,
@@ -23,14 +30,7 @@ from helpers import (
     plain_model,
     read_by_hand,
 )
-from sdzero.callbacks import TokenKLRecorder
-from sdzero.data import Evaluation, EvaluationDataModule
-from sdzero.estimates import top_share
-from sdzero.methods import Method, SelfDistill
-from sdzero.models import ModelConfig
-from sdzero.prompts import Demonstration, PromptBuilder
-from sdzero.types import Question, Sampling, ScoredRollout
-from tiny_model import write_tiny_model
+from support.tiny_model import write_tiny_model
 
 TOP_K = 3
 

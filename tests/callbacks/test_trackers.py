@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
 from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker
 from sdzero.callbacks.copy_tracker import num_copied
 from sdzero.data import Evaluation, EvaluationDataModule
 from sdzero.methods import Method, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling, ScoredRollout
-from tiny_model import SPECIAL, tiny_tokenizer, write_tiny_model
+from support.helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
+from support.tiny_model import SPECIAL, tiny_tokenizer, write_tiny_model
 
 P0 = "Wait, this response is not correct, let me start over."
 P1 = "Let me rephrase the above solution."

@@ -13,7 +13,6 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import sdzero.callbacks
-from helpers import Curves, Notes, Toy, make_trace, make_trainer
 from sdzero.callbacks import (
     CopyTracker,
     GenerateThenRevise,
@@ -24,11 +23,12 @@ from sdzero.callbacks import (
 )
 from sdzero.data import Evaluation, RolloutDataModule, TraceDataModule
 from sdzero.methods import SRT, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import TraceSource
 from sdzero.types import Prompt, Sampling, Trace
-from tiny_model import write_tiny_model
+from support.helpers import Curves, Notes, Toy, make_trace, make_trainer
+from support.tiny_model import write_tiny_model
 
 NUM_STEPS, STOPPED_AT = 4, 2
 Points = dict[int, dict[str, float]]

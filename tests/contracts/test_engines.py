@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from helpers import Toy, fit
 from sdzero.data import RolloutDataModule
 from sdzero.engines import RemoteVLLMEngine, ScriptedEngine, TransformersEngine, VLLMEngine
 from sdzero.engines.base import EngineDied, EngineError, EngineSpec, Piece, RolloutEngine
 from sdzero.methods import SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
-from tiny_model import write_tiny_model
-from vllm_server import vllm_server
+from support.helpers import Toy, fit
+from support.tiny_model import write_tiny_model
+from support.vllm_server import vllm_server
 
 MAX_MODEL_LEN = 512
 

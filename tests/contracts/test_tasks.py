@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 import sdzero.tasks
 from configs.recipes.own_data.verifier import LastDigit
-from runs import ROOT
-from sdzero.judge.types import AssertTest, CodeVerdict, StdioTest, Submission
+from sdzero.graders.sandbox.types import AssertTest, CodeVerdict, StdioTest, Submission
 from sdzero.tasks import (
     AMOBench,
     Chains,
@@ -40,6 +39,7 @@ from sdzero.tasks import (
     Task,
 )
 from sdzero.types import Question, Split
+from support.runs import ROOT
 
 SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
 JUNK = ("", "A", "\\boxed{}", "\\boxed{", "}{", "?" * 5000, "\\boxed{" * 500, "I do not know.", "\x00", "A\ud800")

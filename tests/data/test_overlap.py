@@ -16,17 +16,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from helpers import Notes, Steps, Toy, fit, make_batch, make_scored, make_trainer, same, weights_of
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.engines import TransformersEngine
 from sdzero.engines.base import EngineDied, EngineError, SyncReport
-from sdzero.engines.checks import fingerprint
+from sdzero.engines.sync_check import fingerprint
 from sdzero.methods import Method, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
-from sdzero.seeds import derive_seed
 from sdzero.types import Prompt, Question, Rollout, Sampling
-from tiny_model import write_tiny_model
+from sdzero.utils.seeds import derive_seed
+from support.helpers import Notes, Steps, Toy, fit, make_batch, make_scored, make_trainer, same, weights_of
+from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=70)  # more than a probe's
 

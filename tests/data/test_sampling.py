@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import Notes, Toy, make_trace
 from sdzero.data import Evaluation, EvaluationDataModule, RolloutDataModule, TraceDataModule, TraceFile
 from sdzero.data.base import NUM_CHECKED, StepDataModule
+from sdzero.data.trace_file import write_traces
 from sdzero.engines.base import EngineError
-from sdzero.files import write_traces
 from sdzero.prompts import PromptBuilder
 from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, Split
-from tiny_model import write_tiny_model
+from support.helpers import Notes, Toy, make_trace
+from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=20)
 

@@ -16,14 +16,14 @@ import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
-from distributed.forked import forked
 from sdzero.engines import RemoteVLLMEngine
 from sdzero.engines.base import EngineDied, EngineError, EngineSpec
-from sdzero.engines.checks import WeightLayout
-from sdzero.engines.remote.weights import nccl_source
+from sdzero.engines.remote.weight_transfer import nccl_source
+from sdzero.engines.sync_check import WeightLayout
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
-from tiny_model import write_tiny_model
+from support.ranks.forked import forked
+from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(0.7, 0.9, 3)
 CONFIG: dict[str, Any] = {

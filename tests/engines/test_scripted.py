@@ -7,7 +7,7 @@ from sdzero.engines import ScriptedEngine
 from sdzero.engines.base import EngineSpec
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
-from tiny_model import tiny_tokenizer
+from support.tiny_model import tiny_tokenizer
 
 
 def started(engine: ScriptedEngine) -> ScriptedEngine:

@@ -13,7 +13,7 @@ from sdzero.engines import TransformersEngine
 from sdzero.engines.base import EngineSpec
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
-from tiny_model import write_tiny_model
+from support.tiny_model import write_tiny_model
 
 
 def of_lengths(lengths: Iterable[int]) -> list[Prompt]:

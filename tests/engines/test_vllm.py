@@ -17,7 +17,7 @@ from sdzero.engines import VLLMEngine, vllm
 from sdzero.engines.base import EngineError, EngineSpec, Piece
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
-from tiny_model import write_tiny_model
+from support.tiny_model import write_tiny_model
 
 PROMPTS = [Prompt(Question(f"q{i}", "", ""), (5, 6, 7)) for i in range(4)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_model import write_tiny_model
+from support.tiny_model import write_tiny_model
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def killed_before() -> Iterator[None]:
 @pytest.mark.usefixtures("killed_before")
 def test_two_ranks_sample_each_with_its_own_engine_then_with_one_over_both(tmp_path: Path) -> None:
     model_path = write_tiny_model(tmp_path / "model", num_key_value_heads=2)
-    script = Path(__file__).with_name("two_ranks.py")
+    script = Path(__file__).parents[1] / "support/ranks/engine_ranks.py"
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     ranks = [
         subprocess.Popen(

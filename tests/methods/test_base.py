@@ -13,7 +13,13 @@ import lightning as L
 import pytest
 import torch
 
-from helpers import (
+from sdzero.data import RolloutDataModule
+from sdzero.methods import SRT, Method, Schedule, SelfDistill
+from sdzero.methods.base import NonFiniteError
+from sdzero.models.language_model import ModelConfig
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Example, LossOutput, Prompt, Question, Sampling, TraceBatch
+from support.helpers import (
     Notes,
     Stored,
     Toy,
@@ -26,13 +32,7 @@ from helpers import (
     same,
     weights_of,
 )
-from sdzero.data import RolloutDataModule
-from sdzero.methods import SRT, Method, Schedule, SelfDistill
-from sdzero.methods.base import NonFiniteError
-from sdzero.models import ModelConfig
-from sdzero.prompts import PromptBuilder
-from sdzero.types import Example, LossOutput, Prompt, Question, Sampling, TraceBatch
-from tiny_model import write_tiny_model
+from support.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from helpers import (
+from sdzero.callbacks import TeacherSync, TokenKLRecorder
+from sdzero.data import RolloutDataModule
+from sdzero.engines import TransformersEngine
+from sdzero.engines.base import EngineError
+from sdzero.losses import Divergence
+from sdzero.methods import SRT, Method, SelfDistill
+from sdzero.models.language_model import ModelConfig, load
+from sdzero.models.lora import AdaptersOff, Lora
+from sdzero.models.weights import full_weights
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Question, Sampling, ScoredRollout, TraceBatch
+from support.helpers import (
     Notes,
     Steps,
     Toy,
@@ -26,18 +37,7 @@ from helpers import (
     same,
     weights_of,
 )
-from sdzero.callbacks import TeacherSync, TokenKLRecorder
-from sdzero.data import RolloutDataModule
-from sdzero.engines import TransformersEngine
-from sdzero.engines.base import EngineError
-from sdzero.lora import AdaptersOff, Lora
-from sdzero.losses import Divergence
-from sdzero.methods import SRT, Method, SelfDistill
-from sdzero.models import ModelConfig, load
-from sdzero.prompts import PromptBuilder
-from sdzero.types import Question, Sampling, ScoredRollout, TraceBatch
-from sdzero.weights import full_weights
-from tiny_model import write_tiny_model
+from support.tiny_model import write_tiny_model
 
 LORA = Lora(rank=4, alpha=8.0)
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import Notes, Toy, fit, make_batch, make_scored
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.engines.base import SyncReport
 from sdzero.methods import SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import FinalAnswer, PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
-from tiny_model import write_tiny_model
+from support.helpers import Notes, Toy, fit, make_batch, make_scored
+from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=30)
 

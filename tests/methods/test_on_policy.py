@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from helpers import Notes, Toy, fit, make_batch, make_scored, plain_logprobs, plain_model, same, weights_of
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.engines import TransformersEngine
 from sdzero.engines.base import EngineError, OnTokens, Piece, ignore
 from sdzero.methods import Method, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
-from tiny_model import write_tiny_model
+from support.helpers import Notes, Toy, fit, make_batch, make_scored, plain_logprobs, plain_model, same, weights_of
+from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=30)
 

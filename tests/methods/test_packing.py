@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import Steps, fit, make_batch, make_scored, make_trace
-from sdzero import models
 from sdzero.methods import SRT, Method, SelfDistill
-from sdzero.models import ModelConfig
+from sdzero.models import language_model
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Question, TraceBatch
-from tiny_model import write_tiny, write_tiny_model
+from support.helpers import Steps, fit, make_batch, make_scored, make_trace
+from support.tiny_model import write_tiny, write_tiny_model
 
 TEXTS = ("3", "the answer is 2", "Wait, let me start over: the answer is 4", "2 wait 2", "so it is 5")
 PADDED, ALONE = {"max_tokens_per_micro_batch": 10_000}, {"max_tokens_per_micro_batch": 1}
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_one_sequence_at_a_time(
 ) -> None:
     alone = run(kind, path, tmp_path, ALONE)
     padded = run(kind, path, tmp_path, PADDED)
-    monkeypatch.setattr(models, "PACKING", ("sdpa",))  # which finds the sequences too, by a mask of T x T
+    monkeypatch.setattr(language_model, "PACKING", ("sdpa",))  # which finds the sequences too, by a mask of T x T
     packed = run(kind, path, tmp_path, PADDED)
     for other in (padded, packed):
         assert other.metrics[0]["train/loss"] == pytest.approx(alone.metrics[0]["train/loss"], rel=1e-5)

@@ -13,19 +13,19 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from helpers import Steps, Toy, make_trace, same, weights_of
 from sdzero.callbacks import TeacherSync
-from sdzero.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from sdzero.data import Evaluation, RolloutDataModule, TraceDataModule
 from sdzero.data.base import StepDataModule
 from sdzero.engines import TransformersEngine
 from sdzero.methods import SRT, Method, Schedule, SelfDistill
 from sdzero.methods.base import BUDGET, FAULTS
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import TraceSource
+from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.types import Sampling, Trace
-from tiny_model import write_tiny_model
+from support.helpers import Steps, Toy, make_trace, same, weights_of
+from support.tiny_model import write_tiny_model
 
 NUM_STEPS = 6  # two epochs of three
 SYNCS: dict[str, tuple[dict[str, Any], list[int | None]]] = {

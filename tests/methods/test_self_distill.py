@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import (
+from sdzero.data import Evaluation, RolloutDataModule
+from sdzero.losses import Divergence
+from sdzero.methods import SelfDistill
+from sdzero.models.language_model import ModelConfig
+from sdzero.prompts import Context, Demonstration, Feedback, FinalAnswer, Plain, PromptBuilder, Revision
+from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Verdict
+from support.helpers import (
     Notes,
     Steps,
     Toy,
@@ -25,13 +31,7 @@ from helpers import (
     same,
     weights_of,
 )
-from sdzero.data import Evaluation, RolloutDataModule
-from sdzero.losses import Divergence
-from sdzero.methods import SelfDistill
-from sdzero.models import ModelConfig
-from sdzero.prompts import Context, Demonstration, Feedback, FinalAnswer, Plain, PromptBuilder, Revision
-from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Verdict
-from tiny_model import write_tiny_model
+from support.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")

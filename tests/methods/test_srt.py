@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import Steps, fit, make_trace, plain_logprobs, plain_model
 from sdzero.methods import SRT
-from sdzero.models import ModelConfig
+from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Trace, TraceBatch
-from tiny_model import write_tiny_model
+from support.helpers import Steps, fit, make_trace, plain_logprobs, plain_model
+from support.tiny_model import write_tiny_model
 
 TERMS = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.3, 1.7)]
 

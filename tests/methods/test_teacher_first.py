@@ -10,14 +10,14 @@ import lightning as L
 import pytest
 import torch
 
-from helpers import Steps, fit, make_batch, make_scored, same
 from sdzero.losses import Divergence
+from sdzero.losses.soft_targets import HiddenTeacher, Teacher, TopKTeacher
 from sdzero.methods import SelfDistill
-from sdzero.models import LanguageModel, ModelConfig
+from sdzero.models.language_model import LanguageModel, ModelConfig
 from sdzero.prompts import PromptBuilder
-from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher
 from sdzero.types import Question
-from tiny_model import write_tiny_model
+from support.helpers import Steps, fit, make_batch, make_scored, same
+from support.tiny_model import write_tiny_model
 
 TEXTS = ("3", "the answer is 2", "Wait, it is 4")
 TOP_K = Divergence(top_k=5)

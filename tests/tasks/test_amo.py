@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from fixtures.make import make
-from fixtures.mathematics import AMO, AMO_ODD, AMO_TYPES
 from sdzero.tasks import AMOBench
 from sdzero.tasks.hub import HubDataset
+from support.fixtures.make import make
+from support.fixtures.mathematics import AMO, AMO_ODD, AMO_TYPES
 
 DESCRIPTION = "its answer is a description, which needs a judge model"
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
-from fixtures import benchmarks, mathematics
-from fixtures.make import make
-from runs import ROOT
 from sdzero.tasks import AMOBench, Code, Instructions, Math, MultipleChoice, OpenR1Math, Rows, Suite, Task
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.sources import read
 from sdzero.types import Question
+from support.fixtures import benchmarks, mathematics
+from support.fixtures.make import make
+from support.runs import ROOT
 
 DATA = ROOT / "configs/data"
 SETS = (

@@ -14,7 +14,7 @@ from sdzero.tasks.chains import apply
 from sdzero.tasks.chains_corpus import COPY, NoisyFacts, corpus
 from sdzero.tasks.splits import split_of
 
-TINY = Path(__file__).parents[2] / "configs" / "model" / "tiny"
+TINY = Path(__file__).parents[2] / "configs/tiny_model"
 PHRASES = ControlPhrases()
 
 

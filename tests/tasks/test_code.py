@@ -13,10 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from fake_judge import FakeJudge
-from fixtures import programs
-from fixtures.make import make
-from sdzero.judge.types import (
+from sdzero.graders.sandbox.types import (
     AssertTest,
     CallTest,
     Checker,
@@ -31,6 +28,9 @@ from sdzero.tasks import code as module
 from sdzero.tasks.code import last_block, parse_tests, with_preamble
 from sdzero.tasks.hub import HubDataset
 from sdzero.types import Question
+from support.fake_judge import FakeJudge
+from support.fixtures import programs
+from support.fixtures.make import make
 
 TESTS = [{"input": "1", "output": "2"}]
 

@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentParser
 
-from fake_judge import fake_judge  # noqa: F401 - a fixture
-from fixtures.make import make
-from fixtures.programs import CODEFORCES, CODEFORCES_ODD
-from fixtures.repository import rename_column
-from sdzero.judge.types import Limits, StdioTest
+from sdzero.graders.sandbox.types import Limits, StdioTest
 from sdzero.tasks import Code, Codeforces, Task
 from sdzero.tasks import codeforces as module
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split
+from support.fake_judge import fake_judge  # noqa: F401 - a fixture
+from support.fixtures.make import make
+from support.fixtures.programs import CODEFORCES, CODEFORCES_ODD
+from support.fixtures.repository import rename_column
 
 SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
 LANGUAGES = ("cpp", "python")

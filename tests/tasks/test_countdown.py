@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixtures.make import make
-from fixtures.mathematics import COUNTDOWN, countdown_row
 from sdzero.tasks import Countdown, splits
 from sdzero.tasks.countdown import numbers_of, parse, value_of
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.splits import split_of
 from sdzero.types import Question, Split
+from support.fixtures.make import make
+from support.fixtures.mathematics import COUNTDOWN, countdown_row
 
 QUESTION = Question("countdown/24:1,3,4,6", "", "6/(1-3/4)", {"numbers": [3, 1, 6, 4], "target": 24})
 

@@ -12,10 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentParser
 
-from fixtures.make import make
-from fixtures.mathematics import OPENR1, uuid_of
-from fixtures.programs import CODEFORCES, CPP, PYTHON, TRACES, program
-from sdzero.judge.types import CodeVerdict, Language, Limits, StdioTest, Submission
+from sdzero.graders.sandbox.types import CodeVerdict, Language, Limits, StdioTest, Submission
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks import Codeforces, Rows
 from sdzero.tasks.base import TraceSource
@@ -23,7 +20,10 @@ from sdzero.tasks.demonstrations import CodeforcesDemonstrations, Demonstrations
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Source
 from sdzero.types import Question, Trace, Verdict
-from tiny_model import tiny_tokenizer
+from support.fixtures.make import make
+from support.fixtures.mathematics import OPENR1, uuid_of
+from support.fixtures.programs import CODEFORCES, CPP, PYTHON, TRACES, program
+from support.tiny_model import tiny_tokenizer
 
 LANGUAGES: tuple[Language, ...] = ("cpp", "python")
 Row = dict[str, Any]

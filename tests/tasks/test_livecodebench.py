@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
-from fake_judge import fake_judge  # noqa: F401 - a fixture
-from fixtures.livecodebench import (
+from sdzero.graders.sandbox.types import CallTest, StdioTest
+from sdzero.tasks import LiveCodeBench, Task
+from sdzero.tasks.hub import HubDataset
+from support.fake_judge import fake_judge  # noqa: F401 - a fixture
+from support.fixtures.livecodebench import (
     FILES,
     LIVECODEBENCH,
     LIVECODEBENCH_ODD,
@@ -25,10 +28,7 @@ from fixtures.livecodebench import (
     packed,
     question,
 )
-from fixtures.make import make
-from sdzero.judge.types import CallTest, StdioTest
-from sdzero.tasks import LiveCodeBench, Task
-from sdzero.tasks.hub import HubDataset
+from support.fixtures.make import make
 
 Row = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sdzero.judge.pool import Failed, GraderPool
-from sdzero.judge.types import JudgeError
+from sdzero.graders.sandbox.types import JudgeError
+from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.math import Math
 from sdzero.types import Question
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from fixtures.make import make
-from fixtures.mathematics import OPENR1, OPENR1_ODD, openr1_row, uuid_of
-from fixtures.repository import rename_column
-from runs import refusal
 from sdzero.tasks import OpenR1Math
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.openr1 import COMPETITIONS
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Split
+from support.fixtures.make import make
+from support.fixtures.mathematics import OPENR1, OPENR1_ODD, openr1_row, uuid_of
+from support.fixtures.repository import rename_column
+from support.runs import refusal
 
 PHASES: tuple[Split, ...] = ("phase1", "phase2", "eval")
 ALL = Sizes(20, 15, 5)
@@ -120,7 +120,7 @@ def test_a_changed_schema_fails_at_load(
     config = tmp_path / "collect.yaml"
     path = {"id": str(changed), "columns": []}
     keys = {
-        "model": {"path": "configs/model/tiny", "weights": "random"},
+        "model": {"path": "configs/tiny_model", "weights": "random"},
         "task": {"class_path": "sdzero.tasks.OpenR1Math", "init_args": {"path": path}},
         "engine": {"class_path": "sdzero.engines.TransformersEngine"},
         "out": str(tmp_path / "out"),

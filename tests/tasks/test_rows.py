@@ -12,9 +12,9 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from configs.recipes.own_data.verifier import LastDigit
-from runs import ROOT, refusal
 from sdzero.tasks import Rows, Task
 from sdzero.types import Question, Verdict
+from support.runs import ROOT, refusal
 
 SPLITS = ("phase1", "phase2", "eval")
 
@@ -256,7 +256,7 @@ def test_no_command_gets_as_far_as_the_weights(
     """The model's folder has none."""
     prefix, out = ("", "out") if command == "collect" else ("data.", "trainer.default_root_dir")
     model = "model.path" if command == "collect" else "model.model.path"
-    options = {f"{prefix}task.question_column": "text", model: "configs/model/tiny", out: tmp_path}
+    options = {f"{prefix}task.question_column": "text", model: "configs/tiny_model", out: tmp_path}
     config = ROOT / f"configs/recipes/own_data/{stage}.yaml"
     said = refusal(capsys, monkeypatch, command, "--config", config, *(f"--{k}={v}" for k, v in options.items()))
     assert "task.question_column: configs/recipes/own_data/questions.jsonl has no column 'text'; it has ['gold'" in said

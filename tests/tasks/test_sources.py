@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fake_hub import FakeHub
-from fake_hub import hub as hub  # the fixture
-from fixtures.make import make
-from fixtures.mathematics import AIME25, COUNTDOWN, HMMT, OPENR1, openr1_row
-from fixtures.programs import CODEFORCES
-from fixtures.repository import rename_column
-from runs import refusal, sdzero
 from sdzero.tasks.hub import HubDataset, hub_files
 from sdzero.tasks.sources import read
+from support.fake_hub import FakeHub
+from support.fake_hub import hub as hub  # the fixture
+from support.fixtures.make import make
+from support.fixtures.mathematics import AIME25, COUNTDOWN, HMMT, OPENR1, openr1_row
+from support.fixtures.programs import CODEFORCES
+from support.fixtures.repository import rename_column
+from support.runs import refusal, sdzero
 
 NOBODYS = "0" * 40
 COLUMNS = ["problem", "answer"]
@@ -135,7 +135,7 @@ def test_a_folder_laid_out_like_a_repository(tmp_path: Path, monkeypatch: pytest
 def config_of(tmp_path: Path, path: dict[str, Any]) -> Path:
     config = tmp_path / "collect.yaml"
     keys = {
-        "model": {"path": "configs/model/tiny", "weights": "random"},
+        "model": {"path": "configs/tiny_model", "weights": "random"},
         "task": {"class_path": "sdzero.tasks.Math", "init_args": {"path": path, "max_dropped_share": 0.2}},
         "engine": {"class_path": "sdzero.engines.TransformersEngine"},
         "out": str(tmp_path / "out"),

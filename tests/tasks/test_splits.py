@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.seeds import derive_seed
 from sdzero.tasks import splits
 from sdzero.tasks.splits import Sizes, deal, split_of, take
 from sdzero.types import Question, Split
+from sdzero.utils.seeds import derive_seed
 
 
 def stream(names: list[str]):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import Toy
-from runs import SMOKE, exit_code, read_json
 from sdzero.tasks import Chains, Countdown, Suite, Task
 from sdzero.types import Question, Split, Verdict
-from tiny_model import write_tiny_model
+from support.helpers import Toy
+from support.runs import SMOKE, exit_code, read_json
+from support.tiny_model import write_tiny_model
 
 
 class Finite(Task):

@@ -1,6 +1,6 @@
 """Data modules: one batch is one optimizer step."""
 
-from sdzero.data.answers import Evaluation
+from sdzero.data.eval_stream import Evaluation
 from sdzero.data.evaluation import EvaluationDataModule
 from sdzero.data.rollouts import RolloutDataModule
 from sdzero.data.traces import TraceDataModule, TraceFile

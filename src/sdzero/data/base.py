@@ -16,15 +16,15 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, IterableDataset
 
-from sdzero.data.answers import AnswerStream, Evaluation, Policy
+from sdzero.data.engine_restarts import Restarts
+from sdzero.data.eval_stream import AnswerStream, Evaluation, Policy
+from sdzero.data.sampler import CallJournal, Sampler
 from sdzero.engines.base import EngineError, EngineSpec, RolloutEngine
-from sdzero.files import write_text
-from sdzero.restarts import Restarts
-from sdzero.rollouts import CallJournal, Sampler
-from sdzero.seeds import derive_seed, run_seed
-from sdzero.strategies import Share, share_of
 from sdzero.tasks.base import Task
+from sdzero.trainer.strategies import Share, share_of
 from sdzero.types import Prompt, Question, Sampling, ScoredRollout
+from sdzero.utils.files import write_text
+from sdzero.utils.seeds import derive_seed, run_seed
 
 NUM_CHECKED = 4
 """Responses scored by the trainer after each sync, to compare log-probabilities."""

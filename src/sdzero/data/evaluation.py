@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdzero.data.answers import Evaluation
 from sdzero.data.base import StepDataModule
+from sdzero.data.eval_stream import Evaluation
 from sdzero.engines.base import RolloutEngine
 from sdzero.tasks.base import Task
 from sdzero.types import TraceBatch

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdzero.data.ahead import Ahead
-from sdzero.data.answers import Evaluation, at_least_one
 from sdzero.data.base import NUM_CHECKED, StepDataModule
+from sdzero.data.eval_stream import Evaluation, at_least_one
+from sdzero.data.prefetch import Ahead
+from sdzero.data.sampler import score
 from sdzero.engines.base import RolloutEngine
-from sdzero.rollouts import score
-from sdzero.seeds import derive_seed, run_seed
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, Sampling, ScoredRollout, Split, Verdict
+from sdzero.utils.seeds import derive_seed, run_seed
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdzero.data.answers import Evaluation, at_least_one
 from sdzero.data.base import StepDataModule
+from sdzero.data.eval_stream import Evaluation, at_least_one
+from sdzero.data.trace_file import read_traces
 from sdzero.engines.base import RolloutEngine
-from sdzero.files import read_traces
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import Task, TraceSource
 from sdzero.types import Question, Trace, TraceBatch

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sdzero.engines.base import EngineSpec, OnTokens, Piece, RolloutEngine, SyncReport, ignore, preserved_rng
-from sdzero.engines.checks import SyncCheck, WeightLayout
+from sdzero.engines.sync_check import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sdzero.endings import watchdog
 from sdzero.engines import vllm_patches
 from sdzero.engines.base import (
     EngineDied,
@@ -29,10 +28,11 @@ from sdzero.engines.base import (
     is_complete,
     preserved_rng,
 )
-from sdzero.engines.checks import SyncCheck, WeightLayout
+from sdzero.engines.sync_check import SyncCheck, WeightLayout
 from sdzero.engines.vllm_requests import Request, longest_first, run_requests, sampling_params, shared_requests
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
+from sdzero.utils.process import watchdog
 
 _GRACE_SECONDS = 60.0  # past the deadline, before a call that hangs in native code ends the process
 _WARM_UP_LENGTH = 16  # requests, and tokens of each prompt

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
-from sdzero.lora import check_strategy
 from sdzero.losses import cross_entropy_head
-from sdzero.methods.evaluation import Evaluated
-from sdzero.methods.schedule import Schedule
-from sdzero.models import ModelConfig, load
-from sdzero.post_mortem import write_post_mortem
+from sdzero.methods.batching import collate, micro_batches
+from sdzero.methods.lr_schedule import Schedule
+from sdzero.methods.nonfinite import write_post_mortem
+from sdzero.methods.policy import Evaluated
+from sdzero.models.language_model import ModelConfig, load
+from sdzero.models.lora import check_strategy
+from sdzero.models.parallelize import average_copies, check_tensor_parallel, clip_grad_norm, shard_fsdp1, shard_fsdp2
+from sdzero.models.weights import full_weights
 from sdzero.prompts import Context, Revision
-from sdzero.random_states import random_states, restore
-from sdzero.seeds import run_seed
-from sdzero.sequences import collate, micro_batches
-from sdzero.sharding import average_copies, check_tensor_parallel, clip_grad_norm, shard_fsdp1, shard_fsdp2
-from sdzero.strategies import Share, share_of
+from sdzero.trainer.rng_state import random_states, restore
+from sdzero.trainer.strategies import Share, share_of
 from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
-from sdzero.weights import full_weights
+from sdzero.utils.seeds import run_seed
 
 BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 FAULTS = ("num_nonfinite", "num_skipped")

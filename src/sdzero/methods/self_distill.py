@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
-from sdzero.lora import AdaptersOff, check_strategy
 from sdzero.losses import Divergence, divergence_head
+from sdzero.losses.soft_targets import HiddenTeacher, Teacher, TopKTeacher, hidden_teacher, top_k_teacher
 from sdzero.methods.base import Method
-from sdzero.models import ModelConfig, load
+from sdzero.methods.batching import collate
+from sdzero.models.language_model import ModelConfig, load
+from sdzero.models.lora import AdaptersOff, check_strategy
+from sdzero.models.parallelize import check_tensor_parallel
+from sdzero.models.weights import lerp_weights
 from sdzero.prompts import Context, Revision
-from sdzero.seeds import run_seed
-from sdzero.sequences import collate
-from sdzero.sharding import check_tensor_parallel
-from sdzero.teachers import HiddenTeacher, Teacher, TopKTeacher, hidden_teacher, top_k_teacher
 from sdzero.types import Example, LossOutput, RolloutBatch, ScoredRollout
-from sdzero.weights import lerp_weights
+from sdzero.utils.seeds import run_seed
 
 
 class SelfDistill(Method):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.base import Method
-from sdzero.sequences import collate
+from sdzero.methods.batching import collate
 from sdzero.types import Example, LossOutput, TraceBatch
 
 

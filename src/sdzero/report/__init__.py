@@ -1,5 +1,6 @@
-"""`sdzero report RUN_DIR`: what a run did, as one HTML page that asks nothing of the network."""
+"""Statistics, figures and the HTML page of a run's folder."""
 
 from sdzero.report.page import main, render
+from sdzero.report.run_folder import RunFolder
 
-__all__ = ["main", "render"]
+__all__ = ["RunFolder", "main", "render"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pandas as pd
 from markupsafe import Markup
 
-from sdzero.analysis import plots
-from sdzero.analysis.run import MODELS, RunFolder
+from sdzero.report import plots
+from sdzero.report.run_folder import MODELS, RunFolder
 from sdzero.report.svg import inline_svg
 
 PALETTE = {plots.INK: "currentColor", **{color: f"var(--{name})" for name, color in plots.COLORS.items()}}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdzero.analysis.run import RunFolder
+from sdzero.report.run_folder import RunFolder
 
 OUTPUTS = {
     "base/eval": "results.json",

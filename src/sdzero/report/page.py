@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sdzero.analysis.run import MODELS, RunFolder
-from sdzero.files import write_text
+from sdzero.pipeline.summary import summarize
 from sdzero.report import history, results, samples, tokens
 from sdzero.report.figures import curves
-from sdzero.summary import summarize
+from sdzero.report.run_folder import MODELS, RunFolder
+from sdzero.utils.files import write_text
 
 
 def render(run: RunFolder) -> str:

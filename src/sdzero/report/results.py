@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from sdzero.analysis.run import MODELS, RunFolder
+from sdzero.report.run_folder import MODELS, RunFolder
 from sdzero.types import benchmark_of
 
 Row = dict[str, Any]

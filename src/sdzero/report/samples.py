@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdzero.analysis.run import MODELS, RunFolder
-from sdzero.keywords import keyword_spans
+from sdzero.evaluation.keywords import keyword_spans
 from sdzero.prompts import ControlPhrases
+from sdzero.report.run_folder import MODELS, RunFolder
 
 NUM_QUESTIONS = 6
 MAX_CHARACTERS = 4_000

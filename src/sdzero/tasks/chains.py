@@ -6,10 +6,10 @@ import random
 import re
 from collections.abc import Iterator
 
-from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.tasks.splits import take
 from sdzero.types import Question, Split, Verdict
+from sdzero.utils.seeds import derive_seed
 
 OPERATORS = "+-*"
 Step = tuple[str, int]

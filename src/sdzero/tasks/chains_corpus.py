@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 
 from sdzero.prompts import ControlPhrases, PromptBuilder
-from sdzero.seeds import derive_seed
 from sdzero.tasks.base import TraceSource
 from sdzero.tasks.chains import OPERATORS, Chains, Step, apply, working
 from sdzero.tasks.splits import split_of
 from sdzero.types import Question, Trace
+from sdzero.utils.seeds import derive_seed
 
 ERROR_RATES, ERROR_SHARES = (0.04, 0.25, 0.60), (0.75, 0.15, 0.10)
 HABIT = 0.8  # share of a fact's errors that are always the same wrong digit, so that greedy decoding fails too

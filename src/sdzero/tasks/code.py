@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdzero.judge.client import Judge, check
-from sdzero.judge.types import (
+from sdzero.graders.sandbox.client import Judge, check
+from sdzero.graders.sandbox.types import (
     AssertTest,
     Checker,
     Compare,
@@ -66,7 +66,7 @@ class Code(Rows):
         sizes: as in Rows.
 
     Raises:
-        sdzero.judge.types.Refused: no sandbox holds here.
+        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
     """
 
     def __init__(

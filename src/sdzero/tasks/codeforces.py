@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pyarrow.parquet as pq
 
-from sdzero.judge.types import Language, Limits, StdioTest, Submission, Test
+from sdzero.graders.sandbox.types import Language, Limits, StdioTest, Submission, Test
 from sdzero.tasks.code import LIMITS, Code
 from sdzero.tasks.files import Row
 from sdzero.tasks.hub import HubDataset, hub_files
@@ -67,7 +67,7 @@ class Codeforces(Code):
         sizes: as in Rows; null deals them out by the hash of the problem.
 
     Raises:
-        sdzero.judge.types.Refused: no sandbox holds here.
+        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
     """
 
     def __init__(

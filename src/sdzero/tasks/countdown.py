@@ -15,13 +15,13 @@ from fractions import Fraction
 from functools import cached_property
 from typing import get_args
 
-from sdzero.seeds import derive_seed
 from sdzero.tasks.base import Task
 from sdzero.tasks.boxed import last_boxed
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.sources import read
 from sdzero.tasks.splits import split_of, take
 from sdzero.types import Question, Split, Verdict
+from sdzero.utils.seeds import derive_seed
 
 MAX_LENGTH = 200  # characters of an expression; the parser's depth is bounded by it
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {

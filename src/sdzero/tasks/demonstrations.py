@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdzero.judge.types import Language
+from sdzero.graders.sandbox.types import Language
 from sdzero.tasks.base import Task, TraceSource
 from sdzero.tasks.boxed import after_thought
 from sdzero.tasks.codeforces import Codeforces
@@ -23,6 +22,7 @@ from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.rows import Source
 from sdzero.tasks.sources import read
 from sdzero.types import Question, Split, Trace
+from sdzero.utils.files import write_text
 
 if TYPE_CHECKING:  # prompts imports torch
     from sdzero.prompts import PromptBuilder
@@ -233,7 +233,5 @@ class CodeforcesDemonstrations(Demonstrations):
                 places = new[start : start + _AT_ONCE]
                 verdicts = self.codeforces.verify_all([answers[place] for place in places])
                 known |= {keys[place]: v.reward for place, v in zip(places, verdicts, strict=True)}
-                partial = file.with_suffix(".partial")
-                partial.write_text(json.dumps(known))
-                os.replace(partial, file)
+                write_text(file, json.dumps(known))
         return [known[key] for key in keys]

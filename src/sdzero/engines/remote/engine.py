@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
-from sdzero.endings import watchdog
 from sdzero.engines.base import (
     EngineDied,
     EngineError,
@@ -26,13 +25,14 @@ from sdzero.engines.base import (
     ignore,
     preserved_rng,
 )
-from sdzero.engines.checks import SyncCheck, WeightLayout
 from sdzero.engines.remote.client import Client
 from sdzero.engines.remote.server import GENERATE, check_server, wait_until_up
-from sdzero.engines.remote.weights import EMPTY, Digests, FolderTransport, NCCLTransport, Transport
+from sdzero.engines.remote.weight_transfer import EMPTY, Digests, FolderTransport, NCCLTransport, Transport
+from sdzero.engines.sync_check import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
-from sdzero.seeds import derive_seed
 from sdzero.types import Prompt, Rollout, Sampling
+from sdzero.utils.process import watchdog
+from sdzero.utils.seeds import derive_seed
 
 _GRACE_SECONDS = 60.0  # past the deadline, before a transfer that hangs in NCCL ends the process
 _FAULTS = (RuntimeError, OSError, ValueError, SafetensorError)  # of a transfer: EngineError, NCCL, a full disk, ...

@@ -1,0 +1,255 @@
+"""docs/config.md, from the constructors and their docstrings: `python -m sdzero.cli.config_reference > docs/config.md`.
+
+A class is found through its base class, so a new file's keys appear by themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import pkgutil
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import Strategy
+
+import sdzero
+from sdzero.data.base import StepDataModule
+from sdzero.data.collect import Collect
+from sdzero.engines.base import RolloutEngine
+from sdzero.methods import Method
+from sdzero.prompts import Context
+from sdzero.tasks.base import Task, TraceSource
+
+GROUPS: dict[type, tuple[str, str]] = {
+    Method: ("Methods", "`model:` of a training or an evaluation."),
+    StepDataModule: ("Data modules", "`data:` of a training or an evaluation."),
+    Task: ("Tasks", "Questions, and the verifier of the answers."),
+    RolloutEngine: ("Engines", "What samples the responses."),
+    TraceSource: ("Trace sources", "Where `TraceDataModule` takes its traces from."),
+    Context: ("Teacher contexts", "What the teacher reads before the response it scores."),
+    L.Callback: ("Callbacks", "Items of `trainer.callbacks`."),
+    Strategy: ("Strategies", "`trainer.strategy`."),
+}
+"""Base class -> heading of the page, and what stands under it."""
+VALUES = "Values with keys of their own"
+
+HEAD = """# Configuration keys
+
+This page is made from the constructors and their docstrings by `make docs`; change those, not this page.
+
+A recipe is a folder of YAML files: `collect.yaml` holds the keys of [Collect](#collect) and `seed_everything`, all
+others those of LightningCLI: `seed_everything`, `model`, `data`, `trainer` and `ckpt_path`. Where this page offers one
+of several classes, `class_path` names it and `init_args` holds its keys; a class of your own is named the same way.
+Every key can be set on the command line, after the files, by its path, in which `init_args` may be left out:
+
+```bash
+sdzero fit --config configs/recipes/smoke/self_distill.yaml --trainer.max_steps=3 --model.divergence.kind=forward
+```
+
+Several `--config` files are laid over each other: a later one, such as `configs/trainer/fsdp2.yaml`, changes the keys
+that it names and leaves the others. A list is replaced as a whole (`callbacks:`) or extended (`callbacks+:`). Where the
+keys of a class are expected, the name of another YAML file may stand, relative to the file that names it.
+`--print_config` prints what came of it all. A key that does not exist is refused by name. `null` is written so on the
+command line where a key lies two levels deep: `--data.evaluation='{num_questions: null}'`.
+
+`trainer` is Lightning's Trainer with all of its keys (`sdzero fit --help`). Ours differs in two defaults,
+`num_sanity_val_steps: 0` and `log_every_n_steps: 1`. Gradients are clipped by `model.max_grad_norm`, not by
+`trainer.gradient_clip_val`; a training's `trainer.precision` is `32-true`, `64-true` or `bf16-mixed`; and
+`plugins: {class_path: sdzero.trainer.AtomicCheckpointIO}` makes checkpoints that a kill cannot spoil.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a config. default: `inspect.Parameter.empty` where the key is required; meaning: empty without a line in
+    the docstring."""
+
+    name: str
+    hint: Any
+    default: Any
+    meaning: str
+
+
+# --- what there is --------------------------------------------------------------------------------
+
+
+def import_all() -> None:
+    """Every module of the package, so that each class has told its base class of itself."""
+    for module in pkgutil.walk_packages(sdzero.__path__, "sdzero."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+
+
+def class_path(cls: type) -> str:
+    """The shortest dotted path that imports a class."""
+    parts = cls.__module__.split(".")
+    packages = (".".join(parts[:n]) for n in range(1, len(parts)))
+    package = next((p for p in packages if getattr(import_module(p), cls.__name__, None) is cls), cls.__module__)
+    return f"{package}.{cls.__name__}"
+
+
+def classes(base: type) -> list[type]:
+    """What a config can name or inherit from: subclasses, and the base itself where its package offers it."""
+    found, todo = set[type](), [base]
+    while todo:
+        found |= {*(new := todo.pop().__subclasses__())}
+        todo += new
+    offered = class_path(base) != f"{base.__module__}.{base.__name__}"
+    ours = {cls for cls in found | ({base} if offered else set()) if cls.__module__.startswith("sdzero.")}
+    return sorted((cls for cls in ours if keys(cls) or not inspect.isabstract(cls)), key=class_path)
+
+
+def keys(cls: type) -> list[Key]:
+    """Of the constructor, and where it hands `**kwargs` on, of the constructor behind it."""
+    found: dict[str, Key] = {}
+    documented = [(owner.__name__, meanings(owner)) for owner in cls.__mro__]
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        if not owner.__module__.startswith("sdzero."):
+            break
+        init = vars(owner)["__init__"]
+        hints, parameters = get_type_hints(init), [*inspect.signature(init).parameters.values()][1:]
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found:
+                found[p.name] = Key(p.name, hints[p.name], _default(owner, p), _meaning(p.name, documented))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    required = [key for key in found.values() if key.default is inspect.Parameter.empty]
+    return required + [key for key in found.values() if key not in required]
+
+
+def _default(owner: type, parameter: inspect.Parameter) -> Any:
+    """A dataclass shows a stand-in where a factory makes the default."""
+    if dataclasses.is_dataclass(owner):
+        field = next(field for field in dataclasses.fields(owner) if field.name == parameter.name)
+        if field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+    return parameter.default
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """The `Args:` section of a class's own docstring."""
+    doc = docstring_parser.parse(vars(cls).get("__doc__") or "", docstring_parser.DocstringStyle.GOOGLE)
+    return {param.arg_name: " ".join((param.description or "").split()) for param in doc.params}
+
+
+def _meaning(name: str, documented: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """From the nearest class that has a line on it; `as in X` is what X says."""
+    said = next((args[name] for _, args in documented if name in args), "")
+    refers = re.fullmatch(r"as in (\w+)\.?", said)
+    return dict(documented)[refers[1]][name] if refers else said
+
+
+def nested(hint: Any) -> Iterator[type]:
+    """The dataclasses within a type, and within their keys."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        yield hint
+        for key in keys(hint):
+            yield from nested(key.hint)
+    for part in get_args(hint):
+        yield from nested(part)
+
+
+# --- how it reads ---------------------------------------------------------------------------------
+
+
+def type_name(hint: Any) -> str:
+    """A type in the words of a YAML file, with a link where the page tells more."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint == OptimizerCallable:
+        return "an optimizer of `torch.optim`"
+    if hint is type(None):
+        return "`null`"
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_name(part) for part in arguments)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        of, to = arguments
+        return f"mapping from {type_name(of)} to {type_name(to)}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"list of {type_name(arguments[0])}"
+    if origin is Callable or hint is Callable:
+        return "function"
+    if hint in GROUPS:
+        return f"one of the [{GROUPS[hint][0].lower()}](#{_anchor(GROUPS[hint][0])})"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"[{hint.__name__}](#{_anchor(hint.__name__)})"
+    return {Any: "any value", Path: "path"}.get(hint) or f"`{hint.__name__}`"
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def default_text(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return "**required**"
+    return "its defaults" if (text := _yaml(value)) == "{}" and value != {} else f"`{text}`"
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line of YAML; of an object only what differs from its class's own defaults."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        now = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return _yaml({key.name: now[key.name] for key in keys(type(value)) if now[key.name] != key.default})
+    if inspect.isfunction(value):  # makes an optimizer from parameters
+        return _yaml_optimizer(value([torch.nn.Parameter(torch.zeros(1))]))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_yaml(item)}" for name, item in value.items()) + "}"
+    if value is None or isinstance(value, str | bool | int | float | list | tuple):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value) if isinstance(value, Path) else class_path(type(value))
+
+
+def _yaml_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    own = inspect.signature(type(optimizer)).parameters
+    options = {k: v for k, v in optimizer.defaults.items() if k in own and own[k].default != v}
+    return f"{{class_path: {class_path(type(optimizer))}, init_args: {_yaml(options)}}}"
+
+
+def section(cls: type, heading: str) -> str:
+    doc = docstring_parser.parse(cls.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
+    parts = [f"### {heading}", *(" ".join(p.split()) for p in (doc.description or "").split("\n\n"))]
+    cells = [(f"`{k.name}`", type_name(k.hint), default_text(k.default), k.meaning) for k in keys(cls)]
+    rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
+    head = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    return "\n\n".join([*parts, "\n".join([*head, *rows]) if rows else "No keys."])
+
+
+def documented_classes() -> dict[str, list[tuple[str, type]]]:
+    """Heading of the page -> (heading, class) of the sections under it."""
+    import_all()
+    groups = {title: [(f"`{class_path(cls)}`", cls) for cls in classes(base)] for base, (title, _) in GROUPS.items()}
+    shown = [Collect, *(cls for group in groups.values() for _, cls in group)]
+    inner = {part for cls in shown for key in keys(cls) for part in nested(key.hint)}
+    values = [(cls.__name__, cls) for cls in sorted(inner, key=lambda cls: cls.__name__)]
+    return {"Collection": [("Collect", Collect)], **groups, VALUES: values}
+
+
+def page() -> str:
+    about = {title: text for title, text in GROUPS.values()}
+    about |= {
+        "Collection": "`collect.yaml`.",
+        "Values with keys of their own": "They are mappings, without a class path.",
+    }
+    parts = [HEAD.rstrip()]
+    for title, sections in documented_classes().items():
+        parts += [f"## {title}", about[title], *(section(cls, heading) for heading, cls in sections)]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

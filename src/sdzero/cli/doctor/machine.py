@@ -1,0 +1,129 @@
+"""The machine: platform, cores, memory, disks, compiler, sandbox, model hub."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from sdzero.cli.doctor.rows import Row
+
+GIB = 2**30
+HUB_SECONDS = 2.5
+
+
+def machine_rows() -> Iterator[Row]:
+    yield (system := platform_row())
+    if system.is_fatal:
+        return
+    yield cpu_row()
+    yield memory_row()
+    yield disk_row("disk", Path.cwd(), 5, "a checkpoint takes 12 to 16 bytes per parameter, and three can be there")
+    try:
+        yield disk_row("TMPDIR", Path(tempfile.gettempdir()), 1, "libraries put their scratch files there")
+    except FileNotFoundError as error:
+        yield Row("TMPDIR", "broken", str(error), "set TMPDIR to a folder that can be written to")
+    yield compiler_row()
+    yield sandbox_row()
+    yield hub_row()
+
+
+def sandbox_row() -> Row:
+    """Starts the judge, which tries the sandboxes."""
+    from sdzero.graders.sandbox.client import Judge  # not every platform that doctor speaks to has its modules
+    from sdzero.graders.sandbox.types import JudgeError
+
+    try:
+        with Judge(num_workers=1) as judge:
+            memory = "counted by a cgroup" if judge.counted else "watched, since no cgroup is ours to divide"
+            return Row("code sandbox", "ok", f"{judge.backend}, memory {memory}; programs get {judge.options.python}")
+    except (JudgeError, ValueError, OSError) as error:
+        remedy = "apt install bubblewrap, where programs are to be judged" if sys.platform == "linux" else ""
+        return Row("code sandbox", "missing", str(error), remedy)
+
+
+def platform_row() -> Row:
+    system = f"{platform.platform()}, Python {platform.python_version()}"
+    if sys.platform == "win32":  # a run's folder is locked as POSIX does it
+        return Row("platform", "broken", system, "use Linux, macOS or WSL", required=True)
+    return Row("platform", "ok", system)
+
+
+def cpu_row() -> Row:
+    # a scheduler or a container may leave this process fewer cores than the machine has
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(value) if value.isdigit() else cores
+    found = f"{cores} cores, OMP_NUM_THREADS is {value or 'not set: torch takes a thread per core'}"
+    if threads > cores or (cores > 1 and not value):
+        remedy = "export OMP_NUM_THREADS=1 for a tiny model: two threads on two shared cores were ten times slower"
+        return Row("CPU", "warning", found, remedy)
+    return Row("CPU", "ok", found)
+
+
+def memory_row(meminfo: Path = Path("/proc/meminfo")) -> Row:
+    if not meminfo.is_file():
+        return Row("memory", "ok", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.1f} GiB")
+    kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in meminfo.open())}
+    available, total = (kib[key] * 1024 / GIB for key in ("MemAvailable", "MemTotal"))
+    found = f"{available:.1f} of {total:.1f} GiB available"
+    if available < 3:
+        return Row("memory", "warning", found, "end other programs: the tiny model with vLLM takes 2 GiB")
+    return Row("memory", "ok", found)
+
+
+def disk_row(name: str, folder: Path, wanted_gib: float, why: str) -> Row:
+    free = shutil.disk_usage(folder).free / GIB
+    if not os.access(folder, os.W_OK):
+        return Row(name, "warning", f"{folder} cannot be written to", "take another folder")
+    found = f"{free:.1f} GiB free in {folder}"
+    return Row(name, "ok", found) if free >= wanted_gib else Row(name, "warning", found, f"make room: {why}")
+
+
+def compiler_row() -> Row:
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    lacking = [what for what, there in (("C++ compiler", compiler), ("C headers of Python", headers)) if not there]
+    if lacking:
+        remedy = "Debian, Ubuntu: apt install g++ python3-dev; macOS: xcode-select --install"
+        return Row("C++", "warning", f"no {' and no '.join(lacking)}, which vLLM's CPU build wants", remedy)
+    return Row("C++", "ok", str(compiler))
+
+
+def hub_row() -> Row:
+    """Whether the model hub answers: asked for HUB_SECONDS at most, which looking up its name counts into."""
+    if find_spec("huggingface_hub") is None:
+        return Row("model hub", "missing", "huggingface_hub is not installed", "pip install transformers")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return Row("model hub", "ok", "offline, as HF_HUB_OFFLINE says: model folders, and models downloaded before")
+    faults: list[str] = []
+    asking = Thread(target=lambda: faults.append(_ask(constants.ENDPOINT)), daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS)
+    fault = faults[0] if faults else f"no answer in {HUB_SECONDS} s"
+    if fault:
+        found = f"offline ({fault}): model.path takes folders, and models downloaded before"
+        return Row("model hub", "warning", found, "export HF_HUB_OFFLINE=1 saves waiting for it")
+    return Row("model hub", "ok", f"{constants.ENDPOINT} answers")
+
+
+def _ask(endpoint: str) -> str:
+    """Why the hub cannot be used; empty where it can."""
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+    except HTTPError as error:
+        return f"it answers {error.code}"
+    except OSError as error:
+        return str(getattr(error, "reason", error))
+    return ""

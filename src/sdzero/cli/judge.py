@@ -1,0 +1,67 @@
+"""`sdzero judge`: one program against its tests, the verdict as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from sdzero.graders.sandbox.backends import BACKENDS
+from sdzero.graders.sandbox.client import Judge
+from sdzero.graders.sandbox.types import Language, Limits, Submission, Test, read_test
+
+
+def read_tests(path: Path) -> tuple[Test, ...]:
+    """The tests of a TESTS.json.
+
+    Raises:
+        ValueError: names the file, and the test that cannot be read.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f'{path} must hold a list of tests such as [{{"input": "1 2", "output": "3"}}]')
+    tests: list[Test] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            tests.append(read_test(row))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: test {number}: {error}") from None
+    return tuple(tests)
+
+
+def main(arguments: list[str]) -> None:
+    defaults = Limits()
+    parser = argparse.ArgumentParser(prog="sdzero judge", description=__doc__)
+    parser.add_argument("program", type=Path, help="file with the program")
+    parser.add_argument("--language", required=True, choices=get_args(Language))
+    parser.add_argument(
+        "--tests",
+        required=True,
+        type=Path,
+        help='JSON list of {"input", "output"}, {"call", "args", "expected"} or {"program"}',
+    )
+    parser.add_argument("--time-limit", type=float, default=defaults.time, metavar="S", help="CPU seconds a test")
+    parser.add_argument("--memory-limit", type=float, default=defaults.memory_mb, metavar="MB", help="MiB a test")
+    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS], help="the sandbox; unsafe is none")
+    parser.add_argument("--python", help="interpreter in the sandbox, below /usr; the system's python3 without")
+    given = parser.parse_args(arguments)
+    limits = Limits(time=given.time_limit, memory_mb=given.memory_limit)
+    source = given.program.read_text(errors="surrogateescape")
+    submission = Submission(given.language, source, read_tests(given.tests), limits)
+    with Judge(given.backend, 1, given.python) as judge:
+        verdict = judge.judge([submission])[0]
+    print(json.dumps(_shown(dataclasses.asdict(verdict)), indent=2))
+
+
+def _shown(value: Any) -> Any:
+    """Seconds and MiB to three places."""
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    return [_shown(item) for item in value] if isinstance(value, list | tuple) else value

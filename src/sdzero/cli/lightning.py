@@ -1,0 +1,182 @@
+"""LightningCLI with the project's defaults: one folder per stage, and results that a program can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from sdzero.callbacks import Preemption
+from sdzero.callbacks.base import own_file
+from sdzero.data.base import StepDataModule
+from sdzero.methods import Method
+from sdzero.pipeline.summary import print_evaluation
+from sdzero.trainer.checkpoint_io import finished_checkpoints, first_that_verifies
+from sdzero.trainer.collectives import of_all_ranks
+from sdzero.trainer.sharded_checkpoint import AtomicFolders
+from sdzero.trainer.strategies import share_of
+from sdzero.utils.disk_full import naming
+from sdzero.utils.files import write_text
+
+NEWEST = "newest"
+"""A `--ckpt_path` that lets the same command begin a training and go on with it."""
+
+# Lightning's advice that does not hold here
+_NOISE = (
+    "Using ModelCheckpoint with manual optimization",  # the state after the step is what a restart needs
+    "Total length of `list` across ranks is zero",  # a run without validation
+    ".*does not have many workers",  # rollouts are sampled in the trainer's process
+    "Your `IterableDataset` has `__len__` defined",  # on purpose: see sdzero.data.base
+    "Found .* module.s. in eval mode",  # the teacher
+    ".*It is recommended to use `self.log",  # figures are reduced over the ranks before they are logged
+    ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
+    "LightningCLI's args parameter is intended",  # SDZeroCLI.check, within `sdzero run`
+    r"\s*Unable to serialize instance <function Method",  # the default optimizer, in the saved config
+)
+
+# TensorBoard's "Custom scalars" page: the paper's figures, and whether the run is well. Tags are regular expressions.
+LAYOUT = {
+    "Figure 6: self-revision over both phases": {
+        "response length, evaluation": ["Multiline", ["eval/response_tokens$"]],
+        "revision keywords per response, evaluation": ["Multiline", ["eval/keywords_per_response$"]],
+        "response length, rollouts": ["Multiline", ["rollout/length$"]],
+        "revision keywords per response, rollouts": ["Multiline", ["rollout/keywords_per_response$"]],
+    },
+    "Figure 5: accuracy and teacher synchronisation": {
+        "avg@k, evaluation": ["Multiline", [r"eval/([\w-]+/)?avg_at_k$"]],  # averaged, and per benchmark
+        "reward, rollouts": ["Multiline", ["rollout/reward$"]],
+        "teacher generation": ["Multiline", ["teacher/generation$"]],
+    },
+    "Figure 4: what the reviser says": {
+        "mean KL by reward": ["Multiline", ["teacher/kl_r0$", "teacher/kl_r1$"]],
+        "share of the KL on a tenth of the tokens": ["Multiline", ["kl_top10_share_r0$", "kl_top10_share_r1$"]],
+    },
+    "Is the run well?": {
+        "log-probability gap, engine against trainer": ["Multiline", ["rollout/logprob_gap$"]],
+        "truncated and unparseable": ["Multiline", ["rollout/truncated$", "rollout/unparseable$", "eval/truncated$"]],
+        "gradient norm": ["Multiline", ["train/grad_norm$"]],
+    },
+}
+
+
+class SDZeroCLI(LightningCLI):
+    """`sdzero fit|validate|test|predict --config FILE [--model.x ... --data.x ... --trainer.x ...]`."""
+
+    @classmethod
+    def main(cls, arguments: list[str] | None = None) -> None:
+        """Runs the command that `arguments` (None: the process's own) name."""
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        cls(
+            Method,
+            StepDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            # no sanity run: it would sample before the first step. Every batch is one step: log each
+            trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1, "callbacks": Preemption()},
+            # a wrong key raises, for sdzero.cli.main to say so in one line
+            parser_kwargs={"prog": "sdzero", "exit_on_error": False, "allow_abbrev": False},
+            args=arguments,
+        )
+
+    @classmethod
+    def check(cls, arguments: list[str]) -> dict[str, Any]:
+        """Parses `arguments` and builds nothing; returns the config with all defaults in it.
+
+        Raises:
+            ArgumentError: names the key that is wrong.
+        """
+        printed = StringIO()
+        with redirect_stdout(printed), suppress(SystemExit):
+            cls.main([*arguments, "--print_config"])
+        return yaml.safe_load(printed.getvalue())
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":  # after_test prints a table of its own: Lightning's has a line per figure
+            parser.set_defaults(verbose=False)
+        return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        root = Path(self._get(self.config_init, "trainer.default_root_dir") or ".")
+        if self._get(self.config_init, "trainer.logger") is None:
+            # name and version empty: curves, checkpoints and the config lie in the stage's own folder
+            # flushed often: a kill loses what was not
+            kwargs["logger"] = TensorBoardLogger(save_dir=root, name="", version="", flush_secs=5)
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == NEWEST:
+            kwargs["ckpt_path"] = self._newest(Path(self.trainer.default_root_dir) / "checkpoints", subcommand)
+        return kwargs
+
+    def _newest(self, folder: Path, subcommand: str) -> Path | None:
+        """What `--ckpt_path=newest` stands for. None, a new start, is said and for `fit` only.
+
+        Raises:
+            ValueError: no checkpoint is there for another command, or none of those there verifies.
+        """
+        finished = finished_checkpoints(folder)
+        if not finished and subcommand != "fit":
+            raise ValueError(f"ckpt_path={NEWEST}: there is no finished checkpoint in {folder}")
+        if not finished:
+            self._say(f"no finished checkpoint in {folder}: starting anew")
+            return None
+        if isinstance(self.trainer.strategy, AtomicFolders) and not self.trainer.is_global_zero:
+            return finished[0][0]  # it asks rank 0 when it loads: one rank has to read whole models, not all
+        newest = first_that_verifies(finished)
+        if newest is None:
+            raise ValueError(
+                f"ckpt_path={NEWEST}: none of the checkpoints in {folder} verifies. Mend the disk or bring back a "
+                "copy; to start anew, remove them"
+            )
+        self._say(f"going on from {newest}")
+        return newest
+
+    def _say(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            print(text, flush=True)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with naming(Path(self.trainer.default_root_dir)):
+            super()._run_subcommand(subcommand)
+
+    def before_fit(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(LAYOUT)
+
+    before_validate = before_test = before_fit
+
+    def after_test(self) -> None:
+        rewards = of_all_ranks(self.model.eval_rewards)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            answered = {question: answers for part in rewards for question, answers in part.items()}
+            by_question = {question.id: answered[question.id] for question in self.datamodule.eval_questions}
+            write_text(folder / "rewards.json", json.dumps(by_question))
+            figures = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
+            # an error of too few questions is not a number, which JSON does not have
+            results = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+            print_evaluation(results, by_question)
+
+    def after_predict(self) -> None:
+        """Every rank leaves the responses of its share, one JSON object a line."""
+        if share_of(self.trainer).member:
+            return  # the first of those who share them writes
+        rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
+        write_text(own_file(self.trainer, "predictions", "jsonl"), "".join(json.dumps(row) + "\n" for row in rows))

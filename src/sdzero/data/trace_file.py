@@ -1,0 +1,35 @@
+"""D_revision on disk: one trace a line, each with its checksum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from sdzero.types import Question, Trace
+from sdzero.utils.files import atomic_write, parse_rows
+from sdzero.utils.row_checksum import sealed
+
+
+def write_traces(path: Path, traces: Iterable[Trace]) -> None:
+    """Atomic write of D_revision: one JSON object a line."""
+    with atomic_write(path) as file:
+        for trace in traces:
+            file.write(f"{sealed(dataclasses.asdict(trace))}\n".encode())
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """What `write_traces` wrote.
+
+    Raises:
+        ValueError: a line is damaged or lacks a field; names the file, the line and the field.
+    """
+    traces = []
+    for number, row in enumerate(parse_rows(path, path.read_bytes()), 1):
+        if missing := [f.name for f in dataclasses.fields(Trace) if f.name not in row]:
+            raise ValueError(
+                f"{path}: line {number} lacks {missing[0]!r}: it is no trace as `sdzero collect` writes them"
+            )
+        ids = {name: tuple(value) for name, value in row.items() if name.endswith("_ids")}
+        traces.append(Trace(question=Question(**row["question"]), reward=row["reward"], **ids))
+    return traces

@@ -1,0 +1,1 @@
+"""Metrics and statistics of evaluations; light, without torch."""

@@ -1,0 +1,271 @@
+"""Figures of an evaluation as torchmetrics classes: every state is a sum, so ranks and halves add up exactly.
+
+Standard errors are over questions; they are nan where a single question (or none) leaves them undefined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from sdzero.evaluation.keywords import count_keywords
+from sdzero.evaluation.statistics import pass_at_k
+from sdzero.types import Reason
+
+Scalars = dict[str, Tensor]
+
+
+def averaged(figures: Sequence[Scalars]) -> Scalars:
+    """The plain mean over benchmarks of each figure (table 1's last column); of a standard error (`_se`) the error of
+    that mean, sqrt(sum of se^2) / n: benchmarks are independent.
+
+    Args:
+        figures: the same names for each benchmark.
+    """
+    columns = {name: torch.stack([of_one[name] for of_one in figures]) for name in figures[0]}
+    return {
+        name: values.square().sum().sqrt() / len(figures) if name.endswith("_se") else values.mean()
+        for name, values in columns.items()
+    }
+
+
+class _QuestionMean(Metric):
+    """Mean and standard error of one value per question. States: sums in float64."""
+
+    full_state_update = False
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for state in ("count", "total", "squares"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add(self, values: Sequence[float]) -> None:
+        self.count += len(values)
+        self.total += math.fsum(values)
+        self.squares += math.fsum(value * value for value in values)
+
+    def _named(self, name: str) -> Scalars:
+        mean = self.total / self.count
+        variance = (self.squares - self.total * mean).clamp(min=0) / (self.count - 1)
+        error = torch.where(self.count > 1, (variance / self.count).sqrt(), torch.nan)
+        return {name: mean, f"{name}_se": error}
+
+
+class AvgAtK(_QuestionMean):
+    """avg@k: mean over questions of the mean reward of a question's k responses.
+
+    `compute` returns `avg_at_k` and `avg_at_k_se`.
+    """
+
+    def update(self, groups: Sequence[Sequence[int]]) -> None:
+        """Adds one list of rewards per question."""
+        if not all(groups):
+            raise ValueError("groups holds a question without rewards: every question needs at least one response")
+        self._add([sum(group) / len(group) for group in groups])
+
+    def compute(self) -> Scalars:
+        return self._named("avg_at_k")
+
+
+class PassAtK(_QuestionMean):
+    """pass@k by the unbiased estimator 1 - C(n-c, k) / C(n, k), averaged over questions.
+
+    `compute` returns `pass_at_{k}` and `pass_at_{k}_se`.
+
+    Args:
+        k: number of tries that count; every question needs at least as many responses.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        self.k = k
+
+    def update(self, groups: Sequence[Sequence[int]]) -> None:
+        """Adds one list of rewards per question."""
+        fewest = min(map(len, groups), default=self.k)
+        if fewest < self.k:
+            raise ValueError(
+                f"pass@{self.k} needs {self.k} responses per question, got {fewest}: sample more or lower k"
+            )
+        self._add([pass_at_k(len(group), sum(group), self.k) for group in groups])
+
+    def compute(self) -> Scalars:
+        return self._named(f"pass_at_{self.k}")
+
+
+class _Sums(Metric):
+    """Named sums in float64, added up over ranks."""
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, num_sums: int) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(num_sums, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add(self, *values: float) -> None:
+        self.sums += torch.tensor(values, dtype=self.sums.dtype, device=self.sums.device)
+
+
+class ResponseLength(_Sums):
+    """`response_tokens`: mean tokens of a response."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def update(self, lengths: Sequence[int]) -> None:
+        """Adds responses by their number of tokens."""
+        self._add(len(lengths), sum(lengths))
+
+    def compute(self) -> Scalars:
+        count, tokens = self.sums
+        return {"response_tokens": tokens / count}
+
+
+class ReasonShares(_Sums):
+    """The share of responses with each `Reason`, under the reason's name; they add up to 1."""
+
+    def __init__(self) -> None:
+        super().__init__(len(get_args(Reason)))
+
+    def update(self, reasons: Sequence[Reason]) -> None:
+        """Adds responses by the reason of their verdict."""
+        self._add(*(reasons.count(reason) for reason in get_args(Reason)))
+
+    def compute(self) -> Scalars:
+        return dict(zip(get_args(Reason), self.sums / self.sums.sum(), strict=True))
+
+
+class Ratio(_Sums):
+    """One sum over another; nan where nothing was counted."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def update(self, numerator: float, denominator: float) -> None:
+        self._add(numerator, denominator)
+
+    def compute(self) -> Tensor:
+        return self.sums[0] / self.sums[1]
+
+
+class LengthDistribution(Metric):
+    """Lengths in tokens, exact up to `MAX_LENGTH`: `length_r0` and `length_r1`, their means by reward, `length_p50` and
+    `length_p90`, the least lengths that half and nine tenths of the responses do not exceed, and `length_max`."""
+
+    full_state_update = False
+    counts: Tensor  # [2, MAX_LENGTH + 1], responses by reward and length
+    MAX_LENGTH = 2**16
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(2, self.MAX_LENGTH + 1, dtype=torch.long)
+        self.add_state("counts", zeros, dist_reduce_fx="sum")
+
+    def update(self, lengths: Sequence[int], rewards: Sequence[int]) -> None:
+        """Adds responses by number of tokens and reward."""
+        for length, reward in zip(lengths, rewards, strict=True):
+            self.counts[reward, min(length, self.MAX_LENGTH)] += 1
+
+    def compute(self) -> Scalars:
+        lengths = torch.arange(self.MAX_LENGTH + 1, device=self.counts.device)
+        means = (self.counts * lengths).sum(1) / self.counts.sum(1)
+        seen = self.counts.sum(0).cumsum(0)
+        least = [torch.searchsorted(seen, torch.ceil(share * seen[-1]).long()) for share in (0.5, 0.9, 1.0)]
+        quantiles = dict(zip(("length_p50", "length_p90", "length_max"), least, strict=True))
+        return {"length_r0": means[0], "length_r1": means[1], **{k: v.double() for k, v in quantiles.items()}}
+
+
+class KeywordRate(_Sums):
+    """`keywords_per_response` and `keywords_per_1k_tokens`: how often responses speak of revising (figure 6)."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def update(self, texts: Sequence[str], lengths: Sequence[int]) -> None:
+        """Adds responses by text and number of tokens."""
+        assert len(texts) == len(lengths)
+        self._add(len(texts), sum(lengths), sum(map(count_keywords, texts)))
+
+    def compute(self) -> Scalars:
+        count, tokens, keywords = self.sums
+        return {"keywords_per_response": keywords / count, "keywords_per_1k_tokens": 1000 * keywords / tokens}
+
+
+class CorrectionRate(Metric):
+    """Generate-then-Revise: what one revision does to first attempts.
+
+    `compute` returns `acc1`, `acc2`, `correction_rate` = (acc2 - acc1) / (1 - acc1), `wrong_to_right_rate` of the wrong
+    and `right_to_wrong_rate` of the right first attempts, each with its `_se`, and the counts `wrong_to_right` and
+    `right_to_wrong`. A rate with nothing to count from (no wrong, or no right first attempts) is 0, its error nan.
+
+    Every figure is a ratio of two sums over questions; its standard error is the ratio estimator's, with the pairs of a
+    question as one cluster. Figures of clusters: pairs, first right, second right, wrong to right.
+    """
+
+    full_state_update = False
+    clusters: Tensor  # number of clusters
+    sums: Tensor  # [4], sums of the clusters' figures
+    products: Tensor  # [4, 4], sums of their outer products
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("clusters", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("products", torch.zeros(4, 4, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, first: Sequence[int], second: Sequence[int], questions: Sequence[int | str] | None = None) -> None:
+        """Adds pairs of rewards.
+
+        Args:
+            first: rewards of the first attempts.
+            second: rewards of their revisions, in the same order.
+            questions: the question of each pair; all pairs of a question belong into one call. None: all differ.
+        """
+        keys = range(len(first)) if questions is None else questions
+        assert len(first) == len(second) == len(keys)
+        figures: dict[int | str, list[int]] = {}
+        for key, a, b in zip(keys, first, second, strict=True):
+            cluster = figures.setdefault(key, [0, 0, 0, 0])
+            for i, value in enumerate((1, a, b, int(b > a))):
+                cluster[i] += value
+        rows = torch.tensor(list(figures.values()), dtype=self.sums.dtype, device=self.sums.device).reshape(-1, 4)
+        self.clusters += len(rows)
+        self.sums += rows.sum(0)
+        self.products += rows.T @ rows
+
+    def compute(self) -> Scalars:
+        pairs, right, revised, mended = torch.eye(4, dtype=self.sums.dtype, device=self.sums.device)
+        wrong, broken = pairs - right, right + mended - revised
+        ratios = {
+            "acc1": (right, pairs),
+            "acc2": (revised, pairs),
+            "correction_rate": (revised - right, wrong),
+            "wrong_to_right_rate": (mended, wrong),
+            "right_to_wrong_rate": (broken, right),
+        }
+        scalars = {"wrong_to_right": mended @ self.sums, "right_to_wrong": broken @ self.sums}
+        for name, (numerator, denominator) in ratios.items():
+            scalars[name], scalars[f"{name}_se"] = self._ratio(numerator, denominator)
+        return scalars
+
+    def _ratio(self, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+        """A ratio of two sums, both given by their weights [4] on a cluster's figures, and its standard error."""
+        below = denominator @ self.sums
+        if below == 0:
+            return below / self.sums[0], torch.full_like(below, torch.nan)  # nan without any pairs
+        value = numerator @ self.sums / below
+        residual = numerator - value * denominator
+        squares = (residual @ self.products @ residual).clamp(min=0)
+        error = (squares * self.clusters / (self.clusters - 1)).sqrt() / below
+        return value, torch.where(self.clusters > 1, error, torch.nan)

@@ -1,0 +1,1 @@
+"""The code sandbox: runs submissions in isolation and grades their output."""

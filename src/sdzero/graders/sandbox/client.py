@@ -1,0 +1,155 @@
+"""The trainer's side of the judge: has its process started once, before CUDA, and asks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sdzero.graders.sandbox.backends import BACKENDS
+from sdzero.graders.sandbox.connection import Connection
+from sdzero.graders.sandbox.types import AssertTest, CallTest, CodeVerdict, JudgeError, Refused, RunResult, Submission
+from sdzero.graders.sandbox.wire import Options, frame
+
+log = logging.getLogger(__name__)
+
+_NUM_STARTS = 3  # of a judge that dies or hangs in one batch
+_PYTHONS = ("/usr/bin/python3", "/bin/python3")
+
+
+class Judge:
+    """Judges programs in a process of its own, which all processes of one job on a node share.
+
+    A judge that dies or hangs is started again and asked again for what it had not answered.
+
+    Args:
+        backend: `auto`, or a sandbox by name: `bubblewrap`, `nsjail`, `sandlock`; `unsafe` is none.
+        num_workers: programs that run at a time; null takes one per core.
+        python: interpreter in the sandbox, below /usr; null takes the system's python3.
+        cgroups: let the kernel count the memory of each run where it lets us; else it is watched.
+
+    Attributes:
+        backend: the sandbox that was found.
+        counted: whether a cgroup counts the memory of its runs.
+
+    Raises:
+        ValueError: no such backend or interpreter.
+        Refused: no sandbox holds here.
+    """
+
+    def __init__(
+        self,
+        backend: str = "auto",
+        num_workers: int | None = None,
+        python: str | None = None,
+        cgroups: bool = True,
+    ) -> None:
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend must be auto or one of {[*BACKENDS]}, got {backend!r}")
+        if sys.platform != "linux":
+            raise Refused(f"programs are judged on Linux, where the sandboxes are; this is {sys.platform}")
+        found = python or next(filter(os.path.exists, _PYTHONS), None)
+        if not found or not os.path.exists(found):
+            raise ValueError(
+                f"python: no interpreter at {found or _PYTHONS[0]}: install one below /usr (apt install python3)"
+            )
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+        self.options = Options(backend, num_workers or len(os.sched_getaffinity(0)), found, cgroups)
+        self.backend, self.counted = "", False
+        self._lock = threading.Lock()
+        self._connection = Connection(self.options)
+        self._close = weakref.finalize(self, self._connection.close)
+        with self._lock:
+            self._open()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the judge, which ends with the last to leave."""
+        self._close()
+
+    def judge(
+        self, submissions: Sequence[Submission], progress: Callable[[int], None] = lambda done: None
+    ) -> list[CodeVerdict]:
+        """The verdicts, in order. `progress` hears the number of verdicts that have come in.
+
+        Raises:
+            ValueError: a submission has no tests, or tests that its language cannot have.
+            JudgeError: the machinery failed, several times over.
+        """
+        for submission in submissions:
+            check(submission)
+        verdicts: dict[int, CodeVerdict] = {}
+        with self._lock:
+            for number in range(1, _NUM_STARTS + 1):
+                left = [index for index in range(len(submissions)) if index not in verdicts]
+                try:
+                    self._open()
+                    self._ask(submissions, left, verdicts, progress)
+                    break
+                except (ConnectionError, TimeoutError, EOFError) as error:
+                    self._connection.abandon()
+                    if number == _NUM_STARTS:
+                        raise JudgeError(f"the judge died {number} times in one batch: {error}") from error
+                    log.warning("the judge died and is started again for what it had not judged")
+        return [verdicts[index] for index in range(len(submissions))]
+
+    def _open(self) -> None:
+        if found := self._connection.open():
+            self.backend, self.counted = found.backend or "", found.cgroup is not None
+            if self.backend == "unsafe":
+                log.warning("judge: backend unsafe: programs run WITHOUT a sandbox, with the rights of this user")
+            elif found.refused:
+                log.warning(
+                    "judge: sandbox %s, since the ones before it would not do: %s",
+                    self.backend,
+                    "; ".join(found.refused),
+                )
+
+    def _ask(
+        self,
+        submissions: Sequence[Submission],
+        indices: list[int],
+        verdicts: dict[int, CodeVerdict],
+        progress: Callable[[int], None],
+    ) -> None:
+        tests: dict[int, int] = {}  # many responses share the tests of one question: they are sent once
+        batch: dict[str, list[Any]] = {"tests": [], "submissions": []}
+        for index in indices:
+            submission = submissions[index]
+            if id(submission.tests) not in tests:
+                tests[id(submission.tests)] = len(tests)
+                batch["tests"].append([dataclasses.asdict(test) for test in submission.tests])
+            row = dataclasses.asdict(dataclasses.replace(submission, tests=()))
+            batch["submissions"].append({**row, "tests": tests[id(submission.tests)]})
+        self._connection.send(frame(batch))
+        for _ in indices:
+            answer = self._connection.receive()
+            if "fault" in answer:
+                self._connection.close()  # the judge drops what else it was asked
+                raise JudgeError(answer["fault"])
+            row = answer["verdict"]
+            results = tuple(RunResult(**result) for result in row["tests"])
+            verdicts[indices[answer["index"]]] = CodeVerdict(**{**row, "tests": results})
+            progress(len(verdicts))
+
+
+def check(submission: Submission) -> None:
+    """Raises: ValueError if a submission cannot be judged, whatever its program."""
+    kinds = {type(test) for test in submission.tests}
+    if len(kinds) != 1:
+        raise ValueError(f"a submission needs tests of one kind, got {sorted(kind.__name__ for kind in kinds)}")
+    if submission.language != "python" and kinds & {CallTest, AssertTest}:
+        raise ValueError(
+            f"{kinds.pop().__name__} is for python only, the submission's language is {submission.language}"
+        )

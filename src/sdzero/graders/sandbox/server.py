@@ -1,0 +1,181 @@
+"""The judge's process: it tries the sandboxes, drops from root, and judges what comes over its socket.
+
+`python -m sdzero.graders.sandbox.server FOLDER OPTIONS`: FOLDER is the client's and gets the socket; OPTIONS are
+JSON. Its one line on standard output says what it found (`Found`). It ends with its last client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from sdzero.graders.sandbox.backends import BACKENDS, SANDBOXES
+from sdzero.graders.sandbox.cgroups import Cgroups
+from sdzero.graders.sandbox.judging import Judging
+from sdzero.graders.sandbox.probe import failing
+from sdzero.graders.sandbox.programs import Programs
+from sdzero.graders.sandbox.runs import Runs
+from sdzero.graders.sandbox.sandbox import HOLD
+from sdzero.graders.sandbox.slots import Slots
+from sdzero.graders.sandbox.types import Checker, JudgeError, Limits, Submission, read_test
+from sdzero.graders.sandbox.wire import ALIVE_SECONDS, LENGTH, Found, Options, frame
+
+UID = 61_357  # whom root becomes: a number that no user has
+_SHARE = 0.8  # of the free memory that all runs may have together
+_FIRST_CLIENT_SECONDS = 60.0
+
+
+class Server:
+    """Takes batches from any number of clients, and answers each submission when it is judged."""
+
+    def __init__(self, judging: Judging) -> None:
+        self.judging = judging
+        self.done = asyncio.Event()
+        self._num_clients = 0
+        self._num_running = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One client, to its end; what it asked for and will not hear is stopped."""
+        self._num_clients += 1
+        tasks: set[asyncio.Task[None]] = set()
+        alive = asyncio.ensure_future(_say_alive(writer, tasks))
+        try:
+            while True:
+                length = int.from_bytes(await reader.readexactly(LENGTH), "big")
+                batch = json.loads(await reader.readexactly(length))
+                tests = [tuple(map(read_test, rows)) for rows in batch["tests"]]
+                for index, row in enumerate(batch["submissions"]):
+                    task = asyncio.ensure_future(self._answer(index, _submission(row, tests), writer))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            for task in (alive, *tasks):
+                task.cancel()
+            await asyncio.gather(alive, *tasks, return_exceptions=True)
+            writer.close()
+            self._num_clients -= 1
+            if not self._num_clients:
+                self.done.set()
+
+    def end_if_unused(self) -> None:
+        if not self._num_clients:
+            self.done.set()
+
+    async def _answer(self, index: int, submission: Submission, writer: asyncio.StreamWriter) -> None:
+        if not self._num_running:
+            self.judging.programs.forget()
+        self._num_running += 1
+        try:
+            verdict = await self.judging.judge(submission)
+            writer.write(frame({"index": index, "verdict": dataclasses.asdict(verdict)}))
+        except JudgeError as error:
+            writer.write(frame({"index": index, "fault": str(error)}))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it, not wait
+            writer.write(frame({"index": index, "fault": f"{type(error).__name__}: {error}"}))
+        finally:
+            self._num_running -= 1
+        await writer.drain()
+
+
+async def _say_alive(writer: asyncio.StreamWriter, tasks: set[asyncio.Task[None]]) -> None:
+    """Empty messages to a client that waits for answers."""
+    while True:
+        await asyncio.sleep(ALIVE_SECONDS)
+        if tasks:
+            writer.write(frame({}))
+            await writer.drain()
+
+
+def _submission(row: dict[str, Any], tests: list[tuple[Any, ...]]) -> Submission:
+    checker = Checker(**row["checker"]) if row["checker"] else None
+    files = tuple(row["files"]) if row["files"] else None
+    parts = {"tests": tests[row["tests"]], "limits": Limits(**row["limits"]), "checker": checker, "files": files}
+    return Submission(**{**row, **parts})
+
+
+async def _judge(options: Options, listener: socket.socket, work: Path, cgroups: Cgroups | None, ready: int) -> None:
+    names = [backend.name for backend in SANDBOXES] if options.backend == "auto" else [options.backend]
+    kinds = [BACKENDS[name]() for name in names]
+    missing = {kind.name: kind.missing() for kind in kinds}  # before the drop: they import what they need
+    _drop()
+    slots = Slots(options.num_workers, _free_mb() * _SHARE)
+    refused: list[str] = []
+    runs = None
+    for kind in kinds:
+        tried = Runs(kind, slots, cgroups, work / "runs")
+        reason = missing[kind.name] or await failing(tried, options.python, work)
+        if reason is None:
+            runs = tried
+            break
+        refused.append(f"{kind.name}: {reason}")
+    found = Found(runs and runs.backend.name, refused, str(cgroups.folder) if cgroups else None)
+    os.write(ready, json.dumps(dataclasses.asdict(found)).encode() + b"\n")
+    os.close(ready)
+    if runs:
+        programs = Programs(runs, work / "programs", options.python)
+        await _listen(Server(Judging(runs, programs, work / "runner", work / "runs")), listener)
+
+
+async def _listen(server: Server, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, server.done.set)
+    loop.call_later(_FIRST_CLIENT_SECONDS, server.end_if_unused)
+    await asyncio.start_unix_server(server.serve, sock=listener)
+    await server.done.wait()
+    running = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+def _drop() -> None:
+    """From root to a user that owns nothing."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(UID, UID, UID)
+        os.setresuid(UID, UID, UID)
+
+
+def _free_mb() -> float:
+    rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(rows["MemAvailable"].split()[0]) / 1024
+
+
+def main() -> None:
+    folder, options = Path(sys.argv[1]), Options(**json.loads(sys.argv[2]))
+    ready = os.dup(1)
+    while (reserved := os.open(os.devnull, os.O_RDWR)) <= HOLD:
+        pass  # sandboxes get these numbers: nothing of ours may have them
+    os.close(reserved)
+    listener = socket.socket(socket.AF_UNIX)
+    (folder / "socket").unlink(missing_ok=True)
+    listener.bind(str(folder / "socket"))
+    listener.listen()  # before anybody is told that it is ready
+    work = Path(f"{folder}-work")
+    shutil.rmtree(work, ignore_errors=True)  # a judge that was killed has left its own
+    for place in (work, *(work / name for name in ("programs", "runs", "runner"))):
+        place.mkdir(mode=0o700)
+    shutil.copy(Path(__file__).with_name("runner.py"), work / "runner")
+    as_root = os.getuid() == 0
+    if as_root:
+        for path in (work, *work.rglob("*")):
+            os.chown(path, UID, UID)
+    cgroups = Cgroups.delegated(UID if as_root else os.getuid()) if options.cgroups else None
+    try:
+        asyncio.run(_judge(options, listener, work, cgroups, ready))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The arithmetic on rows of logits: divergences and cross-entropy with their gradients, in place.
+
+Rows of the whole vocabulary have Triton kernels on CUDA (triton_kernels.py), which go over each row two or three times;
+this file is what the CPU does, and what the kernels are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sdzero.losses.matmul import row_blocks
+
+# Stands for -inf in a masked column: exp() gives the same 0 but 0 * MASKED is 0, not NaN.
+MASKED = -1e30
+
+
+def kernels_for(logits: Tensor) -> ModuleType | None:
+    """The Triton kernels, for float32 on CUDA where Triton is installed. torch.compile is no substitute: its CUDA
+    code is Triton's too."""
+    return _kernels() if logits.is_cuda and logits.dtype == torch.float32 else None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    from sdzero.losses import triton_kernels
+
+    return triton_kernels
+
+
+def log_softmax_(logits: Tensor) -> Tensor:
+    """`logits` [C, V] normalised in their own place."""
+    if (kernels := kernels_for(logits)) is not None:
+        return kernels.log_softmax_(logits)
+    for block in row_blocks(logits):
+        logits[block] = logits[block].log_softmax(-1)
+    return logits
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, scale: Tensor | None, grad_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """-log p(targets) [C] and scale times its gradient [C, V], which may take the place of `logits`.
+
+    Args:
+        logits: [C, V], overwritten.
+        targets: [C] int64.
+        scale: [C], or None where no gradient is wanted.
+        grad_dtype: what the gradient is going to be used in. It is not rounded to it before it is whole.
+    """
+    if (kernels := kernels_for(logits)) is not None:
+        return kernels.cross_entropy(logits, targets, scale, grad_dtype)
+    values, column = logits.new_empty(len(logits)), targets[:, None]
+    for block in row_blocks(logits):
+        log_probs = logits[block].log_softmax(-1)
+        values[block] = -log_probs.gather(1, column[block]).squeeze(1)
+        if scale is not None:
+            torch.mul(log_probs.exp_(), scale[block, None], out=logits[block])
+    if scale is None:
+        return values, None
+    return values, logits.scatter_add_(1, column, -scale[:, None])
+
+
+def divergence(
+    kind: str,
+    share: float,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor | None,
+    scale: Tensor | None,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The divergence [C] over the whole vocabulary, scale times its gradient [C, V], and the log-probabilities [C] of
+    `targets`, the student's and the teacher's (none without targets).
+
+    Args:
+        kind: reverse, forward, mixed or jsd.
+        share: as in `compare`.
+        logits: [C, V], the student; its place may be taken by the gradient.
+        teacher_logits: [C, V].
+        targets: [C] int64, or None.
+        scale: [C], or None where no gradient is wanted.
+        grad_dtype: what the gradient is going to be used in.
+    """
+    if (kernels := kernels_for(logits)) is not None:
+        return kernels.divergence(kind, share, logits, teacher_logits, targets, scale, grad_dtype)
+    values = logits.new_empty(len(logits))
+    of_target = [] if targets is None else [torch.empty_like(values), torch.empty_like(values)]
+    for block in row_blocks(logits):
+        log_s, log_t = logits[block].log_softmax(-1), teacher_logits[block].log_softmax(-1)
+        if targets is not None:
+            for into, log_probs in zip(of_target, (log_s, log_t), strict=True):
+                into[block] = of_targets(log_probs, targets[block])
+        values[block], grad = compare(kind, share, log_s, log_t, scale is not None)
+        if grad is not None and scale is not None:
+            torch.mul(grad, scale[block, None], out=logits[block])
+    return values, None if scale is None else logits, of_target
+
+
+def compare(kind: str, share: float, log_s: Tensor, log_t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The divergence [C] between normalised rows and its gradient [C, W] with respect to the logits behind `log_s`.
+
+    With ratio = log s - log t: reverse gives s * (ratio - KL), forward s - t; JSD gives
+    (1 - share) * s * (log s - log m - KL(s||m)). Every log is finite, so no 0 * inf can arise.
+
+    Args:
+        kind: reverse, forward, mixed or jsd.
+        share: the forward KL's share in mixed, the teacher's in jsd.
+        log_s: [C, W], the student; overwritten.
+        log_t: [C, W], the teacher.
+        with_grad: whether the gradient is wanted.
+    """
+    probs = log_s.exp()
+    if kind == "jsd":
+        log_m = torch.logaddexp(log_t + math.log(share), log_s + math.log1p(-share))
+        ratio = log_s.sub_(log_m)
+        to_mixture = torch.linalg.vecdot(probs, ratio)
+        value = share * torch.linalg.vecdot(log_t.exp(), log_t - log_m) + (1 - share) * to_mixture
+        return value, ratio.sub_(to_mixture[:, None]).mul_(1 - share).mul_(probs) if with_grad else None
+    forward = {"reverse": 0.0, "forward": 1.0}.get(kind, share)
+    ratio = log_s.sub_(log_t)
+    reverse_kl = torch.linalg.vecdot(probs, ratio)
+    value = (1 - forward) * reverse_kl
+    teacher_probs = log_t.exp() if forward else None
+    if teacher_probs is not None:
+        value -= forward * torch.linalg.vecdot(teacher_probs, ratio)
+    if not with_grad:
+        return value, None
+    grad = ratio.sub_(reverse_kl[:, None]).mul_(1 - forward).add_(forward).mul_(probs)
+    return value, grad if teacher_probs is None else grad.sub_(teacher_probs, alpha=forward)
+
+
+def of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """The entries [C] of `log_probs` [C, V] at `targets` [C]."""
+    return log_probs.gather(1, targets[:, None]).squeeze(1)
+
+
+def compare_with_rest(
+    kind: str, share: float, log_s: Tensor, ids: Tensor, buckets_t: Tensor, per_token: bool, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The divergence [C] over the columns `ids` and one bucket of all the others, and scale times its gradient [C, V].
+
+    Args:
+        kind: reverse, forward, mixed or jsd.
+        share: as in `compare`.
+        log_s: [C, V], the student's log-probabilities; its place is taken by the gradient.
+        ids: [C, K].
+        buckets_t: [C, K + 1], the teacher's log-probabilities, the others' bucket last.
+        per_token: whether the bucket stands for a teacher that gives EVERY token outside the bucket's log-probability.
+        scale: [C], or None where no gradient is wanted.
+    """
+    inside_s, rest_s = log_s.gather(1, ids), split_off(log_s, ids)
+    buckets_s = torch.cat([inside_s, rest_s], -1).log_softmax(-1)
+    probs_s = buckets_s.exp()
+    values, grad = compare(kind, share, buckets_s, buckets_t, scale is not None)
+    entropy = slope = torch.zeros_like(rest_s)
+    if per_token and kind in ("reverse", "mixed"):
+        # The bucket's reverse KL lacks the student's own entropy among the tokens outside.
+        entropy = row_entropy(log_s)
+        slope = probs_s[:, -1:] * (1.0 if kind == "reverse" else 1 - share)
+        values -= (slope * entropy).squeeze(1)
+    if grad is None or scale is None:
+        return values, None
+    grad += slope * entropy * probs_s
+    grad[:, -1:] -= slope * entropy
+    return values, spread(log_s, ids, grad * scale[:, None], slope * scale[:, None], entropy)
+
+
+def split_off(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Log of the mass outside the columns `ids`, [C, 1]; `log_probs` is left normalised outside them, 0 mass inside."""
+    log_probs.scatter_(1, ids, MASKED)
+    rest = log_probs.new_empty(len(log_probs), 1)
+    for block in row_blocks(log_probs):
+        rest[block] = log_probs[block].logsumexp(-1, keepdim=True)
+        log_probs[block].sub_(rest[block])
+    return rest
+
+
+def row_entropy(log_probs: Tensor) -> Tensor:
+    """Entropy of each row, [C, 1]."""
+    entropy = log_probs.new_empty(len(log_probs))
+    for block in row_blocks(log_probs):
+        entropy[block] = -torch.linalg.vecdot(log_probs[block].exp(), log_probs[block])
+    return entropy[:, None]
+
+
+def spread(log_outside: Tensor, ids: Tensor, grad: Tensor, slope: Tensor, entropy: Tensor) -> Tensor:
+    """The gradient [C, V] of all logits, in `log_outside`'s place, from that of the top-k's and the rest's [C, K + 1].
+
+    The rest's goes to the tokens outside in proportion q to their mass; entropy's is -q * (log q + entropy).
+    """
+    for block in row_blocks(log_outside):
+        log_q = log_outside[block]
+        per_mass = torch.addcmul(grad[block, -1:], slope[block], log_q + entropy[block])
+        torch.mul(log_q.exp(), per_mass, out=log_q)
+    return log_outside.scatter_(1, ids, grad[:, :-1])

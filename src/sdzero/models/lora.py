@@ -1,0 +1,161 @@
+"""Low-rank adapters beside frozen weights (LoRA, arXiv:2106.09685), put there by peft.
+
+A linear layer's output W x becomes W x + alpha / rank * B A x. Only A [rank, in] and B [out, rank] train. B starts as
+zeros, so the model starts as its base, and with the adapters switched off it stays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+BASE, ADAPTER = ".base_layer.", ".lora_"
+"""What peft puts into the names of an adapted layer's own weights, and of its adapters'."""
+
+
+@dataclass
+class Lora:
+    """Adapters beside a decoder's linear layers; embedding and head have none. There is no dropout: the weights that
+    are trained are those that have sampled.
+
+    Args:
+        rank: of each adapter.
+        alpha: what an adapter adds is scaled by alpha / rank.
+        target_modules: `all-linear`, or the last names of the linear layers that get adapters, e.g. `[q_proj, v_proj]`.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"model.lora: rank and alpha must be above 0, got {self.rank} and {self.alpha}")
+
+
+def check_installed() -> None:
+    """Raises: ModuleNotFoundError: peft is missing; names the extra that brings it."""
+    if find_spec("peft") is None:
+        raise ModuleNotFoundError('model.lora needs peft: pip install "sdzero[lora]"', name="peft")
+
+
+def check_strategy(lora: Lora | None, dtype: str, strategy: Any) -> None:
+    """Adapters train on one device, under DDP, FSDP2 and FSDP1. To be asked before any weights are read.
+
+    Raises:
+        ValueError: the Trainer's strategy cannot hold adapters beside weights of that dtype.
+    """
+    if lora is None:
+        return
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # collection does without Lightning
+
+    if isinstance(strategy, ModelParallelStrategy) and int(strategy._tensor_parallel_size) > 1:
+        raise ValueError("model.lora: adapters have no tensor-parallel plan: set tensor_parallel_size to 1")
+    if isinstance(strategy, FSDPStrategy) and dtype != "float32":
+        raise ValueError(
+            "model.lora: FSDPStrategy wants weights and adapters of one dtype: set model.dtype=float32, or take "
+            "sdzero.trainer.FullShard as trainer.strategy"
+        )
+
+
+def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
+    """Name -> linear layer of a Hugging Face model that gets an adapter. Weights may lie on the meta device.
+
+    Raises:
+        ValueError: a target is none of the model's linear layers.
+    """
+    head = hf.get_output_embeddings()
+    linear = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if lora.target_modules == "all-linear":
+        return linear
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    unknown = sorted({*lora.target_modules} - {*known})
+    if unknown or not lora.target_modules:
+        wrong = f"no linear layer is called {', '.join(unknown)}" if unknown else "it is empty"
+        raise ValueError(f"model.lora.target_modules: {wrong}; the decoder has {', '.join(known)}")
+    return {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in lora.target_modules}
+
+
+def num_adapter_parameters(hf: Any, lora: Lora) -> int:
+    """How many parameters train. The model must have no adapters yet."""
+    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in target_layers(hf, lora).values())
+
+
+def add_adapters(hf: Any, lora: Lora) -> None:
+    """Freezes a Hugging Face model and puts float32 adapters into it, drawn from torch's random state.
+
+    Raises:
+        ValueError: a target is none of the model's linear layers.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = [*target_layers(hf, lora)]
+    hf.requires_grad_(False)
+    alpha: Any = lora.alpha  # an integer in peft's eyes, and only ever divided by the rank
+    inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets), hf)
+    for name, parameter in hf.named_parameters():
+        if ADAPTER in name:
+            parameter.data = parameter.data.float()  # peft makes them of the base's dtype
+    adapted = {name for name, _ in _adapted_layers(hf)}
+    assert adapted == {*targets}, adapted ^ {*targets}
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One layer's: `down` is A [rank, in], `up` is B [out, rank]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The layer's weight [out, in] with what the adapter adds, in float32, where its small changes are not lost."""
+        return weight.float() + (self.up @ self.down) * self.scale
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Name of an adapted layer -> its adapter; without adapters, nothing. Of a sharded model: its shards."""
+    return {
+        name: Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        for name, layer in _adapted_layers(model)
+    }
+
+
+class AdaptersOff:
+    """A model as it was before training: the same weights, its adapters switched off for the length of a call.
+
+    It is no module, so that a checkpoint holds the model once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        """A forward pass in evaluation mode."""
+        with _switched_off(self.model):
+            return self.model(*args)
+
+
+@contextmanager
+def _switched_off(model: nn.Module) -> Iterator[None]:
+    layers, was_training = [layer for _, layer in _adapted_layers(model)], model.training
+    model.eval()
+    try:
+        for layer in layers:  # peft's own switch changes requires_grad too, which sharding does not survive
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(was_training)

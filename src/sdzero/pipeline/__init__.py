@@ -1,0 +1,1 @@
+"""`sdzero run`: stages as child processes, their summary, the dry run."""

@@ -1,0 +1,320 @@
+"""`sdzero run RECIPE_DIR`: base -> collect -> SRT -> SelfDistill, each model evaluated, from one folder of configs.
+
+Each stage is a child process. A finished stage is skipped if its resolved config and its inputs are the ones
+that lineage.json names; a stage that was interrupted goes on from its newest good checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from sdzero import __version__
+from sdzero.pipeline.summary import print_table, summarize
+from sdzero.utils.disk_full import naming
+from sdzero.utils.files import write_text
+from sdzero.utils.process import PARENT, STACKS, STAGE, handling, name_of, requeue, say, status_of
+from sdzero.utils.recipe import ENGINES, Choices, Stage, stages
+
+PLACES = {"devices", "num_nodes", "trainer.devices", "trainer.num_nodes"}
+"""Keys that say where a stage runs, not what it does: an interrupted one may go on on other machines."""
+PACKAGES = ("torch", "lightning", "transformers")
+CRASHES = [-signum for signum in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)]
+"""Exit codes of a process that its own native code has ended."""
+
+MAX_RESTARTS = 3
+"""Of a stage that hangs or crashes in native code, before the run gives up."""
+
+LOCK_SECONDS = 3.0
+"""A stage whose `sdzero run` was killed takes a moment to notice, and holds the folder's lock until it has ended."""
+
+Check = Callable[[str, Sequence[str]], dict[str, Any]]
+"""Parses a stage's command and arguments into its whole config, and raises where a key is wrong."""
+
+
+def content_sha256(path: Path) -> str:
+    """Hash of an input: of the weights of a model folder, of the bytes of a file. A hub id stands for itself."""
+    if path.is_dir():
+        from sdzero.models.language_model import folder_sha256  # brings torch, which --help does without
+
+        return folder_sha256(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
+
+
+class Run:
+    """The run's folder with its lineage.json: per finished stage its config, versions and hashes."""
+
+    def __init__(self, plan: Sequence[Stage], out: Path, lock: IO[str], launcher: Sequence[str] = ()) -> None:
+        self.plan, self.out, self.lock, self.launcher = plan, out, lock, launcher
+        self.process: subprocess.Popen[bytes] | None = None  # of the stage at work
+        self.is_starting = False
+        self.signum = 0  # the first signal that told the run to end
+        self.lineage_path = out / "lineage.json"
+        self.lineage: dict[str, Any] = {}
+        if self.lineage_path.is_file():
+            self.lineage = _read_lineage(self.lineage_path)
+
+    def execute(self, check: Check) -> None:
+        if not self.lineage:  # a wrong key in the last stage must not show after the first has run for hours
+            for stage in self.plan:
+                _check_engine(stage)
+                check(stage.command, stage.arguments(self.out / stage.name))
+        for number, stage in enumerate(self.plan, 1):
+            title = f"[{number}/{len(self.plan)}] {stage.name}"
+            if self._finished(stage):
+                print(f"{title}: finished before", flush=True)
+                continue
+            print(f"{title}: {stage.command} {' + '.join(map(str, (stage.config, *stage.overlays)))}", flush=True)
+            self._execute(stage)
+            if self.signum:  # the stage was at its end
+                self._stop()
+        summary = summarize(self.out, self.lineage)
+        write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print_table(summary)
+        print(f"\ncurves: tensorboard --logdir {self.out}\nfigures: {self.out / 'summary.json'}")
+        print(f"report: sdzero report {self.out}")
+
+    def _identity(self, stage: Stage) -> dict[str, Any]:
+        config = stage.resolved()
+        named = {key: file for key, value in config.items() if (file := _local_file(value)) is not None}
+        files = {**stage.inputs, **{key: file for key, file in named.items() if key not in stage.inputs}}
+        return {"config": config, "inputs": {key: content_sha256(path) for key, path in files.items()}}
+
+    def _finished(self, stage: Stage) -> bool:
+        """Raises: ValueError naming the changed key where the stage started or finished with another config."""
+        record = self.lineage.get(stage.name)
+        if record is None or not (self.out / stage.name).is_dir():
+            return False
+        now = self._identity(stage)
+        for what in ("config", "inputs"):
+            before, after = record[what], json.loads(json.dumps(now[what]))
+            changed = sorted(k for k in {*before, *after} - PLACES if before.get(k) != after.get(k))
+            if changed:
+                raise ValueError(
+                    f"stage {stage.name} of {self.out} ran with other {what}: {', '.join(changed)} changed. "
+                    f"Take another --out, or remove {self.out / stage.name} to have it made again"
+                )
+        return "seconds" in record and all((self.out / stage.name / o).exists() for o in stage.outputs)
+
+    def _execute(self, stage: Stage) -> None:
+        folder = self.out / stage.name
+        spent = self.lineage.get(stage.name, {}).get("spent", 0.0)
+        # written before the stage starts, so that a restart with another config is noticed too
+        identity = self._identity(stage)
+        self._check_inputs(stage, identity["inputs"])
+        self._record(stage, {**identity, "spent": spent})
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        command, code = self._attempt(stage, folder)
+        for restart in range(1, MAX_RESTARTS + 1):
+            if not code or self.signum or not _faulted(code, folder):
+                break
+            print(
+                f"stage {stage.name} hung or crashed in native code (exit code {code}; its stacks: {folder / STACKS}): "
+                f"restart {restart} of at most {MAX_RESTARTS}",
+                flush=True,
+            )
+            command, code = self._attempt(stage, folder)
+        spent += time.monotonic() - started
+        self._record(stage, {**self.lineage[stage.name], "spent": spent})
+        if self.signum and code:
+            self._stop()
+        if code:
+            stacks = f"\nits stacks: {folder / STACKS}" if _faulted(code, folder) else ""
+            sys.exit(
+                f"sdzero run: stage {stage.name} ended with exit code {code}; its command:\n"
+                f"{shlex.join(command)}{stacks}"
+            )
+        outputs = {o: content_sha256(folder / o) for o in stage.outputs}
+        versions = {"sdzero": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+        self._record(stage, {**self.lineage[stage.name], "outputs": outputs, "versions": versions, "seconds": spent})
+
+    def _check_inputs(self, stage: Stage, hashes: Mapping[str, str]) -> None:
+        """Raises: ValueError where a file is no longer what an earlier stage wrote: cut, damaged or edited."""
+        for name, record in self.lineage.items():
+            for output, written in record.get("outputs", {}).items():
+                path = self.out / name / output
+                if any(path == stage.inputs.get(key) and written != now for key, now in hashes.items()):
+                    raise ValueError(
+                        f"stage {stage.name} would read {path}, which is not what stage {name} wrote: bring back a "
+                        f"copy, or remove {self.out / name} to have it made again"
+                    )
+
+    def _attempt(self, stage: Stage, folder: Path) -> tuple[list[str], int]:
+        """Starts the stage's process, or goes on with what it did before; returns its command and exit code."""
+        program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
+        command = [*program, stage.command, *stage.arguments(folder), *_going_on(stage, folder)]
+        environment = {**os.environ, STAGE: str(folder.resolve())}
+        if not self.launcher:  # a launcher is the parent of its processes, maybe on another machine, and ends them
+            environment[PARENT] = str(os.getpid())
+        (folder / STACKS).unlink(missing_ok=True)
+        self.is_starting = True
+        # the child holds the lock too: where this process is killed, no other run starts before the child has ended
+        self.process = subprocess.Popen(command, env=environment, pass_fds=[self.lock.fileno()])
+        self.is_starting = False
+        if self.signum:  # it came meanwhile
+            self.process.send_signal(self.signum)
+        code, self.process = self.process.wait(), None
+        if (folder / STACKS).exists() and not (folder / STACKS).stat().st_size:
+            (folder / STACKS).unlink()  # no process had anything to write
+        return command, code
+
+    def handle(self, signum: int, _: Any) -> None:
+        """Passes a signal on to the stage, which knows how to end; the run ends after it."""
+        self.signum = self.signum or signum
+        if self.process is not None:
+            self.process.send_signal(signum)
+        elif not self.is_starting:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        say(f"sdzero run: ended by {name_of(self.signum)}. Go on with the same command")
+        requeue(self.signum)
+        sys.exit(status_of(self.signum))
+
+    def _record(self, stage: Stage, record: dict[str, Any]) -> None:
+        self.lineage[stage.name] = record
+        write_text(self.lineage_path, json.dumps(self.lineage, indent=2) + "\n")
+
+
+def _read_lineage(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): bring back a copy, or take another --out. It says which stages have "
+            "finished, with which config"
+        ) from None
+
+
+def _local_file(value: Any) -> Path | None:
+    """The user's own file that a config's value names: by its path, or as the module of a class_path."""
+    if not isinstance(value, str):
+        return None
+    module = value.rpartition(".")[0].replace(".", "/") + ".py"
+    return next((Path(name) for name in (value, module) if os.path.isfile(name)), None)  # a prompt is no path either
+
+
+def _check_engine(stage: Stage) -> None:
+    key = stage.engine_key()
+    if key and stage.resolved()[key] == ENGINES["vllm"] and find_spec("vllm") is None:
+        raise ValueError(
+            f'{stage.config}: {key}: vLLM is not installed: pip install "sdzero[cuda]" (or "sdzero[cpu]"), '
+            "or take --engine transformers"
+        )
+
+
+def _faulted(code: int, folder: Path) -> bool:
+    """Whether native code hung or crashed in a process of the stage. Stacks are written then and only then; another
+    process of the stage may have been killed for it."""
+    return code in CRASHES or (folder / STACKS).exists()
+
+
+def _going_on(stage: Stage, folder: Path) -> list[str]:
+    """The option that lets an interrupted training go on from its newest good checkpoint."""
+    if stage.command != "fit" or not (folder / "checkpoints").is_dir():
+        return []
+    from sdzero.trainer.checkpoint_io import newest_checkpoint  # brings Lightning
+
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        return []
+    print(f"going on from {checkpoint}", flush=True)
+    return [f"--ckpt_path={checkpoint}"]
+
+
+def _acquire(lock: IO[str], out: Path) -> None:
+    """Raises: ValueError where another run holds the folder."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"another run is at work in {out}: wait for its end, or take another --out") from None
+        time.sleep(0.1)
+
+
+def main(arguments: list[str], check: Check) -> None:
+    options = _parser().parse_args(arguments)
+    choices = Choices(
+        tuple(options.overlay), options.phase2_only, options.seed, options.engine, options.devices, options.num_nodes
+    )
+    out = options.out or Path("runs") / _run_name(options.recipe, choices)
+    plan = stages(options.recipe, out, choices)  # a folder that is no recipe leaves nothing behind
+    if options.dry_run:
+        from sdzero.pipeline.dry_run import dry_run  # brings torch
+
+        return dry_run(options.recipe, parse(plan, out, check))
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        _acquire(lock, out)
+        run = Run(plan, out, lock, shlex.split(options.launch))
+        with naming(out), handling(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            run.execute(check)
+
+
+def parse(plan: Sequence[Stage], out: Path, check: Check) -> dict[str, dict[str, Any]]:
+    """The stages' whole configs. The evaluations share one, that of the first: only their models differ."""
+    parsed: dict[Path, dict[str, Any]] = {}
+    for stage in plan:
+        if stage.config not in parsed:
+            parsed[stage.config] = check(stage.command, stage.arguments(out / stage.name))
+    return {stage.name: parsed[stage.config] for stage in plan}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sdzero run", description="Runs a recipe's stages in order; call it again to go on."
+    )
+    parser.add_argument("recipe", type=Path, help="folder with collect.yaml, srt.yaml, self_distill.yaml, eval.yaml")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE, runs/RECIPE+OVERLAY)")
+    parser.add_argument("--seed", type=int, help="the run's seed (default: the recipe's seed_everything)")
+    parser.add_argument("--engine", choices=sorted(ENGINES), help="another rollout engine than the recipe's")
+    parser.add_argument("--devices", type=int, metavar="N", help="processes per node, one a GPU, of every stage")
+    parser.add_argument("--num-nodes", type=int, metavar="N", help="nodes of every stage; each needs a launcher")
+    parser.add_argument(
+        "--launch",
+        default="",
+        metavar="PREFIX",
+        help="what starts a stage's processes in the place of this interpreter, as "
+        "'torchrun --standalone --nproc-per-node 8' or 'srun python'",
+    )
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with any of the recipe's files, laid over these key by key; may be given several times",
+    )
+    parser.add_argument(
+        "--phase2-only",
+        action="store_true",
+        help="leave out collect and srt: SelfDistill starts from the base (table 12)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print each stage's generations, tokens and memory per GPU, refuse what cannot fit, and run nothing",
+    )
+    return parser
+
+
+def _run_name(recipe: Path, choices: Choices) -> str:
+    overlays = [folder.resolve().name for folder in choices.overlays]
+    return "+".join([recipe.resolve().name, *overlays, *["phase2-only"] * choices.phase2_only])

@@ -1,0 +1,192 @@
+"""Checkpoints that a kill, a full disk or a bad disk cannot silently spoil, in one file; and which one is the newest.
+
+    save   : <name>.sdzero-partial in the SAME folder, fsync, os.replace, fsync the folder,
+             then its manifest <name>.sha256.json in the same way
+    load   : size and sha256 must be the manifest's
+    resume : `newest_checkpoint` walks back to the newest file, or folder of a sharded strategy, that verifies
+
+The manifest is a list of every content its file may rightly have: one, and two while a file of the same name
+(last.ckpt) is being replaced, so that a kill on either side of the replacement leaves a checkpoint that verifies.
+`sdzero.trainer.sharded_checkpoint` does the same for folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from sdzero.trainer.checkpoint_manifest import (
+    CheckpointError,
+    Content,
+    FolderContent,
+    contents,
+    manifest_path,
+    remove,
+    set_aside,
+    tidy,
+    write_manifest,
+)
+from sdzero.utils.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+class _HashingFile:
+    """What torch.save needs of a file. Hashes what was meant to be written, and remembers why a write failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves one-file checkpoints so that each of them is either whole and verified, or not there.
+
+    In a recipe: `trainer.plugins: [sdzero.trainer.AtomicCheckpointIO]`. Sharded strategies write their
+    folders without it (`sdzero.trainer.strategies`). One process at a time may save into a folder.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes `checkpoint` to a local path and then its manifest; removes what killed saves left in the folder.
+
+        Raises:
+            TypeError: `storage_options` was given.
+            ValueError: the path is a URL.
+            CheckpointError: the file could not be written. Whatever was there before still is.
+        """
+        if storage_options is not None:
+            raise TypeError(f"{type(self).__name__} writes local files: storage_options are not supported")
+        if "://" in str(path):
+            raise ValueError(
+                f"checkpoint path {path} is a URL, which cannot be replaced atomically: use a local folder"
+            )
+        try:
+            _save(checkpoint, Path(path))
+        except OSError as error:
+            raise CheckpointError(
+                f"could not save {path}: {error}. Earlier checkpoints are untouched; "
+                "make room on the disk or mend it, and resume from the newest of them"
+            ) from error
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Loads what `save_checkpoint` wrote; `map_location` and `weights_only` as in `torch.load`.
+
+        A file without a manifest (written by something else, or a save killed just before its manifest) is loaded with
+        a warning.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: the file's size or sha256 is not its manifest's, or it is a sharded strategy's folder.
+        """
+        local = Path(path)
+        if local.is_dir():
+            raise CheckpointError(
+                f"{path} is the folder of a sharded strategy: resume with the strategy that wrote it, e.g. "
+                "--trainer.strategy sdzero.trainer.FullShard, which also runs in one process"
+            )
+        if local.is_file():
+            listed = contents(local)
+            faults = [content.fault(local) for content in listed]
+            if not listed:
+                log.warning("%s has no manifest: loading it unverified", local)
+            elif all(faults):
+                raise CheckpointError(
+                    f"{path} is damaged: {faults[0]}. Resume from an older one: "
+                    f"newest_checkpoint(Path({str(local.parent)!r})) finds the newest that verifies"
+                )
+        return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes the file, then its manifest; or a folder with all that is in it."""
+        remove(Path(path))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest `*.ckpt` of a folder that verifies, by global step and then time of change; None without one.
+
+    A checkpoint is a file, or the folder of a sharded strategy. Logs a warning for each that it passes over, with the
+    reason. Changes nothing on disk.
+    """
+    return first_that_verifies(finished_checkpoints(folder))
+
+
+def first_that_verifies(finished: Iterable[tuple[Path, Content | FolderContent]]) -> Path | None:
+    """Reads whole checkpoints. Logs a warning for each that does not hold what it should."""
+    for path, content in finished:
+        fault = content.fault(path)
+        if fault is None:
+            return path
+        log.warning("passing over %s at step %d: %s", path, content.global_step, fault)
+    return None
+
+
+def finished_checkpoints(folder: Path) -> list[tuple[Path, Content | FolderContent]]:
+    """The checkpoints of a folder whose save was finished, newest first, with what they should hold."""
+    found: list[tuple[int, int, Path, Content | FolderContent]] = []
+    for path in folder.glob("*.ckpt"):
+        if path.is_symlink():  # a link's target is here under its own name
+            continue
+        try:
+            listed = contents(path)
+        except CheckpointError as error:
+            log.warning("passing over %s: %s", path, error)
+            continue
+        if not listed:
+            log.warning("passing over %s: it has no manifest, so its save was not finished", path)
+        changed = manifest_path(path) if path.is_dir() else path
+        found += [(content.global_step, changed.stat().st_mtime_ns, path, content) for content in listed]
+    found.sort(key=lambda item: item[:3], reverse=True)
+    return [(path, content) for _, _, path, content in found]
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tidy(path.parent)
+    folder = set_aside(path) if path.is_dir() else None  # a sharded strategy's
+    try:
+        old = [content for content in contents(path) if isinstance(content, Content)]
+    except CheckpointError as error:
+        log.warning("replacing %s: %s", path, error)
+        old = []
+    with atomic_write(path) as file:
+        new = _torch_save(checkpoint, file)
+        if old:
+            write_manifest(path, [new, *old])
+    write_manifest(path, [new])
+    if folder is not None:
+        remove(folder)
+
+
+def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> Content:
+    """torch.save, raising the OSError of a failed write, which torch's zip writer hides behind a RuntimeError."""
+    sink = _HashingFile(file)
+    try:
+        torch.save(checkpoint, sink)  # pyright: ignore[reportArgumentType] - it needs write and flush, no more
+    except RuntimeError:
+        if sink.error is not None:
+            raise sink.error from None
+        raise
+    return Content(sink.digest.hexdigest(), sink.size, int(checkpoint.get("global_step", 0)))

@@ -1,0 +1,145 @@
+"""Atomic writes, and JSONL files with a checksum per row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdzero.utils.row_checksum import unseal
+
+log = logging.getLogger(__name__)
+
+PARTIAL = ".sdzero-partial"
+"""Suffix of a file or folder that is being written or removed."""
+
+
+@contextmanager
+def atomic_write(path: Path, tag: str = "") -> Iterator[BinaryIO]:
+    """File object whose content appears at `path` complete and durable, or not at all.
+
+    The partial file lies in the same folder and is created exclusively, so a link planted under its name is replaced
+    and never followed. A link at `path` itself is replaced too.
+
+    Args:
+        path: file to create or replace. One process at a time may write it, unless each passes a `tag` of its own.
+        tag: makes the partial file's name unique.
+
+    Raises:
+        OSError: names `path`; its previous content is untouched.
+    """
+    partial = path.with_name(f"{path.name}{tag}{PARTIAL}")
+    with naming_file(path):
+        delete(partial)  # left by a killed write, or planted
+        try:
+            with partial.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)  # a power cut may undo the replacement otherwise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Folder to fill; it replaces `path` when the block ends, complete and durable, and vanishes if the block raises.
+
+    Raises:
+        OSError: names `path` unless it names another file.
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    delete(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync(file)
+        delete(path)
+        os.replace(partial, path)
+    finally:
+        delete(partial)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic write of a small text file."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def delete(path: Path) -> None:
+    """Removes a file, a link or a folder with its content; does nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Adds the file's name to an OSError that lacks one, as that of a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
+    """Rows of a JSONL file.
+
+    Raises:
+        ValueError: a line is not a JSON object, or not the one that was sealed; names the file and the line.
+    """
+    rows = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append(unseal(row) if isinstance(row, dict) else row)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: line {number} is damaged ({error}): remove the file to have it made again"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} is no JSON object: remove the file to have it made again")
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that grows by whole lines. A half-written last line is cut off, and said so.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    raw = path.read_bytes()
+    end = raw.rfind(b"\n") + 1
+    if end < len(raw):
+        log.warning("%s: dropped a half-written last line (%d bytes)", path, len(raw) - end)
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return parse_rows(path, raw[:end])

@@ -1,0 +1,255 @@
+"""A user's mistake is one line that names the field and the remedy, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from sdzero.engines import TransformersEngine
+from support.runs import SMOKE, command, exit_code, read_json, refusal, rows, sdzero
+
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture
+def arguments(smoke_run: Path, tmp_path: Path) -> Arguments:
+    """A command's arguments on the smoke run's files; more of them override."""
+    model = {"fit": "model.init_args.model.path", "test": "model.init_args.model.path", "collect": "model.path"}
+    stages = {
+        "srt": ("fit", "base", {"data.init_args.source.init_args.path": smoke_run / "collect/traces.jsonl"}),
+        "self_distill": ("fit", "srt", {"data.init_args.disjoint_from": smoke_run / "collect/questions.json"}),
+        "eval": ("test", "srt", {}),
+        "collect": ("collect", "base", {}),
+    }
+
+    def make(stage: str, **overrides: Any) -> list[str]:
+        name, of, inputs = stages[stage]
+        values = {model[name]: smoke_run / of / "model", **inputs}
+        values["out" if name == "collect" else "trainer.default_root_dir"] = tmp_path / "out"
+        values |= {key.replace("__", "."): value for key, value in overrides.items()}
+        return [name, "--config", str(SMOKE / f"{stage}.yaml"), *(f"--{k}={v}" for k, v in values.items())]
+
+    return make
+
+
+@pytest.fixture
+def refuse(
+    arguments: Arguments, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """What a stage refuses with; it fails the test where it comes to the weights."""
+
+    def reached(*_: Any, **__: Any) -> None:
+        pytest.fail("weights were loaded before the mistake was found")
+
+    for name in ("from_pretrained", "from_config"):
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, name, reached)
+    monkeypatch.setattr(TransformersEngine, "start", reached)
+    return lambda stage, **overrides: refusal(capsys, monkeypatch, *arguments(stage, **overrides))
+
+
+def copy_model(source: Path, target: Path, **config: Any) -> Path:
+    """A model folder whose config.json has other values."""
+    shutil.copytree(source, target)
+    (target / "config.json").write_text(json.dumps({**read_json(target / "config.json"), **config}))
+    return target
+
+
+# --- keys and folders -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "named"),
+    [
+        ("srt", {"data__trace_per_step": 4}, "'trace_per_step' is not accepted"),
+        ("self_distill", {"model__divergence__kinds": "forward"}, "divergence.kinds"),
+        ("self_distill", {"trainer__max_stps": 4}, "--trainer.max_stps"),
+        ("self_distill", {"trainer__max_step": 4}, "--trainer.max_step"),  # an abbreviation is no key
+        ("collect", {"call_siz": 4}, "--call_siz"),
+        ("self_distill", {"data__engine__max_batchsize": 4}, "max_batchsize"),
+        ("eval", {"data__evaluation__num_questions": "many"}, "evaluation.num_questions"),
+        ("collect", {"branch": "both"}, "--branch"),
+        ("collect", {"branches": "wrong"}, "branches"),
+    ],
+)
+def test_a_misspelt_key_or_a_value_of_another_type(
+    refuse: Callable[..., str], stage: str, override: dict[str, Any], named: str
+) -> None:
+    said = refuse(stage, **override)
+    assert named in said and "--help` lists the keys" in said and "NoneType" not in said
+
+
+@pytest.mark.parametrize("stage", ["srt", "self_distill", "eval", "collect"])
+def test_a_model_folder_that_is_not_there(refuse: Callable[..., str], tmp_path: Path, stage: str) -> None:
+    key = "model__path" if stage == "collect" else "model__init_args__model__path"
+    said = refuse(stage, **{key: tmp_path / "nowhere"})
+    assert f"model.path: no model folder at '{tmp_path}/nowhere'" in said and "run that stage first" in said
+
+
+def test_a_config_file_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("fit", "test", "collect"):
+        said = refusal(capsys, monkeypatch, name, "--config", tmp_path / "no.yaml")
+        assert f"File does not exist: '{tmp_path}/no.yaml'" in said
+
+
+def test_no_chat_template(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
+    model = copy_model(smoke_run / "base/model", tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    for stage, key in (("srt", "model__init_args__model__path"), ("collect", "model__path")):
+        said = refuse(stage, **{key: model})
+        assert "has no chat template" in said and "put a chat_template.jinja beside its tokenizer" in said
+
+
+def test_a_missing_vllm(refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for stage, key in (("self_distill", "data__engine"), ("eval", "data__engine"), ("collect", "engine")):
+        said = refuse(stage, **{key: "sdzero.engines.VLLMEngine"})
+        assert 'pip install "sdzero[cpu]"' in said and "use TransformersEngine" in said
+
+
+# --- D_revision -----------------------------------------------------------------------------------
+
+
+def test_missing_empty_or_damaged_traces(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    said = refuse("srt", data__source__path=path)
+    assert f"data.source.path: no traces at {path}; `sdzero collect` writes them" in said
+    path.write_text("")
+    assert f"data.source.path: {path} holds no trace" in refuse("srt", data__source__path=path)
+    whole = (smoke_run / "collect/traces.jsonl").read_text()
+    path.write_text(whole[:-20] + "\n")
+    last = len(whole.splitlines())
+    assert f"{path}: line {last} is damaged" in refuse("srt", data__source__path=path)
+
+
+def test_other_control_phrases_than_at_collection(refuse: Callable[..., str]) -> None:
+    for key in ("correct", "incorrect"):
+        said = refuse("srt", **{f"model__model__control_phrases__{key}": "Wait, let me start over."})
+        assert "was collected with other control phrases" in said and "model.control_phrases" in said
+
+
+def test_traces_longer_than_the_model(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
+    traces = rows(smoke_run / "collect/traces.jsonl")
+    longest = max(sum(len(t[k]) for k in t if k.endswith("_ids")) for t in traces)
+    model = copy_model(smoke_run / "base/model", tmp_path / "model", max_position_embeddings=longest - 1)
+    said = refuse("srt", model__init_args__model__path=model)
+    assert f"the longest trace has {longest} tokens, but the model has {longest - 1} positions" in said
+
+
+def test_evaluation_questions_among_the_traces(refuse: Callable[..., str]) -> None:
+    task = json.dumps({"class_path": "sdzero.tasks.Chains", "init_args": {"min_ops": 1, "max_ops": 2}})
+    evaluation = json.dumps({"split": "phase1", "num_questions": 64, "sampling": {"max_new_tokens": 64}})
+    said = refuse("srt", data__task=task, data__engine="sdzero.engines.TransformersEngine", data__evaluation=evaluation)
+    assert "questions of the traces are also in the evaluation, e.g. ['chains/" in said
+
+
+# --- questions and lengths ------------------------------------------------------------------------
+
+
+def test_questions_of_both_phases(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
+    said = refuse("self_distill", data__split="phase1")
+    assert "48 questions of phase 2 are also in phase 1 (disjoint_from), e.g. ['chains/" in said
+    assert "choose another split" in said
+    said = refuse("self_distill", data__disjoint_from=tmp_path / "no.json")
+    assert f"disjoint_from: no file {tmp_path}/no.json; `sdzero collect` writes it" in said
+
+
+def test_evaluation_questions_in_phase_2(refuse: Callable[..., str]) -> None:
+    evaluation = json.dumps({"split": "phase2", "num_questions": 5, "sampling": {"max_new_tokens": 64}})
+    said = refuse("self_distill", data__evaluation=evaluation)
+    assert "5 questions of phase 2 are also in evaluation" in said
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_lengths_that_cannot_fit(
+    arguments: Arguments, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """Phase 2: prompt + 2y + P_r, where a question has at most 2 operations and P_0 takes 15 tokens."""
+    most = (1024 - (1 + 2 * 2 + 2) - 15) // 2 + 1
+    if room:
+        with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+            refuse("self_distill", data__sampling__max_new_tokens=most - 1)
+        return
+    said = refuse("self_distill", data__sampling__max_new_tokens=most)
+    assert f"sampling.max_new_tokens ({most})" in said and "the model has 1024 positions" in said
+    assert "Lower sampling.max_new_tokens" in said
+
+
+def test_engine_prompts_too_long(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
+    """Prompts that leave no room for an answer, and answers that leave no room for a revision."""
+    model = copy_model(smoke_run / "base/model", tmp_path / "model", max_position_embeddings=60)
+    said = refuse("eval", model__init_args__model__path=model)
+    assert "evaluation: the longest prompt (7) + sampling.max_new_tokens (64)" in said
+    said = refuse("collect", model__path=model)
+    assert "sampling.max_new_tokens=64: the longest prompt (7)" in said and "the model has 60 positions" in said
+    said = refuse("collect", sampling__max_new_tokens=600)
+    assert "sampling.max_new_tokens=600" in said and "the model has 1024 positions" in said
+
+
+def test_more_questions_than_there_are(refuse: Callable[..., str]) -> None:
+    for stage, key in (("self_distill", "data__num_questions"), ("collect", "num_questions")):
+        said = refuse(stage, **{key: 100_000})
+        assert "num_questions=100000, but split 'phase" in said and "ask for fewer" in said
+
+
+def test_an_evaluation_without_questions(refuse: Callable[..., str]) -> None:
+    said = refuse("eval", data__evaluation__num_questions=0)
+    assert "evaluation needs data.task, data.engine and data.evaluation.num_questions above 0" in said
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ({"model__divergence__top_k": 38}, "divergence.top_k=38 is above the vocabulary of 37 tokens"),
+        ({"model__model__dtype": "bfloat16"}, "model.dtype: trained weights must be float32"),
+        ({"trainer__precision": "bf16-true"}, "trainer.precision=bf16-true"),
+        ({"model__schedule__warmup_ratio": 0.5}, "schedule: set warmup_steps or warmup_ratio, not both"),
+        ({"data__prompts_per_step": 0}, "data.prompts_per_step must be at least 1"),
+        ({"data__call_size": 0}, "data.call_size must be at least 1"),
+        ({"data__sampling__temperature": -1}, "temperature must be at least 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_train(refuse: Callable[..., str], override: dict[str, Any], named: str) -> None:
+    assert named in refuse("self_distill", **override)
+
+
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "named"),
+    [
+        ("self_distill", {"data__split": "phase1"}, "also in phase 1 (disjoint_from)"),
+        ("collect", {"call_sizes": 3}, "--call_sizes"),
+    ],
+)
+def test_nothing_but_the_line_is_printed(
+    arguments: Arguments, stage: str, override: dict[str, Any], named: str
+) -> None:
+    done = sdzero(*arguments(stage, **override))
+    assert done.returncode in (1, 2) and named in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"sdzero {command(*arguments(stage))[3]}: error: ")
+
+
+def test_a_fault_of_a_library_keeps_its_traceback(
+    arguments: Arguments, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        json.loads("{")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", broken)
+    with pytest.raises(ValueError, match="Expecting property name"):
+        exit_code(monkeypatch, *arguments("collect"))

@@ -1,0 +1,121 @@
+"""The scripts of configs/scripts, with two processes on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sdzero.cli.main import _check
+from sdzero.pipeline import run as pipeline
+from sdzero.utils.recipe import stages
+from support.runs import ROOT, SMOKE, environment, read_json, scalars
+
+CLUSTER = ROOT / "configs/scripts"
+SRUN = """#!/bin/bash
+# What SLURM's does on one node: the command as often as there are tasks, each with its number.
+echo "srun $*" >> "$SRUN_LOG"
+while [[ $1 == -* ]]; do shift; done
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
+"""
+
+
+def bash(script: str, *arguments: str | Path, programs: Path = ROOT, **variables: str) -> str:
+    """What a script of configs/scripts says. It finds `programs` first, then those of this interpreter."""
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", str(CLUSTER / script), *map(str, arguments)]
+    variables = environment(PATH=path, **variables)
+    options: dict[str, Any] = {"cwd": ROOT, "env": variables, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, timeout=300, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
+def test_a_script_is_sound_and_says_how_it_is_called(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "usage:" in done.stderr
+
+
+def test_slurm_collects_on_two_ranks_what_one_collected(smoke_run: Path, tmp_path: Path) -> None:
+    """To the bit, so that the stages after it stay finished. The other ones were made by one process."""
+    out = shutil.copytree(smoke_run, tmp_path / "out")
+    shutil.rmtree(out / "collect")
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin/srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "sdzero", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
+    slurm |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_NODELIST": "localhost"}
+    slurm |= {"SRUN_LOG": str(tmp_path / "log")}
+    said = bash("slurm.sh", SMOKE, "--out", out, **slurm, programs=srun.parent)
+    assert said.count("finished before") == 6
+    (launched,) = (tmp_path / "log").read_text().splitlines()
+    assert launched.startswith("srun --kill-on-bad-exit=1 python -m sdzero collect ")
+    assert "--devices=2 --num_nodes=1" in launched
+    for name in ("traces.jsonl", "questions.json", "statistics.json"):
+        assert (out / "collect" / name).read_bytes() == (smoke_run / "collect" / name).read_bytes()
+    counts = [len((out / f"collect/journal/{log}").read_text().splitlines()) for log in ("calls.log", "calls-1.log")]
+    assert counts == [4, 4]
+    assert read_json(out / "lineage.json")["collect"]["config"]["devices"] == 2
+
+
+def test_torchrun_trains_on_two_ranks(smoke_run: Path, tmp_path: Path) -> None:
+    """A recipe of one stage, cut short."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "recipe").mkdir()
+    config = yaml.safe_load((SMOKE / "srt.yaml").read_text())
+    config["model"]["init_args"]["model"]["path"] = str(smoke_run / "base/model")
+    config["data"]["init_args"]["source"]["init_args"]["path"] = str(smoke_run / "collect/traces.jsonl")
+    for key in ("task", "engine", "evaluation"):
+        del config["data"]["init_args"][key]
+    config["trainer"] |= {"max_steps": 2, "default_root_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe/srt.yaml").write_text(yaml.safe_dump(config))
+    bash("torchrun.sh", tmp_path / "recipe", DEVICES="2", MASTER_PORT=port)
+    assert [step for step, _ in scalars(tmp_path / "out", "train/loss")[0]] == [0, 1]
+    assert (tmp_path / "out/model/model.safetensors").is_file()
+
+
+def page_commands() -> list[str]:
+    page = (ROOT / "docs/scaling.md").read_text()
+    return [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.S) for line in block.splitlines()]
+
+
+def test_the_pages_commands_for_machines_that_are_not_here_parse() -> None:
+    """Each names files that exist, options that exist, and a recipe that is one."""
+    kinds = set[str]()
+    for line in page_commands():
+        words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+        if words[0] in ("bash", "sbatch"):
+            script, recipe = words[1:]
+            assert (ROOT / script).parent == CLUSTER and (ROOT / recipe / "srt.yaml").is_file(), line
+            kinds.add(words[0])
+            continue
+        assert words[0] in ("sdzero", "torchrun"), line
+        command, *arguments = words[words.index("sdzero") + 1 :]
+        if command == "run":
+            options = pipeline._parser().parse_args(arguments)
+            choices = pipeline.Choices(tuple(options.overlay), devices=options.devices)
+            for stage in stages(options.recipe, Path("out"), choices):
+                key = "devices" if stage.name == "collect" else "trainer.devices"
+                wanted = {f"--{key}={options.devices}"} if options.devices else set()
+                assert wanted <= {*stage.arguments(Path("out"))}, line
+        else:
+            _check(command, arguments)
+        kinds.add(command)
+    assert kinds >= {"bash", "sbatch", "run", "collect", "fit", "test"}

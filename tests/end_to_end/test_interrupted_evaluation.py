@@ -1,0 +1,155 @@
+"""An evaluation of a real model with vLLM that is killed in the middle of a generate call, and run again."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from support.runs import ROOT, environment, once, read_json, rows
+
+NUM_QUESTIONS, NUM_SAMPLES, CALL_SIZE, MAX_NEW_TOKENS = 20, 8, 80, 24
+KILLED_AT = 30  # steps of the second call: some responses are at their end, some on their way, some not begun
+
+TEST = """
+import os, signal, sys
+from sdzero.cli.main import main
+from sdzero.engines import VLLMEngine
+
+drawn, killed_at = sys.argv.pop(1), int(sys.argv.pop(1))
+generate, calls = VLLMEngine.generate, 0
+
+def noting(self, prompts, sampling, seed, policy_version, on_tokens, begun):
+    global calls
+    calls += 1
+    steps = []
+
+    def counting(pieces):
+        on_tokens(pieces)
+        steps.append(sum(len(piece.token_ids) for piece in pieces.values()))
+        if (calls, len(steps)) == (2, killed_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    rollouts = generate(self, prompts, sampling, seed, policy_version, counting, begun)
+    with open(drawn, "a") as file:
+        print(sum(steps), file=file)
+    return rollouts
+
+VLLMEngine.generate = noting
+main()
+"""
+"""`sdzero DRAWN STEP test ...` notes the number of tokens of each call, and kills itself at a STEP of the second."""
+
+
+def config(model: Path, out: Path) -> dict[str, Any]:
+    """The recipe's, whose worked examples have the model answer in a line, with fewer and shorter answers."""
+    config = yaml.safe_load((ROOT / "configs/recipes/smollm2/eval.yaml").read_text())
+    config["model"]["init_args"]["model"]["path"] = str(model)
+    data = config["data"]["init_args"]
+    data["engine"]["init_args"]["max_num_seqs"] = 32  # not all of a call at once: some end long before others
+    data["evaluation"] = {
+        "num_questions": NUM_QUESTIONS,
+        "num_samples": NUM_SAMPLES,
+        "sampling": {"temperature": 0.7, "max_new_tokens": MAX_NEW_TOKENS},
+        "call_size": CALL_SIZE,
+    }
+    config["trainer"] |= {"default_root_dir": str(out), "callbacks": None}
+    return config
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """The folder of an evaluation after its end, what it had at the kill, and what its second run printed."""
+
+    out: Path
+    drawn: list[int]
+    whole: list[dict[str, Any]]
+    partial: list[dict[str, Any]]
+    said: str
+
+    def kept(self) -> dict[int, tuple[list[int], list[float]]]:
+        """Place in the second call -> tokens and their log-probabilities that were on disk at the kill."""
+        kept: dict[int, tuple[list[int], list[float]]] = {}
+        for step in self.partial[1:]:
+            for place, (token_ids, logprobs) in step.items():
+                ids, values = kept.setdefault(int(place), ([], []))
+                ids += token_ids
+                values += logprobs
+        return kept
+
+
+@pytest.fixture(scope="module")
+def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    folder = once(tmp_path_factory, "interrupted", lambda folder: interrupt(smollm2, folder))
+    said, drawn = (folder / "said").read_text(), [int(num) for num in (folder / "drawn").read_text().split()]
+    return Interrupted(folder / "out", drawn, rows(folder / "whole"), rows(folder / "partial"), said)
+
+
+def interrupt(model: Path, folder: Path) -> None:
+    folder.mkdir()
+    out = folder / "out"
+    (folder / "eval.yaml").write_text(yaml.safe_dump(config(model, out)))
+
+    def start(killed_at: int) -> subprocess.CompletedProcess[str]:
+        arguments = [str(folder / "drawn"), str(killed_at), "test", "--config", str(folder / "eval.yaml")]
+        options: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
+        return subprocess.run([sys.executable, "-c", TEST, *arguments], check=False, **options)
+
+    killed = start(KILLED_AT)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    shutil.copy(journal(out, 0), folder / "whole")
+    shutil.copy(journal(out, 1).with_suffix(".partial"), folder / "partial")
+    done = start(0)
+    (folder / "said").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def journal(out: Path, call: int) -> Path:
+    return out / f"journal/rank0/eval-000000-{call:05d}.jsonl"
+
+
+def num_tokens(responses: list[dict[str, Any]]) -> int:
+    return sum(len(response["token_ids"]) for response in responses)
+
+
+def test_only_the_tokens_that_were_missing_were_drawn(run: Interrupted) -> None:
+    num_kept = sum(len(token_ids) for token_ids, _ in run.kept().values())
+    [first], [second] = run.whole, rows(journal(run.out, 1))
+    assert 0 < num_kept < num_tokens(second["responses"])
+    assert run.drawn == [num_tokens(first["responses"]), num_tokens(second["responses"]) - num_kept]
+    assert f"call 0: goes on from the {num_kept} tokens it had before a stop" in run.said
+
+
+def test_responses_begin_with_what_they_had_and_finished_ones_are_untouched(run: Interrupted) -> None:
+    assert rows(journal(run.out, 0)) == run.whole
+    [row] = rows(journal(run.out, 1))
+    assert len(row["responses"]) == CALL_SIZE and run.partial[0] == {"fingerprint": row["fingerprint"]}
+    num_longer = 0
+    for place, (token_ids, logprobs) in run.kept().items():
+        response = row["responses"][place]
+        assert response["token_ids"][: len(token_ids)] == token_ids
+        assert response["logprobs"][: len(logprobs)] == logprobs
+        num_longer += len(response["token_ids"]) > len(token_ids)
+    assert 0 < num_longer < len(run.kept()) < CALL_SIZE  # some were on their way, some finished, some not begun
+    assert not [*(run.out / "journal/rank0").glob("*.partial")]
+
+
+def test_every_question_counts_once(run: Interrupted) -> None:
+    rewards = read_json(run.out / "rewards.json")
+    assert len(rewards) == NUM_QUESTIONS and all(len(graded) == NUM_SAMPLES for graded in rewards.values())
+    responses = [r for call in (0, 1) for row in rows(journal(run.out, call)) for r in row["responses"]]
+    assert [r["question"] for r in responses] == [question for question in rewards for _ in range(NUM_SAMPLES)]
+    lengths = [len(r["token_ids"]) for r in responses]
+    assert all(0 < length <= MAX_NEW_TOKENS for length in lengths) and all(any(r["logprobs"]) for r in responses)
+    results = read_json(run.out / "results.json")
+    assert 0 < results["eval/avg_at_k"] == pytest.approx(sum(map(sum, rewards.values())) / len(responses))
+    assert results["eval/response_tokens"] == pytest.approx(sum(lengths) / len(lengths))
+    started = (run.out / "journal/rank0/calls.log").read_text().splitlines()
+    assert started == ["eval-000000-00000 0", "eval-000000-00001 0"]

@@ -1,0 +1,67 @@
+"""The smoke recipe through all stages with vLLM in the place of its own engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.runs import MODELS, SMOKE, STAGES, num_calls, once, read_json, responses, scalars, sdzero
+
+VLLM = "sdzero.engines.VLLMEngine"
+
+
+@pytest.fixture(scope="module")
+def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing is sampled for the base, so it is the smoke run's, and the stage counts as finished."""
+
+    def make(out: Path) -> None:
+        shutil.copytree(smoke_run / "base", out / "base", ignore=shutil.ignore_patterns("eval"))
+        (out / "lineage.json").write_text(json.dumps({"base": read_json(smoke_run / "lineage.json")["base"]}))
+        done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "It is recommended" not in done.stderr, "a line of Lightning's advice for each figure"
+        assert "[1/7] base: finished before" in done.stdout and done.stdout.count("finished before") == 1
+
+    return once(tmp_path_factory, "vllm", make)
+
+
+def test_every_stage_that_samples_sampled_with_vllm(out: Path) -> None:
+    lineage = read_json(out / "lineage.json")
+    assert list(lineage) == list(STAGES)
+    samplers = [name for name in STAGES if name != "base"]
+    for name in samplers:
+        config = lineage[name]["config"]
+        assert config.get("engine.class_path", config.get("data.init_args.engine.class_path")) == VLLM, name
+    saved = yaml.safe_load((out / "self_distill/config.yaml").read_text())
+    assert saved["data"]["init_args"]["engine"]["class_path"] == VLLM
+    assert num_calls(out) == 8 + 5 + 3 * 2 + 3 * 4  # collection, steps, validations, evaluations
+    finished = [r for r in responses(out / "collect/journal", "") if r["finish_reason"] == "stop"]
+    assert len(finished) > 128 and all(any(r["logprobs"]) for r in finished), "sampled from a model"
+
+
+def test_the_summary_has_its_figures(out: Path, smoke_run: Path) -> None:
+    summary, other = read_json(out / "summary.json"), read_json(smoke_run / "summary.json")
+    assert [row["stage"] for row in summary] == list(MODELS)
+    for row, same_row in zip(summary, other, strict=True):
+        assert row.keys() == same_row.keys()
+        assert 0 <= row["accuracy"] <= row["pass_at_8"] <= 1 and row["mean_response_tokens"] > 1
+    budgets = [
+        (row["num_generations"], row["num_tokens_sampled"] > 0, row["num_tokens_trained"] > 0) for row in summary
+    ]
+    assert budgets == [(0, False, False), (256, True, True), (80, True, True)]
+    assert len({row["weights_sha256"] for row in summary}) == 3
+    assert summary[0]["weights_sha256"] == other[0]["weights_sha256"]
+
+
+def test_the_engine_followed_the_student_and_the_teacher_was_synchronised(out: Path) -> None:
+    """After every step the engine holds the new weights: its log-probabilities are the trainer's."""
+    (gaps,) = scalars(out / "self_distill", "rollout/logprob_gap")
+    assert [step for step, _ in gaps] == list(range(5))
+    assert all(math.isfinite(gap) and 0 < gap < 1e-3 for _, gap in gaps)
+    (generations,) = scalars(out / "self_distill", "teacher/generation")
+    assert [value for _, value in generations] == [0, 0, 1, 1, 1]

@@ -1,0 +1,29 @@
+"""How many runs are under way."""
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdzero.graders.sandbox.slots import Slots
+
+
+@given(st.integers(1, 4), st.lists(st.integers(1, 300), min_size=1, max_size=12))
+def test_neither_number_nor_memory_is_exceeded_and_all_get_their_turn(number: int, sizes: list[int]) -> None:
+    under_way: list[int] = []
+    most: list[tuple[int, int]] = []
+
+    async def one(slots: Slots, size: int) -> None:
+        async with slots.take(size):
+            under_way.append(size)
+            most.append((len(under_way), sum(under_way)))
+            await asyncio.sleep(0)
+            under_way.remove(size)
+
+    async def main() -> None:
+        slots = Slots(number, 256)
+        await asyncio.gather(*(one(slots, size) for size in sizes))
+
+    asyncio.run(main())
+    assert len(most) == len(sizes)
+    assert all(taken <= number and (memory <= 256 or taken == 1) for taken, memory in most)

@@ -1,0 +1,409 @@
+"""The loss heads against a plain reference that holds all logits in float64, and what they promise besides values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor
+
+from sdzero.losses import Divergence, Kind, Outside, Support, cross_entropy_head, divergence_head, matmul
+from sdzero.losses.soft_targets import HiddenTeacher, TopKTeacher, top_k_teacher
+from support.loss_cases import DIVERGENCES, FORMS, KINDS, OUTSIDES, SUPPORTS, Case, Recorder, name_of, reference
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "BLOCK_ELEMENTS", 24)  # two rows of eleven
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("with_targets", [False, True])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_divergence_equals_the_reference_in_value_and_gradient(divergence: Divergence, with_targets: bool) -> None:
+    case = Case()
+    out = case.head(divergence, targets=case.targets if with_targets else None, chunk_size=3)
+    expected = reference(*case.logits, divergence)
+    loss = (case.token_weights * expected).sum() / 5.0
+    torch.testing.assert_close(out.metrics["divergence"], expected.detach())
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(case.grads(out.loss), case.grads(loss))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_cross_entropy_equals_the_reference_in_value_and_gradient() -> None:
+    case = Case()
+    args = (case.hidden, case.weight, case.targets, case.token_weights)
+    out = cross_entropy_head(*args, torch.tensor(5.0), chunk_size=3)
+    token_losses = torch.nn.functional.cross_entropy(case.logits[0], case.targets, reduction="none")
+    loss = (case.token_weights * token_losses).sum() / 5.0
+    torch.testing.assert_close(out.metrics["logprobs"], -token_losses.detach())
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(case.grads(out.loss), case.grads(loss))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_metrics_are_full_vocabulary_log_probs_and_the_teachers_mass(top_k: int | None) -> None:
+    case = Case()
+    metrics = case.head(Divergence(top_k=top_k), targets=case.targets, chunk_size=5).metrics
+    log_s, log_t = (logits.log_softmax(-1).detach() for logits in case.logits)
+    row = torch.arange(len(case.targets))
+    if top_k is None:  # else the student is never projected onto the whole vocabulary
+        torch.testing.assert_close(metrics.pop("student_logprobs"), log_s[row, case.targets])
+    torch.testing.assert_close(metrics.pop("teacher_logprobs"), log_t[row, case.targets])
+    if top_k is not None:
+        torch.testing.assert_close(metrics.pop("top_k_mass"), log_t.topk(top_k).values.exp().sum(-1))
+    assert metrics.keys() == {"divergence"}
+    assert not any(value.requires_grad for value in case.head(Divergence(top_k=top_k)).metrics.values())
+
+
+def test_top_k_mass_is_the_teachers_inside_the_students_support() -> None:
+    case = Case()
+    log_s, log_t = (logits.log_softmax(-1).detach() for logits in case.logits)
+    mass = case.head(Divergence(top_k=3, support="student")).metrics["top_k_mass"]
+    torch.testing.assert_close(mass, log_t.gather(1, log_s.topk(3).indices).exp().sum(-1))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    divergence=st.sampled_from(DIVERGENCES),
+    n=st.integers(0, 6),
+    vocab=st.integers(5, 9),
+    hidden=st.integers(1, 4),
+    scale=st.sampled_from([1e-3, 1.0, 1e2, 1e4]),
+    chunk_size=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_chunk_and_extreme_logits_agree_with_the_reference(
+    divergence: Divergence, n: int, vocab: int, hidden: int, scale: float, chunk_size: int, seed: int
+) -> None:
+    case = Case(n, vocab, hidden, scale, seed)
+    out = case.head(divergence, chunk_size=chunk_size)
+    expected = reference(*case.logits, divergence)
+    torch.testing.assert_close(out.metrics["divergence"], expected.detach(), rtol=1e-6, atol=1e-9)
+    assert (out.metrics["divergence"] >= -1e-9).all()
+    grads = case.grads(out.loss)
+    torch.testing.assert_close(
+        grads, case.grads((case.token_weights * expected).sum() / 5.0), rtol=1e-6, atol=1e-9 * max(1.0, scale)
+    )
+    assert (grads[0][case.token_weights == 0] == 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(divergence=st.sampled_from(DIVERGENCES), scale=st.sampled_from([1.0, 1e2, 1e4]), seed=st.integers(0, 99))
+def test_extreme_float32_logits_never_make_nan(divergence: Divergence, scale: float, seed: int) -> None:
+    case = Case(5, 9, 3, scale, seed, torch.float32)
+    out = case.head(divergence, targets=case.targets, chunk_size=2)
+    assert all(torch.isfinite(value).all() for value in (out.loss, *out.metrics.values(), *case.grads(out.loss)))
+    if divergence.support == "teacher" and divergence.top_k is not None:
+        stored = case.head(divergence, case.stored(4))
+        assert all(torch.isfinite(value).all() for value in (stored.loss, *case.grads(stored.loss)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(0, 6), scale=st.sampled_from([1.0, 1e4]), chunk_size=st.integers(1, 8), seed=st.integers(0, 99))
+def test_cross_entropy_is_finite_and_right_for_any_shape(n: int, scale: float, chunk_size: int, seed: int) -> None:
+    case = Case(n, scale=scale, seed=seed)
+    out = cross_entropy_head(case.hidden, case.weight, case.targets, case.token_weights, 2.0, chunk_size)
+    log_probs = case.logits[0].log_softmax(-1)[torch.arange(n), case.targets]
+    expected = -(case.token_weights * log_probs).sum() / 2.0
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(case.grads(out.loss), case.grads(expected), atol=1e-9 * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_no_tokens_give_a_zero_that_is_still_attached(divergence: Divergence) -> None:
+    case = Case(0)
+    for num_tokens in (5.0, 0.0):
+        args = (case.hidden, case.weight, case.teacher, case.token_weights, num_tokens, divergence, case.targets)
+        out = divergence_head(*args)
+        assert out.loss.item() == 0.0
+        hidden, weight = case.grads(out.loss)
+        assert hidden.shape == (0, 5)
+        assert torch.equal(weight, torch.zeros_like(weight))
+    ce = cross_entropy_head(case.hidden, case.weight, case.targets, case.token_weights, 0.0)
+    assert ce.loss.item() == 0.0
+    assert torch.equal(case.grads(ce.loss)[1], torch.zeros_like(case.weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form.get("outside") != "student_full"], ids=str)
+def test_a_student_equal_to_its_teacher_is_at_zero_and_stays_there(kind: Kind, form: dict[str, Any]) -> None:
+    case = Case(dtype=torch.float32)
+    out = case.head(Divergence(kind, **form), HiddenTeacher(case.hidden, case.weight))
+    torch.testing.assert_close(out.metrics["divergence"], torch.zeros(7), atol=1e-6, rtol=0)
+    for grad in case.grads(out.loss):
+        torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("share", "kind"), [(0.0, "reverse"), (1.0, "forward")])
+def test_mixed_ends_in_the_two_kl(share: float, kind: Kind, form: dict[str, Any]) -> None:
+    case = Case()
+    mixed, pure = case.head(Divergence("mixed", share, **form)), case.head(Divergence(kind, **form))
+    torch.testing.assert_close(mixed.loss, pure.loss)
+    torch.testing.assert_close(case.grads(mixed.loss), case.grads(pure.loss))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", OUTSIDES)
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_support_of_the_whole_vocabulary_is_no_support(kind: Kind, support: Support, outside: Outside) -> None:
+    case = Case()
+    whole, full = case.head(Divergence(kind, top_k=11, support=support, outside=outside)), case.head(Divergence(kind))
+    grads = case.grads(full.loss)
+    torch.testing.assert_close(whole.loss, full.loss)
+    torch.testing.assert_close(case.grads(whole.loss), grads)
+    if support == "teacher":
+        stored = case.head(Divergence(kind, top_k=11, outside=outside), case.stored(11))
+        torch.testing.assert_close(stored.loss, full.loss)
+        torch.testing.assert_close(case.grads(stored.loss), grads)
+
+
+@pytest.mark.parametrize("stored", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", OUTSIDES)
+def test_a_stored_top_k_teacher_equals_the_hidden_one(kind: Kind, outside: Outside, stored: int) -> None:
+    case = Case()
+    divergence = Divergence(kind, top_k=4, outside=outside)
+    hidden = case.head(divergence, chunk_size=3)
+    top_k = case.head(divergence, case.stored(stored), targets=case.targets, chunk_size=3)
+    torch.testing.assert_close(top_k.loss, hidden.loss)
+    torch.testing.assert_close(case.grads(top_k.loss), case.grads(hidden.loss))
+    torch.testing.assert_close(top_k.metrics["top_k_mass"], hidden.metrics["top_k_mass"])
+    student = set() if outside == "renormalize" else {"student_logprobs"}
+    assert top_k.metrics.keys() == {"divergence", "top_k_mass"} | student
+
+
+def kept_teacher(case: Case, top_k: int, chunk_size: int | None = 3) -> TopKTeacher:
+    return top_k_teacher(case.teacher.hidden, case.teacher.weight, case.targets, top_k, chunk_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outside", OUTSIDES)
+def test_a_teacher_kept_as_its_top_k_is_the_hidden_one_to_the_last_bit(
+    kind: Kind, outside: Outside, dtype: torch.dtype
+) -> None:
+    case = Case(dtype=dtype)
+    divergence = Divergence(kind, top_k=4, outside=outside)
+    hidden = case.head(divergence, targets=case.targets, chunk_size=3)
+    kept = case.head(divergence, kept_teacher(case, 4), targets=case.targets, chunk_size=3)
+    assert torch.equal(kept.metrics["teacher_logprobs"], hidden.metrics["teacher_logprobs"])
+    assert torch.equal(kept.metrics["top_k_mass"], hidden.metrics["top_k_mass"])
+    grads = zip(case.grads(kept.loss), case.grads(hidden.loss), strict=True)
+    if outside == "tail":  # what is left of 1 is known to 1's precision
+        close = 10 * torch.finfo(dtype).eps
+        torch.testing.assert_close(kept.loss, hidden.loss, rtol=close, atol=close)
+        for ours, theirs in grads:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=10 * close)
+    else:
+        assert torch.equal(kept.metrics["divergence"], hidden.metrics["divergence"])
+        assert torch.equal(kept.loss, hidden.loss)
+        assert all(torch.equal(ours, theirs) for ours, theirs in grads)
+
+
+def test_a_kept_teacher_is_made_chunk_by_chunk_without_a_gradient() -> None:
+    case = Case(n=96, vocab=200, hidden=8)
+    teacher = HiddenTeacher(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
+    with Recorder() as recorder:
+        kept = top_k_teacher(teacher.hidden, teacher.weight, case.targets, 5, 16)
+    assert recorder.largest <= 16 * 200
+    log_probs = case.logits[1].log_softmax(-1).detach()
+    torch.testing.assert_close(kept.logprobs.sort(descending=True).values, log_probs.topk(5).values)
+    torch.testing.assert_close(log_probs.gather(1, kept.ids), kept.logprobs)
+    assert kept.target_logprobs is not None
+    torch.testing.assert_close(kept.target_logprobs, log_probs.gather(1, case.targets[:, None]).squeeze(1))
+    assert not any(tensor.requires_grad for tensor in vars(kept).values())
+
+
+def test_a_kept_teacher_of_no_tokens_and_of_too_many() -> None:
+    case = Case(0)
+    kept = kept_teacher(case, 4, None)
+    out = case.head(Divergence(top_k=4), kept, targets=case.targets)
+    assert out.loss.item() == 0.0
+    assert out.metrics["teacher_logprobs"].shape == (0,)
+    with pytest.raises(ValueError, match="top_k"):
+        kept_teacher(case, 12)
+    with pytest.raises(ValueError, match="chunk_size"):
+        kept_teacher(case, 4, 0)
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    case = Case()
+    teacher = HiddenTeacher(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
+    case.head(Divergence(), teacher).loss.backward()
+    assert case.hidden.grad is not None
+    assert teacher.hidden.grad is None
+    assert teacher.weight.grad is None
+
+
+HEADS: dict[str, Callable[[Case, Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda c, h, w: cross_entropy_head(h, w, c.targets, c.token_weights, 5.0, 3).loss,
+    **{
+        name_of(d): lambda c, h, w, d=d: divergence_head(h, w, c.teacher, c.token_weights, 5.0, d, chunk_size=3).loss
+        for d in (Divergence(), Divergence(top_k=4), Divergence(top_k=4, outside="tail"))
+    },
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_tied_weights_get_both_gradients_and_micro_batches_add_up(head: Callable[..., Tensor]) -> None:
+    case = Case()
+    head(case, case.weight[case.targets], case.weight).backward()
+    head(case, case.hidden, case.weight).mul(3.0).backward()
+    tied = case.weight[case.targets].detach().requires_grad_()
+    (to_hidden, to_head), (_, second) = (
+        torch.autograd.grad(head(case, h, case.weight), [h, case.weight]) for h in (tied, case.hidden)
+    )
+    expected = (to_head + 3.0 * second).index_add(0, case.targets, to_hidden)
+    assert case.weight.grad is not None
+    torch.testing.assert_close(case.weight.grad, expected)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_autocast_and_bfloat16_inputs_still_compute_in_float32(head: Callable[..., Tensor]) -> None:
+    case = Case(dtype=torch.bfloat16)
+    exact = Case(dtype=torch.bfloat16)
+    exact.teacher = HiddenTeacher(exact.teacher.hidden.double(), exact.teacher.weight.double())
+    expected = head(exact, exact.hidden.double(), exact.weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        for hidden, weight in ((case.hidden, case.weight), (case.hidden, case.weight.float())):
+            loss = head(case, hidden, weight)
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    grads = case.grads(head(case, case.hidden, case.weight))
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(grads, exact.grads(expected), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_second_backward_is_refused_rather_than_wrong(head: Callable[..., Tensor]) -> None:
+    case = Case()
+    loss = head(case, case.hidden, case.weight)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES], ids=lambda d: name_of(d) if d else "cross_entropy")
+def test_logits_are_never_held_whole(divergence: Divergence | None) -> None:
+    case = Case(n=96, vocab=200, hidden=8)
+    with Recorder() as recorder:
+        if divergence is None:
+            head = cross_entropy_head(case.hidden, case.weight, case.targets, case.token_weights, 5.0, chunk_size=16)
+        else:
+            head = case.head(divergence, targets=case.targets, chunk_size=16)
+        head.loss.backward()
+    assert recorder.largest <= 16 * 200 * 2  # the product of a chunk, with room for the support's rows of the head
+    assert recorder.calls
+
+
+def frozen_cases() -> Iterator[tuple[str, bool, bool, bool, int]]:
+    """(id, gradient mode, hidden requires grad, weight requires grad, products of a chunk)."""
+    yield "trained", True, True, True, 4
+    yield "frozen head", True, True, False, 3
+    yield "frozen body", True, False, True, 3
+    yield "nothing to train", True, False, False, 2
+    yield "no_grad", False, True, True, 2
+
+
+@pytest.mark.parametrize(("grad", "hidden", "weight", "products"), [row[1:] for row in frozen_cases()])
+def test_only_the_wanted_gradients_cost_products(grad: bool, hidden: bool, weight: bool, products: int) -> None:
+    case = Case(n=4)
+    case.hidden.requires_grad_(hidden)
+    case.weight.requires_grad_(weight)
+    with torch.set_grad_enabled(grad), Recorder() as recorder:
+        loss = case.head(Divergence()).loss
+    assert recorder.products == products
+    assert loss.requires_grad == (grad and (hidden or weight))
+    if loss.requires_grad:
+        loss.backward()
+        assert (case.hidden.grad is not None) == hidden
+        assert (case.weight.grad is not None) == weight
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_a_renormalised_support_never_projects_the_student(with_targets: bool) -> None:
+    case = Case(n=16, vocab=200, hidden=4)
+    targets = case.targets if with_targets else None
+    stored, hidden = case.stored(4), case.teacher
+    for teacher, expected in ((stored, 0), (hidden, 1)):
+        with Recorder() as recorder:
+            out = case.head(Divergence(top_k=4), teacher, targets=targets)
+            out.loss.backward()
+        assert recorder.calls.get("mm", 0) == expected  # the teacher's logits alone
+        assert recorder.largest <= 200 * (4 if teacher is stored else 16)  # the head's gradient, or those logits
+        assert "student_logprobs" not in out.metrics
+        assert ("teacher_logprobs" in out.metrics) == (with_targets and teacher is hidden)
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_a_support_that_needs_the_whole_student_gives_its_log_probs(with_targets: bool) -> None:
+    case = Case()
+    expected = case.logits[0].log_softmax(-1).gather(1, case.targets[:, None]).squeeze(1).detach()
+    for form in FORMS:
+        metrics = case.head(Divergence(**form), targets=case.targets if with_targets else None).metrics
+        whole = not form or (form["support"], form["outside"]) != ("teacher", "renormalize")
+        assert ("student_logprobs" in metrics) == (with_targets and whole)
+        if "student_logprobs" in metrics:
+            torch.testing.assert_close(metrics["student_logprobs"], expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"kind": "backward"}, "kind"),
+        ({"support": "both", "top_k": 4}, "support"),
+        ({"outside": "drop", "top_k": 4}, "outside"),
+        ({"weight": 1.5}, "weight"),
+        ({"kind": "jsd", "weight": 0.0}, "weight"),
+        ({"top_k": 0}, "top_k"),
+        ({"outside": "tail"}, "top_k"),
+    ],
+)
+def test_divergence_names_the_wrong_field(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        Divergence(**fields)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "stored", "field"),
+    [
+        (Divergence(top_k=12), False, "top_k"),
+        (Divergence(top_k=12), True, "top_k"),
+        (Divergence(top_k=5), True, "top_k"),
+        (Divergence(), True, "top_k"),
+        (Divergence(top_k=4, support="student"), True, "support"),
+    ],
+)
+def test_a_teacher_that_cannot_serve_is_refused(divergence: Divergence, stored: bool, field: str) -> None:
+    case = Case()
+    with pytest.raises(ValueError, match=field):
+        case.head(divergence, case.stored(4) if stored else None)
+
+
+def test_wrong_arguments_of_the_heads_are_named() -> None:
+    case = Case()
+    args = (case.hidden, case.weight, case.targets, case.token_weights)
+    with pytest.raises(ValueError, match="num_tokens"):
+        cross_entropy_head(*args, 0.0)
+    with pytest.raises(ValueError, match="chunk_size"):
+        cross_entropy_head(*args, 5.0, 0)
+    with pytest.raises(ValueError, match="vocabulary"):
+        case.head(Divergence(), HiddenTeacher(case.teacher.hidden, case.teacher.weight[:-1]))
+
+
+def test_the_command_line_builds_and_checks_a_divergence() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Divergence, "divergence")
+    config = parser.parse_args(["--divergence.kind=jsd", "--divergence.top_k=64", "--divergence.outside=tail"])
+    assert parser.instantiate(config)["divergence"] == Divergence("jsd", top_k=64, outside="tail")
+    with pytest.raises(ArgumentError, match="kind"):
+        parser.parse_args(["--divergence.kind=sideways"])

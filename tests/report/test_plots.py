@@ -1,0 +1,132 @@
+"""Figures show what the statistics say, in colours that a page can replace; what a run lacks is said."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from sdzero.report import RunFolder, first_wrong, localization, plots
+from support.made_up_curves import write_curves
+from support.made_up_run import MODELS, token_kl_row, write_evaluation
+
+FLIPS = ("acc1", "acc2", "wrong_to_right_rate", "right_to_wrong_rate")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    for place, model in enumerate(MODELS):
+        figures = {f"eval/{k}_{name}": 0.1 * (place + 1) for k in ("revise", "resample") for name in FLIPS}
+        figures |= {f"{name}_se": 0.01 for name in figures}
+        figures |= {"eval/revise_tokens1": 30.0 + place, "eval/revise_tokens2": 20.0 + place}
+        write_evaluation(folder, model, {"q": [0, 1]}, **figures)
+        at_end = {"eval/response_tokens": [10.0 + place], "eval/keywords_per_response": [0.5], "eval/avg_at_k": [0.6]}
+        write_curves(folder / model / "eval", at_end)
+    terms = {f"train/loss{term}": [2.0, 1.0] for term in ("", "_generation", "_revision")}
+    write_curves(folder / "srt", {**terms, "train/lr": [0.0, 1e-3], "train/grad_norm": [1.0, 2.0]})
+    rollouts = {f"rollout/{name}": [0.5, 0.6] for name in ("length", "keywords_per_response", "reward", "logprob_gap")}
+    teacher = {"teacher/generation": [0.0, 1.0], "teacher/kl_r0": [0.2, 0.1], "teacher/kl_r1": [0.1, 0.1]}
+    write_curves(folder / "self_distill", {"train/loss": [0.2, 0.1], "eval/avg_at_k": {1: 0.7}, **rollouts, **teacher})
+    return RunFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def frame():
+    rng, question = random.Random(0), "6+3*9="
+    rows = []
+    for i, response in enumerate(["6+3=8*9=2A2", "6+3=9*9=1A1", "6+3=9*9=4A4"] * 2):
+        made = token_kl_row(rng, [*response, "<|end|>"], int(i % 3 == 1))
+        rows.append({**made, "question": f"chains/{question}", "text": question, "response": response})
+    return pd.DataFrame(rows)
+
+
+def panels(figure: Figure) -> Any:
+    """A figure's axes, of whatever kind their contents are."""
+    return figure.axes
+
+
+def drawn(run, frame) -> dict[str, Figure]:
+    of_frame = {draw.__name__: draw(frame) for draw in (plots.bucket_curve, plots.kl_by_position, plots.localization)}
+    of_run = (plots.dynamics, plots.evolution, plots.revision_bars, plots.training_curves)
+    return {**of_frame, **{draw.__name__: draw(run) for draw in of_run}}
+
+
+def svg(figure: Figure) -> str:
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg")
+    return file.getvalue()
+
+
+def test_every_colour_is_ink_or_has_a_name_and_the_background_is_left_to_the_page(run, frame):
+    for name, figure in drawn(run, frame).items():
+        text = svg(figure)
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", text))
+        assert plots.INK in colours and colours <= {plots.INK, *plots.COLORS.values()}, name
+        # black is what SVG paints where nothing is said: every text must say its colour
+        assert all("fill" in style for style in re.findall(r"<text style=\"([^\"]*)\"", text)), name
+        assert {to_rgba(part.get_facecolor())[3] for part in (figure, *figure.axes)} == {0}, name
+
+
+def test_a_full_run_leaves_no_panel_empty_and_a_bare_one_says_so(run, frame, tmp_path):
+    for name, figure in drawn(run, frame).items():
+        assert "not logged" not in svg(figure) and "no token KL" not in svg(figure), name
+    (tmp_path / "base").mkdir()
+    for name, figure in drawn(RunFolder(tmp_path), pd.DataFrame()).items():
+        assert re.search("not logged in this run|no token KL was recorded|no wrong response", svg(figure)), name
+
+
+def test_drawing_leaves_matplotlibs_state_alone(run, frame):
+    before = dict(matplotlib.rcParams)
+    drawn(run, frame)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_bucket_curve_is_figure_4s(frame):
+    (axes,) = panels(plots.bucket_curve(frame))
+    curve = localization.bucket_curve(frame)
+    for line, reward in zip(axes.get_lines(), (0, 1), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), curve[curve["reward"] == reward]["mean"])
+        assert line.get_color() == plots.COLORS[f"r{reward}"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "r=0 (wrong), 4 responses",
+        "r=1 (right), 2 responses",
+    ]
+
+
+def test_the_bars_are_the_hits_and_what_chance_gives(frame):
+    left, right = panels(plots.localization(frame))
+    hits, kinds = first_wrong.hits(frame), first_wrong.by_kind(frame)
+    expected = [*hits["hit"], hits["chance_result"][0], hits["chance"][0]]
+    np.testing.assert_allclose([bar.get_width() for bar in left.patches], 100 * np.array(expected))
+    np.testing.assert_allclose([bar.get_width() for bar in right.patches], kinds["kl"])
+
+
+def test_both_phases_are_as_wide_and_evaluations_stand_at_their_ends(run):
+    left, _ = panels(plots.dynamics(run))
+    marks = {str(m.get_label()): (m[0].get_xdata()[0], m[0].get_ydata()[0]) for m in left.containers}
+    assert marks == {"base": (0, 10.0), "SRT": (1, 11.0), "SD-Zero": (2, 12.0)}
+    (rollouts,) = [line for line in left.get_lines() if line.get_label() == "rollouts"]
+    assert rollouts.get_xdata().tolist() == [1, 1.5]
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["0", "1", "2 | 0", "1", "2"]
+
+
+def test_evolution_marks_the_new_teacher(run):
+    (axes,) = panels(plots.evolution(run))
+    (teacher,) = [line for line in axes.get_lines() if line.get_label() == "new teacher"]
+    assert list(teacher.get_xdata()) == [2, 2]
+
+
+def test_revision_bars_stand_beside_what_they_are_compared_with(run):
+    accuracy, tokens, mended, _ = panels(plots.revision_bars(run))
+    heights = [[patch.get_height() for patch in axes.patches] for axes in (accuracy, tokens, mended)]
+    np.testing.assert_allclose(heights, [[10, 20, 30] * 2, [30, 31, 32, 20, 21, 22], [10, 20, 30] * 2])

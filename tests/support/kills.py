@@ -1,0 +1,122 @@
+"""Kills at chosen moments of `sdzero run`: what tests of restarts, and `make chaos`, share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from support.runs import ROOT, SMOKE, command, environment
+
+STOPS = ROOT / "tests/support/stops"
+SECONDS = 120.0
+
+Victim = Literal["group", "stage", "run"]
+
+
+@dataclass
+class Killed:
+    """A run that stood still and was killed there.
+
+    Attributes:
+        said: what it and its stage printed.
+        code: its exit status.
+        files: of the run, as they were then.
+    """
+
+    said: str
+    code: int
+    files: list[str]
+
+
+@dataclass
+class Started:
+    """`sdzero run` of the smoke recipe, at work. mark: where a process that stands still leaves its id."""
+
+    process: subprocess.Popen[str]
+    out: Path
+    mark: Path
+    log: Path
+
+    def wait_for_stop(self) -> int | None:
+        """The id of the process that stands still; None where the run ended first."""
+        deadline = time.monotonic() + SECONDS
+        while not self.mark.exists():
+            if self.process.poll() is not None:
+                return None
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        return int(self.mark.read_text())
+
+    def kill(self, victim: Victim, stage: int | None) -> Killed:
+        """Kills the whole process group, the stage or the run's own process; returns when the folder is free."""
+        if victim == "group" or stage is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        elif victim == "stage":
+            os.kill(stage, signal.SIGKILL)
+        else:
+            self._kill_above(stage)
+        code = self.process.wait(SECONDS)
+        wait_for_lock(self.out)
+        files = sorted(str(f.relative_to(self.out)) for f in self.out.rglob("*") if f.is_file())
+        return Killed(self.log.read_text(), code, files)
+
+    def _kill_above(self, stage: int) -> None:
+        """Kills the run's process. Its orphan keeps the folder from other runs as long as it lives."""
+        os.kill(stage, signal.SIGSTOP)  # so that it cannot end before we have looked
+        self.process.kill()
+        self.process.wait(SECONDS)
+        with (self.out / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
+            flock(lock, LOCK_EX | LOCK_NB)
+        os.kill(stage, signal.SIGCONT)
+
+
+@contextmanager
+def started(out: Path, stop: str = "") -> Iterator[Started]:
+    """The smoke recipe under way, standing still at `stop` (see tests/stops). Whoever is left is killed at the end."""
+    mark, log = out.with_name("stopped"), out.with_name("killed.log")
+    mark.unlink(missing_ok=True)
+    variables = environment(SDZERO_TEST_STOP=stop, SDZERO_TEST_STOPPED=str(mark))
+    variables["PYTHONPATH"] = os.pathsep.join([str(STOPS), *filter(None, [variables.get("PYTHONPATH")])])
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command("run", SMOKE, "--out", out),
+            **{"cwd": ROOT, "env": variables, "stdout": output, "stderr": output, "text": True},
+            start_new_session=True,
+        )
+        try:
+            yield Started(process, out, mark, log)
+        finally:
+            with suppress(ProcessLookupError):  # a failed test leaves nobody standing
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_at(out: Path, stop: str, victim: Victim, meanwhile: Callable[[], None] = lambda: None) -> Killed:
+    """Runs the smoke recipe until a stage stands still at `stop`, and kills `victim`."""
+    with started(out, stop) as run:
+        stage = run.wait_for_stop()
+        assert stage is not None, f"ended before it came there:\n{run.log.read_text()}"
+        assert stage != run.process.pid
+        meanwhile()
+        return run.kill(victim, stage)
+
+
+def wait_for_lock(out: Path) -> None:
+    """Until the folder is free: a stage holds it like its run, so an orphan has ended then."""
+    deadline = time.monotonic() + 10
+    with (out / ".lock").open("w") as lock:
+        while True:
+            try:
+                return flock(lock, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the orphan of a killed run is still at work"
+                time.sleep(0.02)

@@ -1,0 +1,65 @@
+"""Evaluates a suite with a scripted engine on one rank and on two, and saves the figures.
+
+python evaluate_ranks.py MODEL_FOLDER OUT_FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from sdzero.data import Evaluation, EvaluationDataModule
+from sdzero.methods import Method
+from sdzero.models.language_model import ModelConfig
+from sdzero.tasks import Suite
+from sdzero.trainer.strategies import FullShard
+from sdzero.types import Prompt, Sampling
+from support.helpers import Notes, Toy
+from support.ranks.forked import forked
+
+STRATEGIES: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, strategy
+    "one": (1, lambda: "auto"),
+    "ddp": (2, lambda: "ddp"),
+    "tp": (2, lambda: FullShard(tensor_parallel_size=2)),
+}
+NUM_QUESTIONS = {"x": 4, "y": 1, "z": 1}  # the second rank is asked nothing of y, the first nothing of z
+
+
+def say(prompt: Prompt, seed: int) -> str:
+    return "1" * 99 if prompt.question.answer == "3" else "so 1"
+
+
+def evaluate(ranks: int, strategy: Callable[[], Any], model: str, out: Path, rank: int) -> None:
+    suite = Suite({name: Toy() for name in NUM_QUESTIONS}, NUM_QUESTIONS)
+    settings = Evaluation(num_questions=None, num_samples=2, sampling=Sampling(max_new_tokens=9), call_size=2)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=out.with_suffix(""),
+        use_distributed_sampler=False,
+    )
+    method = Method(ModelConfig(model))
+    trainer.test(method, EvaluationDataModule(suite, Notes(say), settings, max_logprob_gap=99), verbose=False)
+    asked = [{*method.eval_rewards}]
+    if ranks > 1:
+        asked = [set()] * ranks
+        torch.distributed.all_gather_object(asked, {*method.eval_rewards})
+    if trainer.is_global_zero:
+        torch.save({"figures": dict(trainer.callback_metrics), "asked": asked}, out)
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[2])
+    for name, (ranks, strategy) in STRATEGIES.items():
+        codes = forked(ranks, out / f"{name}-rank", partial(evaluate, ranks, strategy, sys.argv[1], out / f"{name}.pt"))
+        assert codes == [0] * ranks, f"{name}: {(out / f'{name}-rank0.log').read_text()[-3000:]}"

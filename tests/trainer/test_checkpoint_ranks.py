@@ -1,0 +1,170 @@
+"""What two ranks saved two ranks and one go on from, and the other way round; a rank that fails in a save stops all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdzero.trainer.checkpoint_io import newest_checkpoint
+from sdzero.trainer.checkpoint_manifest import tidy
+from sdzero.utils.files import PARTIAL
+from support.tiny_model import write_tiny_model
+
+TESTS = Path(__file__).parents[1]
+RANKS = TESTS / "support/ranks"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks")
+    model = write_tiny_model(out / "model")
+    command = [sys.executable, str(RANKS / "checkpoint_ranks.py"), str(model), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def figures(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
+    """Weights of student and teacher, counters, and each step's draws of the random states and questions."""
+    assert set(json.loads((out / "codes.json").read_text())[name]) == {0}, (out / name / "rank0.log").read_text()
+    return torch.load(out / name / f"figures-rank{rank}.pt")
+
+
+def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The largest relative difference of a weight."""
+    a, b = ours["weights"], theirs["weights"]
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in a)
+
+
+def asked(figures: dict[str, Any]) -> list[list[str]]:
+    return [questions for *_, questions in figures["drawn"]]
+
+
+def test_as_many_ranks_go_on_to_the_bit(out: Path) -> None:
+    """Weights, teacher, momentum, schedule, position; and what each rank draws of its own random states."""
+    for rank in (0, 1):
+        whole, same = figures(out, "whole", rank), figures(out, "same", rank)
+        assert all(torch.equal(w, whole["weights"][name]) for name, w in same["weights"].items())
+        assert same["state"] == whole["state"] and same["state"]["teacher_generation"] == 3
+        assert same["drawn"] == whole["drawn"][3:]
+    assert figures(out, "whole", 0)["drawn"] != figures(out, "whole", 1)["drawn"]
+
+
+def test_two_ranks_one_and_two_again(out: Path) -> None:
+    """Steps 3 and 4 by one rank alone: the same questions, the same weights but for the order of sums."""
+    whole, one, back = figures(out, "whole"), figures(out, "one"), figures(out, "back")
+    both = [sorted(a + b) for a, b in zip(asked(whole), asked(figures(out, "whole", 1)), strict=True)]
+    assert [sorted(questions) for questions in asked(one)] == both[2:4]
+    assert asked(back) == asked(whole)[4:]
+    assert 0 < worst(back, whole) < 1e-5
+    assert back["state"] == whole["state"]
+    for name, rank, has in (("one", 0, 2), ("back", 0, 1), ("back", 1, 1)):  # fresh random states, and said so
+        said = (out / name / f"rank{rank}.log").read_text()
+        assert f"holds the random states of {has} ranks" in said
+    draws = [figures(out, name, rank)["drawn"][0][:3] for name, rank in (("one", 0), ("back", 0), ("back", 1))]
+    assert len({number for drawn in draws for number in drawn}) == 9
+
+
+def test_one_file_of_one_process_and_of_two_ranks(out: Path) -> None:
+    """DDP's or a single device's file goes on under FullShard, which gathers into one file, and back."""
+    whole, ended = figures(out, "whole"), figures(out, "from_file")
+    assert (out / "file/checkpoints/step=5.ckpt").is_file() and newest_checkpoint(out / "file/checkpoints")
+    assert worst(ended, whole) < 1e-5
+    assert ended["state"] == whole["state"]
+
+
+def test_one_file_of_adapters(out: Path) -> None:
+    """The optimizer holds some of the model's weights: numbered by all of them, its state would go to others."""
+    assert worst(figures(out, "adapters_again"), figures(out, "adapters")) < 1e-5
+
+
+def test_fsdp1_of_lightning_saves_and_goes_on(out: Path) -> None:
+    """FSDPStrategy itself, which wants a GPU of Lightning's own accord, on two gloo ranks."""
+    first, whole, same = figures(out, "plain"), figures(out, "fsdp1"), figures(out, "fsdp1_same")
+    assert worst(whole, first) < 1e-5
+    assert all(torch.equal(w, whole["weights"][name]) for name, w in same["weights"].items())
+    assert same["state"] == whole["state"] and same["drawn"] == whole["drawn"][2:]
+
+
+def test_a_shard_that_is_damaged_is_refused_by_every_rank(out: Path) -> None:
+    assert json.loads((out / "codes.json").read_text())["damaged"] == [1, 1]
+    for rank in (0, 1):
+        said = (out / f"damaged/rank{rank}.log").read_text()
+        assert "CheckpointError:" in said and "step=1.ckpt is damaged: __1_0.distcp: its sha256 is" in said
+
+
+@pytest.mark.parametrize("fault", ["failed", "killed"])
+def test_a_rank_that_cannot_save_stops_all_with_the_last_good_checkpoint_intact(
+    out: Path, tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes = json.loads((out / "codes.json").read_text())[fault]
+    assert codes == ([1, 1] if fault == "failed" else [1, -signal.SIGKILL])
+    folder = shutil.copytree(out / fault / "checkpoints", tmp_path / "checkpoints")
+    assert newest_checkpoint(folder) == folder / "step=2.ckpt"
+    left = [path.name for path in folder.iterdir() if path.name.endswith(PARTIAL)]
+    assert left == ([] if fault == "failed" else [f"step=3.ckpt{PARTIAL}"])
+    tidy(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
+    for rank in (0, 1) if fault == "failed" else ():
+        said = (out / fault / f"rank{rank}.log").read_text()
+        assert "CheckpointError: could not save" in said and "rank 1: OSError: [Errno 28] No space left" in said
+
+
+def damage_a_shard(folder: Path) -> str:
+    path = folder / "__1_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return "__1_0.distcp: its sha256"
+
+
+def cut_a_shard(folder: Path) -> str:
+    os.truncate(folder / "__0_0.distcp", 1000)
+    return "__0_0.distcp: it has 1000 bytes"
+
+
+def lose_a_file(folder: Path) -> str:
+    (folder / ".metadata").unlink()
+    return ".metadata is missing"
+
+
+def lose_the_manifest(folder: Path) -> str:
+    (folder / "sha256.json").unlink()
+    return "has no manifest"
+
+
+def damage_the_manifest(folder: Path) -> str:
+    """Another step: all files still are what it says."""
+    manifest = folder / "sha256.json"
+    said = manifest.read_text()
+    manifest.write_text(said.replace('"global_step":2', '"global_step":3'))
+    assert manifest.read_text() != said
+    return "cannot be read: its crc32"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_a_shard, cut_a_shard, lose_a_file, lose_the_manifest, damage_the_manifest],
+    ids=lambda f: f.__name__,
+)
+def test_a_damaged_folder_is_passed_over_with_the_reason(
+    out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
+) -> None:
+    folder = shutil.copytree(out / "failed/checkpoints", tmp_path / "checkpoints")
+    why = damage(folder / "step=2.ckpt")
+    with caplog.at_level(logging.WARNING):
+        assert newest_checkpoint(folder) == folder / "step=1.ckpt"
+    (record,) = caplog.records
+    assert str(folder / "step=2.ckpt") in record.message and why in record.message
