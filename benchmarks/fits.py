@@ -77,7 +77,7 @@ class Choice:
 
     Args:
         name: as in the table.
-        settings: of `model.model`.
+        settings: of `model.student`.
         teacher_bytes: of an element of the teacher; 0: it is the student without its adapters.
         reduces: `model.reduce_every_micro_batch`.
         tensor_parallel: `strategy.tensor_parallel_size`.
@@ -130,7 +130,7 @@ def settings_of(choice: Choice) -> dict[str, Any]:
 def largest(stage: str, model: Architecture, choice: Choice, num_gpus: int) -> tuple[int, str]:
     """Bytes of a GPU at the largest moment of training, and its name."""
     at, sizes = machine_of(choice, num_gpus), STAGES[stage]
-    arguments: dict[str, Any] = {"model": settings_of(choice), "optimizer": {"init_args": {"fused": True}}}
+    arguments: dict[str, Any] = {"student": settings_of(choice), "optimizer": {"init_args": {"fused": True}}}
     arguments["reduce_every_micro_batch"] = choice.reduces
     teacher = (model, choice.teacher_bytes) if stage == "self_distill" else None
     on_rank = math.ceil(sizes.examples * choice.tensor_parallel / num_gpus)

@@ -240,7 +240,7 @@ def arithmetic(case: Case, num_tokens: int) -> dict[str, dict[str, int]]:
     model = Architecture.of(Qwen3Config(vocab_size=case.vocab, **{**stored.MODEL, **case.shape}))
     at = Machine(False, case.ranks, case.ranks, 2 if "bf16" in case.precision else 4)
     settings = {"cpu_offload": False, "gradient_checkpointing": False, "dtype": "float32", **case.options}
-    arguments = {**case.arguments, "model": settings, "optimizer": {"init_args": {"fused": True}}}
+    arguments = {**case.arguments, "student": settings, "optimizer": {"init_args": {"fused": True}}}
     teacher = (model, 0 if "lora" in settings else 4) if case.kind == "self_distill" else None
     config = {"model": {"init_args": arguments}}
     loss, backward, update = training_moments(case.kind, config, model, teacher, at, num_tokens, case.micro_batches > 1)

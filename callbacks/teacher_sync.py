@@ -58,7 +58,7 @@ class TeacherSync(L.Callback):
             )
         teacher = pl_module.teacher_config
         # beside adapters of float32, only they differ from the student's
-        frozen = teacher.lora is not None and teacher.path == pl_module.model_config.path
+        frozen = teacher.lora is not None and teacher.path == pl_module.student_config.path
         if self.ema_decay is not None and teacher.dtype != "float32" and not frozen:
             raise ValueError(
                 "TeacherSync: ema_decay moves weights by less than bfloat16 holds: set teacher.dtype=float32"

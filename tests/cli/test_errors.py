@@ -21,7 +21,7 @@ Arguments = Callable[..., list[str]]
 @pytest.fixture
 def arguments(smoke_run: Path, tmp_path: Path) -> Arguments:
     """A command's arguments on the smoke run's files; more of them override."""
-    model = {"fit": "model.init_args.model.path", "test": "model.init_args.model.path", "collect": "model.path"}
+    model = {"fit": "model.init_args.student.path", "test": "model.init_args.student.path", "collect": "student.path"}
     stages = {
         "srt": ("fit", "base", {"data.init_args.source.init_args.path": smoke_run / "collect/traces.jsonl"}),
         "self_distill": ("fit", "srt", {"data.init_args.disjoint_from": smoke_run / "collect/questions.json"}),
@@ -89,7 +89,7 @@ def test_a_misspelt_key_or_a_value_of_another_type(
 def test_a_model_folder_that_is_not_there(refuse: Callable[..., str], tmp_path: Path, stage: str) -> None:
     key = "model__path" if stage == "collect" else "model__init_args__model__path"
     said = refuse(stage, **{key: tmp_path / "nowhere"})
-    assert f"model.path: no model folder at '{tmp_path}/nowhere'" in said and "run that stage first" in said
+    assert f"student.path: no model folder at '{tmp_path}/nowhere'" in said and "run that stage first" in said
 
 
 def test_a_config_file_that_is_not_there(
@@ -132,8 +132,8 @@ def test_missing_empty_or_damaged_traces(refuse: Callable[..., str], smoke_run: 
 
 def test_other_control_phrases_than_at_collection(refuse: Callable[..., str]) -> None:
     for key in ("correct", "incorrect"):
-        said = refuse("srt", **{f"model__model__control_phrases__{key}": "Wait, let me start over."})
-        assert "was collected with other control phrases" in said and "model.control_phrases" in said
+        said = refuse("srt", **{f"model__student__control_phrases__{key}": "Wait, let me start over."})
+        assert "was collected with other control phrases" in said and "student.control_phrases" in said
 
 
 def test_traces_longer_than_the_model(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_evaluation_without_questions(refuse: Callable[..., str]) -> None:
     ("override", "named"),
     [
         ({"model__divergence__top_k": 38}, "divergence.top_k=38 is above the vocabulary of 37 tokens"),
-        ({"model__model__dtype": "bfloat16"}, "model.dtype: trained weights must be float32"),
+        ({"model__student__dtype": "bfloat16"}, "student.dtype: trained weights must be float32"),
         ({"trainer__precision": "bf16-true"}, "trainer.precision=bf16-true"),
         ({"model__schedule__warmup_ratio": 0.5}, "schedule: set warmup_steps or warmup_ratio, not both"),
         ({"data__prompts_per_step": 0}, "data.prompts_per_step must be at least 1"),

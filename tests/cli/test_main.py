@@ -32,7 +32,7 @@ def overridden(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = sdzero(
         "fit",
         *("--config", SMOKE / "self_distill.yaml"),
-        f"--model.model.path={smoke_run}/srt/model",
+        f"--model.student.path={smoke_run}/srt/model",
         f"--data.disjoint_from={smoke_run}/collect/questions.json",
         f"--trainer.default_root_dir={out}",
         "--trainer.max_steps=3",
@@ -100,7 +100,7 @@ def test_curves_are_logged_under_their_names(smoke_run: Path) -> None:
 def test_evaluation_commands(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Seven questions in calls of two: the last call is short."""
     arguments = [
-        *("--config", SMOKE / "eval.yaml", f"--model.model.path={smoke_run}/srt/model"),
+        *("--config", SMOKE / "eval.yaml", f"--model.student.path={smoke_run}/srt/model"),
         f"--trainer.default_root_dir={tmp_path}",
         *("--data.evaluation.num_questions=7", "--data.evaluation.num_samples=2", "--data.evaluation.call_size=4"),
     ]
@@ -126,7 +126,7 @@ def test_evaluation_commands(smoke_run: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_a_figure_that_is_no_number_is_null(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One question has no standard error, and JSON no word for it."""
-    arguments = ["--config", SMOKE / "eval.yaml", f"--model.model.path={smoke_run}/srt/model"]
+    arguments = ["--config", SMOKE / "eval.yaml", f"--model.student.path={smoke_run}/srt/model"]
     arguments += [f"--trainer.default_root_dir={tmp_path}", "--data.evaluation.num_questions=1"]
     assert exit_code(monkeypatch, "test", *arguments) == 0
     results = read_json(tmp_path / "results.json")

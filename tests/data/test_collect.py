@@ -373,7 +373,7 @@ def test_no_trace_left_is_an_error_with_the_counts(
     answers = {q.id: "1+1=2" for q in Chains().questions("phase1", 5)}
     engine = json.dumps({"class_path": "sdzero.engines.ScriptedEngine", "init_args": {"responses": answers}})
     arguments = [
-        "--model.path",
+        "--student.path",
         model.path,
         "--task",
         "sdzero.tasks.Chains",

@@ -80,7 +80,7 @@ def test_torchrun_trains_on_two_ranks(smoke_run: Path, tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     (tmp_path / "recipe").mkdir()
     config = yaml.safe_load((SMOKE / "srt.yaml").read_text())
-    config["model"]["init_args"]["model"]["path"] = str(smoke_run / "base/model")
+    config["model"]["init_args"]["student"]["path"] = str(smoke_run / "base/model")
     config["data"]["init_args"]["source"]["init_args"]["path"] = str(smoke_run / "collect/traces.jsonl")
     for key in ("task", "engine", "evaluation"):
         del config["data"]["init_args"][key]

@@ -33,7 +33,7 @@ ALONE = SimpleNamespace(root_device="cpu", reduce=lambda tensor, **_: tensor)  #
 class Policy:
     """A policy without weights; its log-probabilities are `logprob`, the scripted engine's are 0."""
 
-    model_config = SimpleNamespace(path="")
+    student_config = SimpleNamespace(path="")
     hf_config = SimpleNamespace(max_position_embeddings=512)
 
     def __init__(self, builder: PromptBuilder, logprob: float = 0.0) -> None:

@@ -79,7 +79,7 @@ def test_opsd_moves_the_weights_by_a_teacher_that_reads_the_solution(
     monkeypatch.setattr(self_distill, "collate", seen)
     recipe, base = ROOT / "configs/recipes/own_data", smoke_run / "base/model"
     configs = ("--config", recipe / "self_distill.yaml", "--config", recipe / "opsd.yaml")
-    ours = (f"--model.model.path={base}", f"--data.disjoint_from={smoke_run}/collect/questions.json")
+    ours = (f"--model.student.path={base}", f"--data.disjoint_from={smoke_run}/collect/questions.json")
     assert exit_code(monkeypatch, "fit", *configs, *ours, f"--trainer.default_root_dir={tmp_path}") == 0
 
     rows_by_prompt = {}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from support.runs import sdzero
 
-RUNS = {"gpu": (), "ddp": (), "fsdp2": (), "fsdp": (), "offloaded": ("--model.model.cpu_offload=true",)}
+RUNS = {"gpu": (), "ddp": (), "fsdp2": (), "fsdp": (), "offloaded": ("--model.student.cpu_offload=true",)}
 
 
 @pytest.mark.gpu
@@ -28,7 +28,7 @@ def train(name: str, smoke_run: Path, out: Path) -> dict[str, torch.Tensor]:
     done = sdzero(
         *("fit", "--config", "configs/recipes/smoke/self_distill.yaml", "--config", f"configs/trainer/{config}.yaml"),
         *("--trainer.devices=1", "--trainer.max_steps=2", f"--trainer.default_root_dir={out}", *RUNS[name]),
-        *(f"--model.model.path={smoke_run / 'srt/model'}", "--data.max_logprob_gap=0.3"),
+        *(f"--model.student.path={smoke_run / 'srt/model'}", "--data.max_logprob_gap=0.3"),
         f"--data.disjoint_from={smoke_run / 'collect/questions.json'}",
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -51,7 +51,7 @@ main()
 def config(model: Path, out: Path) -> dict[str, Any]:
     """The recipe's, whose worked examples have the model answer in a line, with fewer and shorter answers."""
     config = yaml.safe_load((ROOT / "configs/recipes/smollm2/eval.yaml").read_text())
-    config["model"]["init_args"]["model"]["path"] = str(model)
+    config["model"]["init_args"]["student"]["path"] = str(model)
     data = config["data"]["init_args"]
     data["engine"]["init_args"]["max_num_seqs"] = 32  # not all of a call at once: some end long before others
     data["evaluation"] = {

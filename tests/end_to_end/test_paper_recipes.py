@@ -47,7 +47,7 @@ TABLE_4 = {
     "model.init_args.optimizer.init_args.betas.1": 0.95,
     "data.init_args.traces_per_step": 4,
     "model.init_args.max_tokens_per_micro_batch": 32768,
-    "model.init_args.model.gradient_checkpointing": True,
+    "model.init_args.student.gradient_checkpointing": True,
     "trainer.precision": "bf16-mixed",
 }
 TABLE_6 = {
@@ -61,7 +61,7 @@ TABLE_6 = {
     "model.init_args.divergence.top_k": 64,
     "model.init_args.divergence.support": "teacher",
     "model.init_args.divergence.outside": "renormalize",
-    "model.init_args.model.gradient_checkpointing": True,
+    "model.init_args.student.gradient_checkpointing": True,
     "data.init_args.prompts_per_step": 128,
     "data.init_args.rollouts_per_prompt": 1,
     "data.init_args.call_size": 64,

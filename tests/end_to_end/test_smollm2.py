@@ -43,14 +43,14 @@ def out(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.max_steps": NUM_STEPS,
         "trainer.callbacks": "[{class_path: sdzero.callbacks.ExportModel}]",  # without checkpoints of 1.6 GB
     }
-    collect = {"out": out / "collect", "model.path": smollm2}
+    collect = {"out": out / "collect", "student.path": smollm2}
     collect |= {"num_questions": NUM_ASKED, "num_revisions": 2, "correct_share": "null"}
-    srt = {"trainer.default_root_dir": out / "srt", "model.model.path": smollm2, **short}
+    srt = {"trainer.default_root_dir": out / "srt", "model.student.path": smollm2, **short}
     srt |= {"data.source.path": out / "collect/traces.jsonl", "data.traces_per_step": 2}
-    distill = {"trainer.default_root_dir": out / "self_distill", "model.model.path": out / "srt/model", **short}
+    distill = {"trainer.default_root_dir": out / "self_distill", "model.student.path": out / "srt/model", **short}
     distill |= {"data.disjoint_from": out / "collect/questions.json", "data.prompts_per_step": 2}
     distill |= {"data.sampling.max_new_tokens": 24}
-    test = {"trainer.default_root_dir": out / "eval", "model.model.path": out / "self_distill/model"}
+    test = {"trainer.default_root_dir": out / "eval", "model.student.path": out / "self_distill/model"}
     test |= {"data.evaluation.num_questions": NUM_EVALUATED, "data.evaluation.sampling.max_new_tokens": 40}
     stages = [
         stage("collect", "collect", **collect),

@@ -48,10 +48,10 @@ def test_a_hub_that_is_out_of_reach(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    key, out = ("model.path", "out") if stage == "collect" else ("model.model.path", "trainer.default_root_dir")
+    key, out = ("student.path", "out") if stage == "collect" else ("model.student.path", "trainer.default_root_dir")
     arguments = ("--config", SMOKE / f"{stage}.yaml", f"--{key}=nobody/nothing", f"--{out}={tmp_path}")
     said = refusal(capsys, monkeypatch, "collect" if stage == "collect" else "fit", *arguments)
-    assert "model.path: 'nobody/nothing' cannot be read: " in said
+    assert "student.path: 'nobody/nothing' cannot be read: " in said
 
 
 def test_a_cause_that_was_never_raised_is_passed_over() -> None:

@@ -161,7 +161,7 @@ def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: 
         "--trainer.precision=32-true",
         "--trainer.max_steps=3",
         f"--trainer.default_root_dir={tmp_path}",
-        f"--model.model.path={smoke_run / 'srt/model'}",
+        f"--model.student.path={smoke_run / 'srt/model'}",
         f"--data.disjoint_from={smoke_run / 'collect/questions.json'}",
     ]
     done = subprocess.run(

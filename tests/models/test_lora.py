@@ -193,7 +193,12 @@ def fitted(monkeypatch: pytest.MonkeyPatch, stage: str, base: Path, out: Path, *
     """Two steps of the smoke recipe's stage with the overlay; the model of its checkpoint, adapters and all."""
     configs = [f"configs/recipes/smoke/{stage}.yaml", f"configs/ablations/lora/{stage}.yaml"]
     arguments = [part for config in configs for part in ("--config", config)]
-    arguments += [f"--model.model.path={base}", f"--trainer.default_root_dir={out}", "--trainer.max_steps=2", *options]
+    arguments += [
+        f"--model.student.path={base}",
+        f"--trainer.default_root_dir={out}",
+        "--trainer.max_steps=2",
+        *options,
+    ]
     assert exit_code(monkeypatch, "fit", *arguments) == 0
     (checkpoint,) = out.rglob("*step=2.ckpt")
     state = torch.load(checkpoint, weights_only=False)["state_dict"]

@@ -268,7 +268,7 @@ class Live(TorchDispatchMode):
 
 def training_config(checkpointing: bool) -> dict[str, Any]:
     settings = {"cpu_offload": False, "gradient_checkpointing": checkpointing}
-    return {"model": {"init_args": {"model": settings, "optimizer": {"init_args": {}}}}}
+    return {"model": {"init_args": {"student": settings, "optimizer": {"init_args": {}}}}}
 
 
 class Step:
@@ -370,7 +370,7 @@ def test_with_adapters_the_weights_are_kept_once(bf16: bool) -> None:
     step = AdapterStep(bf16, num_tokens=512)
     step.run()
     config = training_config(False)
-    config["model"]["init_args"]["model"] |= {"lora": LORA, "dtype": "bfloat16" if bf16 else "float32"}
+    config["model"]["init_args"]["student"] |= {"lora": LORA, "dtype": "bfloat16" if bf16 else "float32"}
     at = Machine(False, 1, 1, 2 if bf16 else 4)
     moments_said = training_moments("x", config, step.sizes, (step.sizes, 0), at, 512, True)
     _, backward, update = moments_said
@@ -471,7 +471,7 @@ def test_over_how_many_gpus_a_model_is_sharded(strategy: Any, devices: Any, expe
 
 def test_fsdp_on_one_gpu_gathers_layer_by_layer_what_lies_in_host_memory() -> None:
     model, config = Architecture.of(tiny("qwen3")), training_config(True)
-    config["model"]["init_args"]["model"]["cpu_offload"] = True
+    config["model"]["init_args"]["student"]["cpu_offload"] = True
     one, many = (
         training_moments("x", config, model, (model, 2), Machine(True, n, n, 2, wrapped=True), 64, False)
         for n in (1, 8)
@@ -512,7 +512,7 @@ def test_the_papers_recipes_fit_their_gpus(paper: Configs, recipe: str) -> None:
         ("srt.trainer.strategy", "auto", r"srt\.yaml: training of srt needs .*: shard .* trainer\.strategy"),
         ("srt.trainer.devices", 8, r"srt\.yaml: trainer\.devices asks for 8 GPUs; num_gpus of plan\.yaml has 4"),
         (
-            "srt.model.init_args.model.gradient_checkpointing",
+            "srt.model.init_args.student.gradient_checkpointing",
             False,
             r"srt\.yaml: training .*: set model\.model\.gradient_checkpointing: true",
         ),
@@ -561,7 +561,7 @@ def test_what_cannot_work_is_refused_with_its_key(changed: Configs, key: str, va
 
 
 def test_a_bfloat16_teacher_halves_its_share(changed: Configs) -> None:
-    settings = changed["self_distill"]["model"]["init_args"]["model"]
+    settings = changed["self_distill"]["model"]["init_args"]["student"]
 
     def teacher() -> int:
         moments = make_plan(QWEN_MATH, changed).memory.moments

@@ -206,7 +206,7 @@ def test_edited_questions_and_an_edited_verifier_stop_the_run(
 def test_changed_weights_stop_the_run(copy: Path, smoke_run: Path, refuse: Callable[..., str]) -> None:
     shutil.copy(smoke_run / "srt/model/model.safetensors", copy / "base/model/model.safetensors")
     said = refuse(SMOKE, "--out", copy)
-    assert "stage base/eval of" in said and "other inputs: model.init_args.model.path changed" in said
+    assert "stage base/eval of" in said and "other inputs: model.init_args.student.path changed" in said
 
 
 def test_a_key_changed_after_an_interruption_is_found_too(copy: Path, recipe: Path, refuse: Callable[..., str]) -> None:
@@ -223,7 +223,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_command(
     (recipe / "base.yaml").unlink()
     said = str(exit_code(monkeypatch, "run", recipe, "--out", tmp_path / "out", "--seed", "3"))
     assert "stage base/eval ended with exit code 1" in said
-    assert f"sdzero test --config {recipe}/eval.yaml --model.init_args.model.path=runs/smoke/base/model" in said
+    assert f"sdzero test --config {recipe}/eval.yaml --model.init_args.student.path=runs/smoke/base/model" in said
     assert "--seed_everything=3" in said and "seconds" not in read_json(tmp_path / "out/lineage.json")["base/eval"]
 
 
@@ -413,11 +413,11 @@ def test_lineage_has_config_versions_and_hashes(smoke_run: Path) -> None:
             "model": weights,
             "questions-fit.json": sha256(f"{name}/questions-fit.json"),
         }
-        assert lineage[f"{name}/eval"]["inputs"] == {"model.init_args.model.path": weights}
+        assert lineage[f"{name}/eval"]["inputs"] == {"model.init_args.student.path": weights}
         files = ("results.json", "rewards.json", "questions-test.json")
         assert lineage[f"{name}/eval"]["outputs"] == {file: sha256(f"{name}/eval/{file}") for file in files}
     traces, questions = sha256("collect/traces.jsonl"), sha256("collect/questions.json")
-    assert lineage["collect"]["inputs"] == {"model.path": lineage["base"]["outputs"]["model"]}
+    assert lineage["collect"]["inputs"] == {"student.path": lineage["base"]["outputs"]["model"]}
     assert lineage["collect"]["outputs"].items() >= {"traces.jsonl": traces, "questions.json": questions}.items()
     assert set(lineage["srt"]["inputs"].values()) == {traces, lineage["base"]["outputs"]["model"]}
     assert set(lineage["self_distill"]["inputs"].values()) == {questions, lineage["srt"]["outputs"]["model"]}

@@ -233,7 +233,7 @@ def test_marked_pieces_are_the_text(text: str, phrases: list[str]) -> None:
 
 
 def test_phrases_are_those_of_the_config() -> None:
-    lineage = {"collect": {"config": {"model.control_phrases.incorrect": "Nope.", "model.path": "Fine."}}}
+    lineage = {"collect": {"config": {"student.control_phrases.incorrect": "Nope.", "student.path": "Fine."}}}
     phrases = samples.control_phrases(lineage)
     pieces = samples.segments("1 Nope. Fine. 2 let me rephrase the above solution.", phrases)
     assert [piece for piece, marked in pieces if marked] == ["Nope.", "let me rephrase the above solution."]

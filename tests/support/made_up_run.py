@@ -95,5 +95,5 @@ def write_run_of(run: Path, texts: tuple[str, ...]) -> None:
     for model in MODELS:
         write_samples(run, model, [sample_row(t, t, i % 2, revision=t) for i, t in enumerate(texts)])
         write_evaluation(run, model, {t: [0, 1] for t in texts})
-    record = {"config": {"model.path": texts[0], texts[1]: texts[1]}, "inputs": {"a": texts[2]}, "spent": 1.0}
+    record = {"config": {"student.path": texts[0], texts[1]: texts[1]}, "inputs": {"a": texts[2]}, "spent": 1.0}
     write_json(run / "lineage.json", {"srt": record})

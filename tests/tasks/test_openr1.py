@@ -120,7 +120,7 @@ def test_a_changed_schema_fails_at_load(
     config = tmp_path / "collect.yaml"
     path = {"id": str(changed), "columns": []}
     keys = {
-        "model": {"path": "configs/tiny_model", "weights": "random"},
+        "student": {"path": "configs/tiny_model", "weights": "random"},
         "task": {"class_path": "sdzero.tasks.OpenR1Math", "init_args": {"path": path}},
         "engine": {"class_path": "sdzero.engines.TransformersEngine"},
         "out": str(tmp_path / "out"),

@@ -255,7 +255,7 @@ def test_no_command_gets_as_far_as_the_weights(
 ) -> None:
     """The model's folder has none."""
     prefix, out = ("", "out") if command == "collect" else ("data.", "trainer.default_root_dir")
-    model = "model.path" if command == "collect" else "model.model.path"
+    model = "student.path" if command == "collect" else "model.student.path"
     options = {f"{prefix}task.question_column": "text", model: "configs/tiny_model", out: tmp_path}
     config = ROOT / f"configs/recipes/own_data/{stage}.yaml"
     said = refusal(capsys, monkeypatch, command, "--config", config, *(f"--{k}={v}" for k, v in options.items()))

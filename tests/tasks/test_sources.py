@@ -135,7 +135,7 @@ def test_a_folder_laid_out_like_a_repository(tmp_path: Path, monkeypatch: pytest
 def config_of(tmp_path: Path, path: dict[str, Any]) -> Path:
     config = tmp_path / "collect.yaml"
     keys = {
-        "model": {"path": "configs/tiny_model", "weights": "random"},
+        "student": {"path": "configs/tiny_model", "weights": "random"},
         "task": {"class_path": "sdzero.tasks.Math", "init_args": {"path": path, "max_dropped_share": 0.2}},
         "engine": {"class_path": "sdzero.engines.TransformersEngine"},
         "out": str(tmp_path / "out"),

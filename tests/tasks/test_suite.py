@@ -133,7 +133,7 @@ def test_a_suite_on_the_command_line(
         "  num_questions: {short: 3, longer: 2}\n"
     )
     arguments = [
-        *("--config", SMOKE / "eval.yaml", f"--model.model.path={write_tiny_model(tmp_path / 'model')}"),
+        *("--config", SMOKE / "eval.yaml", f"--model.student.path={write_tiny_model(tmp_path / 'model')}"),
         *(f"--trainer.default_root_dir={tmp_path}/a", f"--data.task={task}"),
         *("--data.evaluation={num_questions: null}", "--data.evaluation.num_samples=2"),
     ]

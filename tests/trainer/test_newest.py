@@ -26,7 +26,7 @@ def fit(root: Path, max_steps: int) -> None:
             "fit",
             f"--config={ROOT}/configs/recipes/smoke/base.yaml",
             f"--config={overlay}",
-            f"--model.model.path={ROOT}/configs/tiny_model",
+            f"--model.student.path={ROOT}/configs/tiny_model",
             "--data.source.num_documents=12",
             "--data.traces_per_step=4",
             f"--trainer.default_root_dir={root}",

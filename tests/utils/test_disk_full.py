@@ -19,7 +19,7 @@ def fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out
     """Of one step of SelfDistill, with everything that writes at every step."""
     arguments = (
         *("fit", "--config", SMOKE / "self_distill.yaml", f"--trainer.default_root_dir={out}", "--trainer.max_steps=1"),
-        *("--model.model.path=configs/tiny_model", "--model.model.weights=random", "--data.disjoint_from=null"),
+        *("--model.student.path=configs/tiny_model", "--model.student.weights=random", "--data.disjoint_from=null"),
         *("--trainer.val_check_interval=1", "--data.sampling.max_new_tokens=8", "--model.teacher=null"),
     )
     return refusal(capsys, monkeypatch, *arguments)
@@ -61,7 +61,7 @@ def test_the_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 def test_traces(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     full(tmp_path / ".traces.jsonl.partial")
     model = write_tiny_model(tmp_path / "model", num_hidden_layers=1, hidden_size=32)
-    arguments = ("--config", SMOKE / "collect.yaml", f"--model.path={model}", f"--out={tmp_path}")
+    arguments = ("--config", SMOKE / "collect.yaml", f"--student.path={model}", f"--out={tmp_path}")
     said = refusal(capsys, monkeypatch, "collect", *arguments, "--num_questions=8", "--verified_only=false")
     assert f"No space left on device: '{tmp_path}/traces.jsonl'" in said and not (tmp_path / "traces.jsonl").exists()
 

@@ -222,7 +222,7 @@ class StepDataModule(L.LightningDataModule):
 
     def _start_engine(self) -> None:
         assert self.engine is not None
-        spec = EngineSpec(self.policy.model_config.path, self.max_model_len(), self.engine_dtype)
+        spec = EngineSpec(self.policy.student_config.path, self.max_model_len(), self.engine_dtype)
         self.engine.start(spec, self.policy.builder)
         self._is_warm = False
 

@@ -54,7 +54,7 @@ class Collect:
     """Samples first attempts and revisions of phase 1's questions and writes D_revision.
 
     Args:
-        model: the base model.
+        student: the model that answers.
         task: questions and verifier.
         engine: rollout engine.
         out: folder to write.
@@ -76,7 +76,7 @@ class Collect:
             finished calls when it is started again.
     """
 
-    model: ModelConfig
+    student: ModelConfig
     task: Task
     engine: RolloutEngine
     out: Path
@@ -110,9 +110,9 @@ class Collect:
 
     def run(self) -> None:
         """Raises: ValueError where no trace was left, with the counts that say why."""
-        builder = self.model.builder()
+        builder = self.student.builder()
         questions = self.task.questions(self.split, self.num_questions)
-        spec = EngineSpec(self.model.path, self._max_model_len(builder, questions), self.engine_dtype, True)
+        spec = EngineSpec(self.student.path, self._max_model_len(builder, questions), self.engine_dtype, True)
         ranks = launch(self.devices, self.num_nodes, getattr(self.engine, "tensor_parallel_size", 1))
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -142,7 +142,7 @@ class Collect:
             self._finish(questions, _statistics(counts, kept, chosen, job.sampler.journal.num_started), counts, kept)
 
     def _sampler(self, ranks: Ranks) -> Sampler:
-        weights = folder_sha256(Path(self.model.path)) if Path(self.model.path).is_dir() else self.model.path
+        weights = folder_sha256(Path(self.student.path)) if Path(self.student.path).is_dir() else self.student.path
         weights = f"{weights}/{self.engine_dtype}"  # a call made in another dtype is another call
         folder = self.out / "journal"
         # beside the rank that leads their engine, the others make its calls without a prompt of their own
@@ -189,7 +189,7 @@ class Collect:
     def _max_model_len(self, builder: PromptBuilder, questions: Sequence[Question]) -> int:
         longest = max(len(builder.prompt(q).token_ids) for q in questions)
         needed = longest + 2 * self.sampling.max_new_tokens + max(len(builder.bridge(r)) for r in (0, 1))
-        available = getattr(self.model.hf_config(), "max_position_embeddings", None) or needed
+        available = getattr(self.student.hf_config(), "max_position_embeddings", None) or needed
         if needed > available:
             raise ValueError(
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens}: the longest prompt ({longest}) with an "

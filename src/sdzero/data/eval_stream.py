@@ -19,7 +19,7 @@ class Policy(Protocol):
 
     builder: PromptBuilder
     policy_version: int
-    model_config: Any
+    student_config: Any
     hf_config: Any
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]: ...

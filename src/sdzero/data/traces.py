@@ -34,7 +34,7 @@ class TraceFile(TraceSource):
             if trace.reward is not None and trace.bridge_ids != builder.bridge(trace.reward):
                 raise ValueError(
                     f"{self.path}: question {trace.question.id!r} was collected with other control phrases or "
-                    "another tokenizer than model.control_phrases and model.path give now"
+                    "another tokenizer than student.control_phrases and student.path give now"
                 )
         return traces
 

@@ -49,12 +49,12 @@ class Method(Evaluated):
     """Base class of SRT and SelfDistill; by itself it only evaluates (`sdzero validate`, `sdzero test`).
 
     Args:
-        model: the student, which is the generator.
+        student: the policy that is trained and sampled from.
         optimizer: optimizer over the student's trainable weights.
         schedule: learning rate's course.
         max_grad_norm: gradients are clipped to this norm; 0 clips nothing.
         max_tokens_per_micro_batch: rows x longest row of a micro batch, counted on the longer of the student's and
-            the teacher's sequence; the sum of the sequences where they are packed (`model.attn_implementation`).
+            the teacher's sequence; the sum of the sequences where they are packed (`student.attn_implementation`).
         reduction: `token_mean` divides by the target tokens of the global batch; `sequence_sum` sums
             over a sequence's tokens and divides by the number of sequences (equations 1, 2 and 4 to the letter).
         reduce_every_micro_batch: sum gradients over the ranks after each micro batch, so that FSDP keeps a rank's share
@@ -66,7 +66,7 @@ class Method(Evaluated):
 
     def __init__(
         self,
-        model: ModelConfig,
+        student: ModelConfig,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(
             p, lr=5e-6, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
         ),
@@ -80,9 +80,9 @@ class Method(Evaluated):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model_config = model
-        self.builder = model.builder()
-        self.hf_config = model.hf_config()
+        self.student_config: ModelConfig = student
+        self.builder = student.builder()
+        self.hf_config = student.hf_config()
         self.optimizer_callable = optimizer
         self.schedule = schedule
         self.max_grad_norm = max_grad_norm
@@ -129,7 +129,7 @@ class Method(Evaluated):
     @property
     def packed(self) -> bool:
         """Whether a micro batch is one row that holds all its sequences."""
-        return self.model_config.packs
+        return self.student_config.packs
 
     # --- set-up -------------------------------------------------------------------------------
 
@@ -140,17 +140,19 @@ class Method(Evaluated):
                 f"trainer.precision={precision}: at these learning rates a 16-bit weight never moves. "
                 "Use bf16-mixed (bfloat16 computation, float32 weights) or 32-true"
             )
-        if stage == "fit" and self.model_config.dtype != "float32":
-            if self.model_config.lora is None:
-                raise ValueError("model.dtype: trained weights must be float32; trainer.precision sets the computation")
+        if stage == "fit" and self.student_config.dtype != "float32":
+            if self.student_config.lora is None:
+                raise ValueError(
+                    "student.dtype: trained weights must be float32; trainer.precision sets the computation"
+                )
             if precision != "bf16-mixed":
-                raise ValueError("model.dtype: weights in bfloat16 compute in it: set trainer.precision=bf16-mixed")
-        check_strategy(self.model_config.lora, self.model_config.dtype, self.trainer.strategy)
+                raise ValueError("student.dtype: weights in bfloat16 compute in it: set trainer.precision=bf16-mixed")
+        check_strategy(self.student_config.lora, self.student_config.dtype, self.trainer.strategy)
         check_tensor_parallel(self.hf_config, self.share.num_members)
 
     def configure_model(self) -> None:
         if not hasattr(self, "student"):
-            self.student = self.shard(load(self.model_config, run_seed()), self.model_config)
+            self.student = self.shard(load(self.student_config, run_seed()), self.student_config)
 
     def shard(self, model: nn.Module, config: ModelConfig) -> nn.Module:
         """The model as the Trainer's strategy wants it; FSDP wraps the model here, not the LightningModule."""

@@ -32,7 +32,7 @@ class SelfDistill(Method):
         context: what the teacher reads before y. SD-Zero: `Revision`.
         divergence: which divergence, on which support.
         teacher: another model as teacher; null takes a frozen copy of the student as it starts, or where the student
-            has adapters (`model.lora`) no copy at all: the student with its adapters switched off. The callback
+            has adapters (`student.lora`) no copy at all: the student with its adapters switched off. The callback
             TeacherSync copies or averages the student into a teacher that is a model of its own.
         mask_truncated: leave responses that were cut at the token limit out of the loss.
         teacher_first: run the teacher over all micro batches of a step before the student's first. What the loss
@@ -55,8 +55,8 @@ class SelfDistill(Method):
         super().__init__(*args, **kwargs)
         self.context = context
         self.divergence = divergence
-        self.teacher_config = teacher or self.model_config
-        self.shares_base = teacher is None and self.model_config.lora is not None
+        self.teacher_config: ModelConfig = teacher or self.student_config
+        self.shares_base = teacher is None and self.student_config.lora is not None
         self.mask_truncated = mask_truncated
         self.teacher_first = teacher_first
         self.teacher_generation = 0

@@ -87,4 +87,4 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write; it must not exist yet")
     options = parser.parse_args(arguments)
     import_gguf(options.file, options.folder)
-    print(f"model.path: {options.folder}")
+    print(f"student.path: {options.folder}")

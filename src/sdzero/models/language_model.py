@@ -71,7 +71,7 @@ class ModelConfig:
         looks_local = path.is_absolute() or self.path.startswith(".") or self.path.count("/") != 1 or path.exists()
         if looks_local and not (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"model.path: no model folder at {self.path!r} (no config.json there). "
+                f"student.path: no model folder at {self.path!r} (no config.json there). "
                 "If an earlier stage writes it, run that stage first: `sdzero run RECIPE_DIR` runs them in order"
             )
 
@@ -86,7 +86,9 @@ class ModelConfig:
                 chat_template_kwargs=self.chat_template_kwargs,
             )
         except OSError as error:
-            raise FileNotFoundError(f"model.path: {self.path!r} cannot be read: {error}".partition("\n")[0]) from error
+            raise FileNotFoundError(
+                f"student.path: {self.path!r} cannot be read: {error}".partition("\n")[0]
+            ) from error
 
     def hf_config(self) -> Any:
         from transformers import AutoConfig

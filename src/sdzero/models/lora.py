@@ -36,13 +36,13 @@ class Lora:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"model.lora: rank and alpha must be above 0, got {self.rank} and {self.alpha}")
+            raise ValueError(f"student.lora: rank and alpha must be above 0, got {self.rank} and {self.alpha}")
 
 
 def check_installed() -> None:
     """Raises: ModuleNotFoundError: peft is missing; names the extra that brings it."""
     if find_spec("peft") is None:
-        raise ModuleNotFoundError('model.lora needs peft: pip install "sdzero[lora]"', name="peft")
+        raise ModuleNotFoundError('student.lora needs peft: pip install "sdzero[lora]"', name="peft")
 
 
 def check_strategy(lora: Lora | None, dtype: str, strategy: Any) -> None:
@@ -56,10 +56,10 @@ def check_strategy(lora: Lora | None, dtype: str, strategy: Any) -> None:
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # collection does without Lightning
 
     if isinstance(strategy, ModelParallelStrategy) and int(strategy._tensor_parallel_size) > 1:
-        raise ValueError("model.lora: adapters have no tensor-parallel plan: set tensor_parallel_size to 1")
+        raise ValueError("student.lora: adapters have no tensor-parallel plan: set tensor_parallel_size to 1")
     if isinstance(strategy, FSDPStrategy) and dtype != "float32":
         raise ValueError(
-            "model.lora: FSDPStrategy wants weights and adapters of one dtype: set model.dtype=float32, or take "
+            "student.lora: FSDPStrategy wants weights and adapters of one dtype: set student.dtype=float32, or take "
             "sdzero.trainer.FullShard as trainer.strategy"
         )
 
@@ -78,7 +78,7 @@ def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
     unknown = sorted({*lora.target_modules} - {*known})
     if unknown or not lora.target_modules:
         wrong = f"no linear layer is called {', '.join(unknown)}" if unknown else "it is empty"
-        raise ValueError(f"model.lora.target_modules: {wrong}; the decoder has {', '.join(known)}")
+        raise ValueError(f"student.lora.target_modules: {wrong}; the decoder has {', '.join(known)}")
     return {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in lora.target_modules}
 
 

@@ -39,7 +39,7 @@ def _layers(model: LanguageModel, config: ModelConfig) -> list[nn.Module]:
     names = set(config.layer_classes or model.hf._no_split_modules or ())
     layers = [m for m in model.modules() if type(m).__name__ in names]
     if not layers:
-        raise ValueError(f"model.layer_classes: no layer of {sorted(names)} in {type(model.hf).__name__}")
+        raise ValueError(f"student.layer_classes: no layer of {sorted(names)} in {type(model.hf).__name__}")
     return layers
 
 

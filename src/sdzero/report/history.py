@@ -104,7 +104,7 @@ def facts(lineage: Mapping[str, Any]) -> dict[str, str]:
     """What a reader asks first about a run, from the stages' configs: what is not there is left out."""
     wanted = {
         "task": "task.class_path",
-        "model": "model.path",
+        "model": "student.path",
         "engine": "engine.class_path",
         "seed": "seed_everything",
         "accelerator": "trainer.accelerator",

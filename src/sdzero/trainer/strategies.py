@@ -55,7 +55,7 @@ class FullShard(AtomicFolders, ModelParallelStrategy):
                 f"which is {num_processes}: set trainer.devices and trainer.num_nodes, or another size"
             )
         self._data_parallel_size = num_processes // self.tensor_parallel_size
-        if self.root_device.type == "cuda":  # under model.cpu_offload gradients are reduced in host memory
+        if self.root_device.type == "cuda":  # under student.cpu_offload gradients are reduced in host memory
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
-FIT_MODEL = "model.init_args.model.path"
+FIT_MODEL = "model.init_args.student.path"
 DISJOINT_FROM = "data.init_args.disjoint_from"
 TRAINED, EVALUATED = ("model", "questions-fit.json"), ("results.json", "rewards.json", "questions-test.json")
 """What a training and an evaluation leave behind."""
@@ -128,7 +128,7 @@ def stages(recipe: Path, out: Path, choices: Choices = Choices()) -> list[Stage]
     else:
         traces = out / "collect/traces.jsonl"
         plan += [
-            replace(collect, inputs={"model.path": base}),
+            replace(collect, inputs={"student.path": base}),
             stage("srt", "fit", {FIT_MODEL: base, "data.init_args.source.init_args.path": traces}, *TRAINED),
             evaluation("srt", srt),
             stage("self_distill", "fit", {FIT_MODEL: srt, DISJOINT_FROM: out / "collect/questions.json"}, *TRAINED),
@@ -149,11 +149,11 @@ def _check_overlay(folder: Path) -> None:
 
 def _model_path(collect: Stage) -> str:
     values = collect.resolved()
-    if "model.path" not in values:
+    if "student.path" not in values:
         raise ValueError(
-            f"{collect.config}: model.path is missing, and the recipe has no base.yaml that trains a base model"
+            f"{collect.config}: student.path is missing, and the recipe has no base.yaml that trains a base model"
         )
-    return str(values["model.path"])
+    return str(values["student.path"])
 
 
 def resolved(*paths: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from graders.sandbox.attacks import ATTACKS, FORGED, LEGAL
 
+from graders.sandbox.attacks import ATTACKS, FORGED, LEGAL
 from sdzero.graders.sandbox.backends import BACKENDS, SANDBOXES
 from sdzero.graders.sandbox.client import Judge
 from sdzero.graders.sandbox.processes import tree

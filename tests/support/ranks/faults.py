@@ -19,7 +19,7 @@ from sdzero.utils.process import watchdog
 
 FIT = [
     *("fit", "--config", "configs/recipes/smoke/self_distill.yaml", "--config", "configs/trainer/ddp.yaml"),
-    *("--model.model.path=configs/tiny_model", "--model.model.weights=random", "--data.disjoint_from=null"),
+    *("--model.student.path=configs/tiny_model", "--model.student.weights=random", "--data.disjoint_from=null"),
     *("--data.prompts_per_step=3", "--data.num_questions=9", "--data.call_size=2", "--data.sampling.max_new_tokens=8"),
     *("--data.evaluation.num_questions=0", "--trainer.max_steps=4", "--trainer.limit_val_batches=0"),
     *("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.precision=32-true"),

@@ -27,12 +27,12 @@ def stages(smoke: Path, out: Path) -> dict[str, list[str]]:
     """Name of a stage -> the command and its arguments."""
     traces, questions = smoke / "collect/traces.jsonl", smoke / "collect/questions.json"
     return {
-        "srt": ["fit", *FIT, f"--model.model.path={smoke}/base/model", f"--data.source.path={traces}"],
+        "srt": ["fit", *FIT, f"--model.student.path={smoke}/base/model", f"--data.source.path={traces}"],
         "self_distill": [
-            *("fit", *FIT, *PHASE_2, f"--model.model.path={out}/srt/model", f"--data.disjoint_from={questions}"),
+            *("fit", *FIT, *PHASE_2, f"--model.student.path={out}/srt/model", f"--data.disjoint_from={questions}"),
             "--trainer.max_epochs=-1",
         ],
-        "eval": ["test", *SAMPLES, "--data.evaluation.num_samples=2", f"--model.model.path={out}/self_distill/model"],
+        "eval": ["test", *SAMPLES, "--data.evaluation.num_samples=2", f"--model.student.path={out}/self_distill/model"],
     }
 
 

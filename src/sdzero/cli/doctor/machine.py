@@ -113,7 +113,7 @@ def hub_row() -> Row:
     asking.join(HUB_SECONDS)
     fault = faults[0] if faults else f"no answer in {HUB_SECONDS} s"
     if fault:
-        found = f"offline ({fault}): model.path takes folders, and models downloaded before"
+        found = f"offline ({fault}): student.path takes folders, and models downloaded before"
         return Row("model hub", "warning", found, "export HF_HUB_OFFLINE=1 saves waiting for it")
     return Row("model hub", "ok", f"{constants.ENDPOINT} answers")
 

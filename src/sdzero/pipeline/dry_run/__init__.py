@@ -44,7 +44,7 @@ def make_plan(recipe: Path, configs: Mapping[str, Config]) -> Plan:
     """
     assumptions = load_assumptions(recipe)
     first = "base" if "base" in configs else "base/eval"
-    path = configs[first]["model"]["init_args"]["model"]["path"]
+    path = configs[first]["model"]["init_args"]["student"]["path"]
     model = load_architecture(path, assumptions)
     memory = Survey(configs, assumptions, model).run() if model else Memory()
     if model is None:

@@ -116,7 +116,7 @@ class Architecture:
         return self.num_parameters - self.num_layers * self.num_layer_parameters
 
     def num_adapter_parameters(self, lora: Config) -> int:
-        """Of `model.lora`: each adapter has rank x (in + out) of a linear layer. Of the usual names of those layers."""
+        """Parameters of `student.lora`: rank x (in + out) per adapted linear layer, under the usual layer names."""
         sides = {name: self.hidden + self.intermediate for name in ("gate_proj", "up_proj", "down_proj")}
         sides |= {name: self.hidden + self.queries for name in ("q_proj", "o_proj")}
         sides |= {name: self.hidden + self.keys for name in ("k_proj", "v_proj")}

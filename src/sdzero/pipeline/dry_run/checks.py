@@ -162,7 +162,7 @@ class Survey:
         for moment in (max(passes, key=lambda passing: passing.total), update):  # one line for loss head and backward
             if self.gpu_bytes and at.on_gpu and moment.total > self.gpu_bytes:
                 self._refuse(moment, _advice(moment, arguments, at, max(student, reads), self.gpu_bytes))
-        kept = resident(self.model, teacher, at, arguments["model"])
+        kept = resident(self.model, teacher, at, arguments["student"])
         self._sample(stage, config, kept, at, longest_rollout)
 
     def _teacher(self, arguments: Mapping[str, Any]) -> tuple[Architecture, int]:
@@ -170,7 +170,7 @@ class Survey:
         adapters the student's own weights."""
         named = arguments["teacher"]
         if named is None:
-            return self.model, 0 if arguments["model"].get("lora") else 4
+            return self.model, 0 if arguments["student"].get("lora") else 4
         sizes = load_architecture(named["path"], None)
         if sizes is None:
             self.found.notes.append(
@@ -191,17 +191,17 @@ def _advice(moment: Moment, arguments: Mapping[str, Any], at: Machine, longest: 
     """What brings it down: less in a micro batch where the rest fits, else less of each model on a GPU."""
     batch = sum(moment.parts.get(part, 0) for part in ("activations", "loss head"))
     if moment.total - batch < gpu_bytes:
-        if not arguments["model"]["gradient_checkpointing"]:
-            return "set model.model.gradient_checkpointing: true"
+        if not arguments["student"]["gradient_checkpointing"]:
+            return "set model.student.gradient_checkpointing: true"
         if arguments["max_tokens_per_micro_batch"] > longest:
             return f"lower model.max_tokens_per_micro_batch; the longest example has {longest:,} tokens"
-    if moment.parts["gradients"] > moment.parts["optimizer"] and not arguments["model"]["cpu_offload"]:  # whole
+    if moment.parts["gradients"] > moment.parts["optimizer"] and not arguments["student"]["cpu_offload"]:  # whole
         return "set model.reduce_every_micro_batch: true, or take more GPUs (trainer.devices)"
     if at.num_shards == 1:
         return "shard the model over several GPUs: trainer.strategy (configs/trainer/fsdp2.yaml) and trainer.devices"
     if moment.parts["teacher"] and (arguments["teacher"] or {}).get("dtype") != "bfloat16":
         return "set model.teacher.dtype: bfloat16, or take more GPUs (trainer.devices)"
-    return "take more GPUs (trainer.devices), lower sampling.max_new_tokens, or set model.model.cpu_offload: true"
+    return "take more GPUs (trainer.devices), lower sampling.max_new_tokens, or set model.student.cpu_offload: true"
 
 
 def _file(stage: str) -> str:

@@ -83,13 +83,13 @@ def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: b
 
 
 def num_trained(model: Architecture, settings: Config) -> int:
-    """Parameters that train under `model.model` of a config: all, or its adapters'."""
+    """Parameters that train under `model.student` of a config: all, or its adapters'."""
     lora = settings.get("lora")
     return model.num_adapter_parameters(lora) if lora else model.num_parameters
 
 
 def resident(model: Architecture, teacher: tuple[Architecture, int] | None, at: Machine, settings: Config) -> Resident:
-    """Args: teacher: its sizes and the bytes of its elements; settings: of the student, `model.model` of a config."""
+    """Args: teacher: its sizes and the bytes of its elements; settings: of the student, `model.student` of a config."""
     if settings["cpu_offload"]:  # the host's memory holds all of it
         return Resident(0, 0, 0)
     trained = FLOAT32 * num_trained(model, settings)
@@ -120,7 +120,7 @@ def training_moments(
             the last one, unless `reduce_every_micro_batch` is set.
     """
     arguments = config["model"]["init_args"]
-    settings, options = arguments["model"], arguments["optimizer"]["init_args"]
+    settings, options = arguments["student"], arguments["optimizer"]["init_args"]
     kept = resident(model, teacher, at, settings)
     parts = {**kept.parts, "other": OTHER if at.on_gpu else 0}
     shard = 0 if settings["cpu_offload"] else kept.optimizer // 2
