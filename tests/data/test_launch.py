@@ -17,7 +17,7 @@ import yaml
 
 from sdzero.cli.main import _check
 from sdzero.pipeline import run as pipeline
-from sdzero.utils.recipe import stages
+from sdzero.pipeline.stages import stages
 from support.runs import ROOT, SMOKE, environment, read_json, scalars
 
 CLUSTER = ROOT / "configs/scripts"

@@ -14,9 +14,9 @@ import pytest
 
 from sdzero.cli.main import _check
 from sdzero.data.trace_file import write_traces
+from sdzero.pipeline.stages import resolved
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Question, Trace
-from sdzero.utils.recipe import resolved
 from support.fixtures.make import MAKERS, make
 from support.runs import ROOT, exit_code, read_json, rows
 from support.tiny_model import write_tiny

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from sdzero.cli.main import _collect_parser
-from sdzero.utils.recipe import stages
+from sdzero.pipeline.stages import stages
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").iterdir())

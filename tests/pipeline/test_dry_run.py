@@ -34,8 +34,8 @@ from sdzero.pipeline.dry_run.sampling import BATCHED_TOKENS, cache_bytes
 from sdzero.pipeline.dry_run.tables import total
 from sdzero.pipeline.dry_run.training import training_moments
 from sdzero.pipeline.run import parse
+from sdzero.pipeline.stages import stages
 from sdzero.types import Example
-from sdzero.utils.recipe import stages
 from support.runs import ROOT, SMOKE, exit_code, read_json, responses
 
 RECIPES = ROOT / "configs/recipes"

@@ -24,9 +24,9 @@ from sdzero.evaluation.keywords import count_keywords
 from sdzero.models.language_model import folder_sha256
 from sdzero.pipeline import run as pipeline
 from sdzero.pipeline.run import content_sha256
+from sdzero.pipeline.stages import FIT_MODEL, Choices, resolved, stages
 from sdzero.report import RunFolder, history, render
 from sdzero.tasks import Chains
-from sdzero.utils.recipe import FIT_MODEL, Choices, resolved, stages
 from support.runs import MODELS, SMOKE, STAGES, exit_code, num_calls, read_json, refusal, responses, scalars
 
 # a validation is two calls: answers, and revisions of them

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from sdzero import __version__
+from sdzero.pipeline.stages import ENGINES, Choices, Stage, stages
 from sdzero.pipeline.summary import print_table, summarize
 from sdzero.utils.disk_full import naming
 from sdzero.utils.files import write_text
 from sdzero.utils.process import PARENT, STACKS, STAGE, handling, name_of, requeue, say, status_of
-from sdzero.utils.recipe import ENGINES, Choices, Stage, stages
 
 PLACES = {"devices", "num_nodes", "trainer.devices", "trainer.num_nodes"}
 """Keys that say where a stage runs, not what it does: an interrupted one may go on on other machines."""

@@ -1,198 +1,321 @@
-"""The stages of a recipe, and what each is called with: its config, what is laid over it, and the command line's word.
+"""Recipes: the stages that recipe.yaml lists, and the config that each is started with.
 
-base -> base/eval -> collect -> srt -> srt/eval -> self_distill -> self_distill/eval.
+A stage's config is merged from layers, lowest first: the folder that the recipe extends, the recipe, and each overlay.
+Every layer adds its `shared` values and then its file of the stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from graphlib import CycleError, TopologicalSorter
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sdzero.utils.yaml_config import Config, expand, get_value, load_config, load_yaml, merge, nest
 
-ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
-FIT_MODEL = "model.init_args.student.path"
-DISJOINT_FROM = "data.init_args.disjoint_from"
-TRAINED, EVALUATED = ("model", "questions-fit.json"), ("results.json", "rewards.json", "questions-test.json")
-"""What a training and an evaluation leave behind."""
-NAMES = ("collect", "srt", "self_distill", "eval")
-"""The files of a recipe, and of an overlay, without their ending."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the command line says beside the recipe.
-
-    Args:
-        overlays: folders whose files are laid over the recipe's, in this order.
-        phase2_only: leave out collection and SRT, so that SelfDistill starts from the base (table 12).
-        seed: the run's seed; None leaves the recipe's.
-        engine: a key of ENGINES; None leaves the recipe's engine.
-        devices: processes per node of every stage; None leaves the recipe's.
-        num_nodes: nodes of every stage; None leaves the recipe's.
-    """
-
-    overlays: tuple[Path, ...] = ()
-    phase2_only: bool = False
-    seed: int | None = None
-    engine: str | None = None
-    devices: int | None = None
-    num_nodes: int | None = None
+RECIPE = "recipe.yaml"
+QUESTION_IDS = "questions.json"
+SHARED = {
+    "seed_everything": ("seed_everything", "seed_everything"),
+    "student": ("model.init_args.student", "student"),
+    "task": ("data.init_args.task", "task"),
+    "engine": ("data.init_args.engine", "engine"),
+    "engine_dtype": ("data.init_args.engine_dtype", "engine_dtype"),
+    "max_logprob_gap": ("data.init_args.max_logprob_gap", None),
+    "trainer": ("trainer", None),
+}
+"""Key of `shared` -> its place in a config of fit and test, and in one of collect."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One child process.
+class StageEntry:
+    """An entry of `stages` in recipe.yaml.
 
     Attributes:
-        name: folder of the stage in the run's folder.
-        command: `fit`, `test` or `collect`.
-        config: YAML file of the recipe.
-        overlays: YAML files laid over it, in order.
-        inputs: config key -> file or folder that an earlier stage wrote.
-        outputs: what must be there when it has finished, relative to its folder.
-        settings: config key -> value that the command line or the choice of stages gives it.
+        name: key of the entry, and the stage's folder in the run's folder.
+        command: `fit` or `collect`.
+        file: file of the stage's config.
+        label: name of the stage's model in tables and plots.
+        starts_from: stage whose model this one starts from; None: the model that `shared.student.path` names.
+        takes: config key -> `STAGE/FILE`, a file or folder that an earlier stage writes.
+        without: keys of `shared` that the stage does not take.
+        trains: False for an entry that stands for the model that `shared.student.path` names.
     """
 
     name: str
     command: str
-    config: Path
-    overlays: tuple[Path, ...] = ()
-    inputs: dict[str, Path] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
+    file: str
+    label: str
+    starts_from: str | None = None
+    takes: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    trains: bool = True
 
-    def resolved(self) -> dict[str, Any]:
-        """The config as flat `a.b.c: value` pairs, overlays and settings in it."""
-        return {**resolved(self.config, *self.overlays), **self.settings}
+    @property
+    def has_model(self) -> bool:
+        return self.command == "fit"
 
-    def arguments(self, folder: Path) -> list[str]:
-        """Of its command, to have it write into `folder`."""
-        options = {key: str(path) for key, path in self.inputs.items()}
-        options |= {"out": str(folder)} if self.command == "collect" else {"trainer.default_root_dir": str(folder)}
-        # a class named for a whole value takes the place of the recipe's
-        options |= {k.removesuffix(".class_path"): "null" if v is None else str(v) for k, v in self.settings.items()}
-        configs = [argument for file in (self.config, *self.overlays) for argument in ("--config", str(file))]
-        return [*configs, *(f"--{key}={value}" for key, value in options.items())]
+    @property
+    def evaluation(self) -> str:
+        """Name of its model's evaluation, which is also its folder in the run's folder."""
+        return f"{self.name}/eval"
 
-    def engine_key(self) -> str | None:
-        """The key that names the class of the stage's rollout engine; None for a stage without one."""
-        prefix, config = "engine" if self.command == "collect" else "data.init_args.engine", self.resolved()
-        return next((key for key in (f"{prefix}.class_path", prefix) if key in config), None)
-
-    def chosen(self, choices: Choices) -> Stage:
-        """The stage with what the command line says of every one."""
-        settings = {**self.settings}
-        if choices.seed is not None:
-            settings["seed_everything"] = choices.seed
-        if choices.engine is not None and (key := self.engine_key()):
-            settings[key] = ENGINES[choices.engine]
-        where = {"devices": choices.devices, "num_nodes": choices.num_nodes}
-        prefix = "" if self.command == "collect" else "trainer."
-        settings |= {f"{prefix}{key}": value for key, value in where.items() if value is not None}
-        return replace(self, settings=settings)
+    @property
+    def processes(self) -> tuple[str, ...]:
+        """Names of the processes that the entry stands for, in order."""
+        return (*[self.name] * self.trains, *[self.evaluation] * self.has_model)
 
 
-def stages(recipe: Path, out: Path, choices: Choices = Choices()) -> list[Stage]:
-    """The stages of a recipe in order.
+@dataclass(frozen=True)
+class Model:
+    """A model of a recipe. All are evaluated in the same way.
+
+    Attributes:
+        name: stage that trains the model, or stands for it.
+        label: its name in tables and plots.
+        starts_from: name of the model it started from; None for the first.
+        cost_stages: stages whose generations and tokens the model cost beyond the one it started from (table 3): its
+            own, after the collections whose traces it learns from. Empty for a model that starts from none.
+        evaluation: folder of its evaluation in the run's folder.
+    """
+
+    name: str
+    label: str
+    starts_from: str | None
+    cost_stages: tuple[str, ...]
+    evaluation: str
+
+
+def list_models(entries: Sequence[StageEntry]) -> tuple[Model, ...]:
+    """Models of a recipe's stages, in order."""
+    by_name = {entry.name: entry for entry in entries}
+
+    def collections(entry: StageEntry) -> Iterator[str]:
+        """Stages whose traces a stage learns from. Question ids alone are not something to learn from."""
+        for name, _, file in (source.partition("/") for source in entry.takes.values()):
+            if file != QUESTION_IDS and not by_name[name].has_model:
+                yield from (*collections(by_name[name]), name)
+
+    def ancestors(entry: StageEntry) -> Iterator[StageEntry]:
+        if entry.starts_from is not None:
+            yield by_name[entry.starts_from]
+            yield from ancestors(by_name[entry.starts_from])
+
+    def costs(entry: StageEntry) -> tuple[str, ...]:
+        if entry.starts_from is None:
+            return ()
+        paid = {name for ancestor in ancestors(entry) for name in collections(ancestor)}
+        return (*(name for name in dict.fromkeys(collections(entry)) if name not in paid), entry.name)
+
+    return tuple(Model(e.name, e.label, e.starts_from, costs(e), e.evaluation) for e in entries if e.has_model)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A folder of configs.
+
+    Attributes:
+        folder: the folder.
+        content: its recipe.yaml; empty for an overlay without one.
+        shared: the recipe.yaml's `shared`, with the files it names in their place.
+    """
+
+    folder: Path
+    content: Mapping[str, Any]
+    shared: Config
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with its overlays.
+
+    Attributes:
+        folder: the recipe's folder.
+        layers: lowest first.
+        entries: stages in order.
+        evaluation: file by which every model is evaluated.
+    """
+
+    folder: Path
+    layers: tuple[Layer, ...]
+    entries: tuple[StageEntry, ...]
+    evaluation: str
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def compose(self, entry: StageEntry | None) -> tuple[Config, tuple[Path, ...]]:
+        """Config of a stage (None: of the evaluation) and the files that it was merged from.
+
+        Raises:
+            FileNotFoundError: no layer has the stage's file.
+            ValueError: a file is not valid YAML.
+        """
+        file, command = (entry.file, entry.command) if entry else (self.evaluation, "test")
+        config: Config = {}
+        sources: list[Path] = []
+        for layer in self.layers:
+            if shared := {key: value for key, value in layer.shared.items() if not entry or key not in entry.without}:
+                config = merge(config, place(shared, command))
+                sources.append(layer.folder / RECIPE)
+            if (layer.folder / file).is_file():
+                config = merge(config, load_config(layer.folder / file))
+                sources.append(layer.folder / file)
+        if not any(source.name == file for source in sources):
+            where = f"stages.{entry.name}" if entry else "evaluation"
+            raise FileNotFoundError(f"{self.folder / RECIPE}: {where}: there is no {self.folder / file}")
+        return config, tuple(sources)
+
+    def student_path(self) -> str:
+        """Path of the model that the recipe starts from.
+
+        Raises:
+            ValueError: `shared` does not name it.
+        """
+        path = get_value(reduce(merge, (layer.shared for layer in self.layers), {}), "student.path")
+        if path is None:
+            raise ValueError(f"{self.folder / RECIPE}: shared.student.path is missing: the model to start from")
+        return str(path)
+
+
+def place(shared: Config, command: str) -> Config:
+    """Values of `shared` under the keys of a command's config."""
+    pairs = ((SHARED[key][command == "collect"], value) for key, value in shared.items())
+    return reduce(merge, (nest(key, value) for key, value in pairs if key is not None), {})
+
+
+def load_recipe(folder: Path, overlays: Sequence[Path] = ()) -> Recipe:
+    """Reads a recipe.yaml and those of its overlays. The stages' files are read by `Recipe.compose`.
+
+    Args:
+        folder: folder with a recipe.yaml.
+        overlays: folders whose files are laid over the recipe's, in this order. The `stages` of an overlay replace the
+            recipe's; an entry without a value is taken from there.
 
     Raises:
-        FileNotFoundError: the folder lacks one of collect.yaml, srt.yaml, self_distill.yaml, eval.yaml, or an overlay
-            is no folder.
-        ValueError: an overlay holds none of these files, or another one.
+        FileNotFoundError: a folder or the recipe.yaml is missing.
+        ValueError: a recipe.yaml or an overlay is wrong; names the file and the key.
     """
-    for name in NAMES:
-        if not (recipe / f"{name}.yaml").is_file():
-            raise FileNotFoundError(f"{recipe} is not a recipe: it has no {name}.yaml")
-    for overlay in choices.overlays:
-        _check_overlay(overlay)
-
-    def stage(name: str, command: str, inputs: Mapping[str, Path], *outputs: str, **settings: Any) -> Stage:
-        file = f"{'eval' if command == 'test' else name}.yaml"
-        overlays = tuple(overlay / file for overlay in choices.overlays if (overlay / file).is_file())
-        return Stage(name, command, recipe / file, overlays, dict(inputs), outputs, settings).chosen(choices)
-
-    def evaluation(name: str, model: Path) -> Stage:
-        return stage(f"{name}/eval", "test", {FIT_MODEL: model}, *EVALUATED)
-
-    collect = stage("collect", "collect", {}, "traces.jsonl", "questions.json", "statistics.json")
-    has_base = (recipe / "base.yaml").is_file()
-    base = out / "base/model" if has_base else Path(_model_path(collect))
-    srt, self_distill = out / "srt/model", out / "self_distill/model"
-    plan = [stage("base", "fit", {}, *TRAINED)] if has_base else []
-    plan += [evaluation("base", base)]
-    if choices.phase2_only:
-        plan += [stage("self_distill", "fit", {FIT_MODEL: base}, *TRAINED, **{DISJOINT_FROM: None})]
-    else:
-        traces = out / "collect/traces.jsonl"
-        plan += [
-            replace(collect, inputs={"student.path": base}),
-            stage("srt", "fit", {FIT_MODEL: base, "data.init_args.source.init_args.path": traces}, *TRAINED),
-            evaluation("srt", srt),
-            stage("self_distill", "fit", {FIT_MODEL: srt, DISJOINT_FROM: out / "collect/questions.json"}, *TRAINED),
-        ]
-    return [*plan, evaluation("self_distill", self_distill)]
+    if not (folder / RECIPE).is_file():
+        raise FileNotFoundError(f"{folder} is not a recipe: it has no {RECIPE}")
+    layers = [*_load_extended(folder), *map(load_layer, overlays)]
+    evaluation, raw, listed_in, known_files = "eval.yaml", {}, layers[0], {RECIPE}
+    for layer in layers:
+        file = layer.folder / RECIPE
+        evaluation = _check_mapping(layer.content.get("evaluation"), f"{file}: evaluation", ("file",)).get(
+            "file", evaluation
+        )
+        if stages := _check_mapping(layer.content.get("stages"), f"{file}: stages"):
+            raw = {name: raw.get(name, {}) if values is None else values for name, values in stages.items()}
+            listed_in = layer
+        entries = _parse_entries(raw, listed_in)
+        known_files |= {evaluation, *(entry.file for entry in entries)}
+    if not raw:
+        raise ValueError(f"{folder / RECIPE}: stages is missing: it lists the recipe's stages")
+    for overlay in overlays:
+        _check_overlay(overlay, known_files)
+    return Recipe(folder, tuple(layers), entries, evaluation)
 
 
-def _check_overlay(folder: Path) -> None:
+def load_layer(folder: Path) -> Layer:
+    """Reads a folder's recipe.yaml, if it has one."""
+    file = folder / RECIPE
+    keys = ("extends", "shared", "evaluation", "stages")
+    content = _check_mapping(load_yaml(file) if file.is_file() else None, str(file), keys)
+    return Layer(folder, content, expand(_check_mapping(content.get("shared"), f"{file}: shared", SHARED), folder))
+
+
+def _load_extended(folder: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """Layers of a recipe: the folders that it extends, lowest first, and its own."""
+    if folder in above:
+        raise ValueError(f"{folder / RECIPE}: extends: the folders extend each other")
+    layer = load_layer(folder)
+    if (below := layer.content.get("extends")) is None:
+        return [layer]
+    beneath = Path(normpath(folder / str(below)))
+    if not (beneath / RECIPE).is_file():
+        raise FileNotFoundError(f"{folder / RECIPE}: extends: there is no {beneath / RECIPE}")
+    return [*_load_extended(beneath, (*above, folder)), layer]
+
+
+def _check_mapping(values: Any, where: str, known: Iterable[str] | None = None) -> dict[str, Any]:
+    """The mapping `values`, empty for None.
+
+    Raises:
+        ValueError: it is not a mapping, or has an unknown key.
+    """
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be a mapping, got {values!r}")
+    if unknown := [key for key in values if known is not None and key not in known]:
+        raise ValueError(f"{where}: unknown key {unknown[0]}; the keys are {', '.join(known or ())}")
+    return values
+
+
+def _parse_entries(raw: Mapping[str, Any], layer: Layer) -> tuple[StageEntry, ...]:
+    entries: list[StageEntry] = []
+    for name, values in raw.items():
+        where = f"{layer.folder / RECIPE}: stages.{name}"
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            raise ValueError(f"{where}: a stage's name has letters, digits, - and _ only")
+        trains = not isinstance(values, dict) or values.get("trains", True)
+        keys = ("command", "file", "label", "starts_from", "takes", "without", "trains")
+        given = _check_mapping(values, where, keys if trains else ("label", "trains"))
+        entry = StageEntry(
+            name=name,
+            command=given.get("command", "fit"),
+            file=given.get("file", f"{name}.yaml"),
+            label=str(given.get("label", name)),
+            starts_from=given.get("starts_from", next((e.name for e in reversed(entries) if e.has_model), None)),
+            takes=_check_mapping(given.get("takes"), f"{where}.takes"),
+            without=tuple(given.get("without") or ()),
+            trains=bool(trains),
+        )
+        if entry.command not in ("fit", "collect"):
+            raise ValueError(f"{where}.command: must be fit or collect, got {entry.command!r}")
+        if unknown := [key for key in entry.without if key not in SHARED]:
+            raise ValueError(f"{where}.without: unknown key {unknown[0]}; the keys are {', '.join(SHARED)}")
+        entries.append(entry if trains else StageEntry(name, "fit", "", entry.label, trains=False))
+    _check_references(entries, f"{layer.folder / RECIPE}: stages")
+    return tuple(entries)
+
+
+def _check_references(entries: Sequence[StageEntry], where: str) -> None:
+    """Raises: ValueError where a stage needs an unknown or a later one, and where two models have one label."""
+    by_name = {entry.name: entry for entry in entries}
+    needs = {
+        e.name: [*filter(None, [e.starts_from]), *(s.partition("/")[0] for s in e.takes.values())] for e in entries
+    }
+    for name, needed in needs.items():
+        if unknown := [other for other in needed if other not in by_name]:
+            raise ValueError(f"{where}.{name}: there is no stage {unknown[0]}; the stages are {', '.join(by_name)}")
+        if (start := by_name[name].starts_from) and not by_name[start].has_model:
+            raise ValueError(f"{where}.{name}.starts_from: {start} is a collection and has no model")
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        raise ValueError(f"{where}: a loop: {' needs '.join(reversed(error.args[1]))}") from None
+    order = [*by_name]
+    for name, needed in needs.items():
+        if later := [other for other in needed if order.index(other) > order.index(name)]:
+            raise ValueError(f"{where}.{name}: needs {later[0]}, which is listed after it: list it before")
+    labels = [entry.label for entry in entries if entry.has_model]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"{where}: two models have the label {twice[0]!r}")
+
+
+def _check_overlay(folder: Path, known: set[str]) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"--overlay {folder}: there is no such folder")
-    wanted = [f"{name}.yaml" for name in NAMES]
-    files = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    if unknown := [name for name in files if name not in wanted]:
-        raise ValueError(f"--overlay {folder}: {unknown[0]} is none of {', '.join(wanted)}: rename it or move it away")
-    if not files:
-        raise ValueError(f"--overlay {folder}: it has none of {', '.join(wanted)}")
-
-
-def _model_path(collect: Stage) -> str:
-    values = collect.resolved()
-    if "student.path" not in values:
+    files = sorted(file.name for file in folder.glob("*.yaml"))
+    if unknown := [name for name in files if name not in known]:
         raise ValueError(
-            f"{collect.config}: student.path is missing, and the recipe has no base.yaml that trains a base model"
+            f"--overlay {folder}: {unknown[0]} is not one of {', '.join(sorted(known))}: rename or move it"
         )
-    return str(values["student.path"])
-
-
-def resolved(*paths: Path) -> dict[str, Any]:
-    """A config as flat `a.b.c: value` pairs, with the YAML files it names put in their place; later files change the
-    keys that they name.
-
-    Raises:
-        ValueError: a file is not YAML; names the place.
-    """
-    merged: Any = {}
-    for path in paths:
-        merged = _merge(merged, _expand(_load(path), path.parent))
-
-    def walk(prefix: str, value: Any) -> dict[str, Any]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        flat = [walk(f"{prefix}.{key}" if prefix else str(key), item) for key, item in items]
-        return {k: v for part in flat for k, v in part.items()} if flat else {prefix: value}
-
-    return walk("", merged)
-
-
-def _expand(value: Any, folder: Path) -> Any:
-    """The value with the YAML files it names, relative to the file that names them, in their place."""
-    if isinstance(value, str) and value.endswith(".yaml") and (folder / value).is_file():
-        return _expand(_load(folder / value), (folder / value).parent)
-    if isinstance(value, dict):
-        return {key: _expand(item, folder) for key, item in value.items()}
-    return [_expand(item, folder) for item in value] if isinstance(value, list) else value
-
-
-def _merge(below: Any, above: Any) -> Any:
-    """As a second `--config` does it: keys are changed one by one, lists as a whole."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
-        return above
-    return {**below, **{key: _merge(below[key], item) if key in below else item for key, item in above.items()}}
-
-
-def _load(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not files:
+        raise ValueError(f"--overlay {folder}: it has none of {', '.join(sorted(known))}")
