@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sdzero.graders.sandbox.client import Judge
+from sdzero.graders.sandbox.client import SandboxClient
 from sdzero.graders.sandbox.types import Language, StdioTest, Submission
 
 PROGRAMS: dict[Language, str] = {
@@ -44,11 +44,11 @@ def bare(argv: list[str], num_runs: int, in_flight: int) -> float:
     return num_runs / (time.perf_counter() - started)
 
 
-def judged(judge: Judge, language: Language, num_runs: int) -> float:
+def judged(client: SandboxClient, language: Language, num_runs: int) -> float:
     """Runs a second of the judge; compiled programs come from its cache."""
     submissions = [Submission(language, PROGRAMS[language], (TEST,))] * num_runs
     started = time.perf_counter()
-    assert all(verdict.reward == 1 for verdict in judge.judge(submissions))
+    assert all(verdict.reward == 1 for verdict in client.grade(submissions))
     return num_runs / (time.perf_counter() - started)
 
 
@@ -73,19 +73,19 @@ def main() -> None:
             "cpp": [f"{folder}/main"],
         }
         for in_flight in IN_FLIGHT:
-            with Judge(given.backend, in_flight) as judge:
+            with SandboxClient(given.backend, in_flight) as client:
                 for language, argv in commands.items():
-                    judged(judge, language, 8)  # compiled, and both warm
+                    judged(client, language, 8)  # compiled, and both warm
                     sides: dict[str, Callable[[], float]] = {
                         "bare": lambda argv=argv, n=in_flight: bare(argv, given.runs, n),
-                        "judge": lambda language=language, judge=judge: judged(judge, language, given.runs),
+                        "judge": lambda language=language, client=client: judged(client, language, given.runs),
                     }
                     rates = {name: [] for name in sides}
                     for _ in range(given.rounds):
                         for name, side in sides.items():
                             rates[name].append(side())
                     row = {name: statistics.median(values) for name, values in rates.items()}
-                    row = {"language": language, "in_flight": in_flight, "backend": judge.backend, **row}
+                    row = {"language": language, "in_flight": in_flight, "backend": client.backend, **row}
                     rows.append({**row, "ratio": row["judge"] / row["bare"]})
                     print(_line(rows[-1]), flush=True)
     result = {

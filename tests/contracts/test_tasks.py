@@ -110,11 +110,11 @@ def rows_file(kind: str) -> str:
     return str(path)
 
 
-class EchoJudge:
+class EchoSandbox:
     """Holds that a program writes its own last line, and that assertions pass where that line says so: the real judge
     has tests of its own."""
 
-    def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
+    def grade(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
         return [
             CodeVerdict(1, "correct", "echo") if self.is_right(submission) else CodeVerdict(0, "wrong", "echo")
             for submission in submissions
@@ -129,7 +129,7 @@ class EchoJudge:
 
 def judged(make: Callable[[], Task]) -> Callable[[], Task]:
     def made() -> Task:
-        with patch("sdzero.tasks.code.Judge", lambda *_: EchoJudge()):
+        with patch("sdzero.tasks.code.SandboxClient", lambda *_: EchoSandbox()):
             return make()
 
     return made

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sdzero.graders import worker_pool as pool_module
-from sdzero.graders.sandbox.types import JudgeError
+from sdzero.graders.errors import GraderError
 from sdzero.graders.worker_pool import Failed, GraderPool
 
 SLEEP = "__import__('time').sleep(60)"
@@ -98,19 +98,19 @@ def test_it_starts_again_after_it_was_closed(pool: GraderPool[str, Any]) -> None
 
 
 def test_a_worker_that_fails_at_the_warm_up_is_a_fault() -> None:
-    with pytest.raises(JudgeError, match="cannot be made ready: ZeroDivisionError"):
+    with pytest.raises(GraderError, match="cannot be made ready: ZeroDivisionError"):
         GraderPool[str, Any](eval, ("1/0", 0)).map(["1"])
 
 
 def test_a_worker_that_makes_something_else_of_the_warm_up_is_a_fault() -> None:
     """A grader whose library is broken would find every answer wrong."""
-    with pytest.raises(JudgeError, match="makes 2 of '1 . 1', which is 3"):
+    with pytest.raises(GraderError, match="makes 2 of '1 . 1', which is 3"):
         GraderPool[str, Any](eval, ("1 + 1", 3)).map(["1"])
 
 
 @pytest.mark.parametrize("warm_up", ["__import__('os')._exit(3)", CRASH])
 def test_workers_that_die_before_they_are_ready_are_a_fault(warm_up: str) -> None:
-    with pytest.raises(JudgeError, match="brought no result|die before they are ready"):
+    with pytest.raises(GraderError, match="brought no result|die before they are ready"):
         GraderPool[str, Any](eval, (warm_up, 0)).map(["1"])
 
 
@@ -118,12 +118,12 @@ def test_workers_that_die_whatever_they_grade_are_a_fault(tmp_path: Path) -> Non
     """Else every item would be found to need too much memory."""
     mark = f"__import__('pathlib').Path({str(tmp_path / 'mark')!r})"
     warm_up = f"{DIE} if {mark}.exists() else 0"
-    with pytest.raises(JudgeError):
+    with pytest.raises(GraderError):
         GraderPool[str, Any](eval, (warm_up, 0)).map([f"[{mark}.touch(), {DIE}]"])
 
 
 def test_an_error_of_the_function_is_a_fault_and_the_pool_goes_on(pool: GraderPool[str, Any]) -> None:
-    with pytest.raises(JudgeError, match="ZeroDivisionError: division by zero"):
+    with pytest.raises(GraderError, match="ZeroDivisionError: division by zero"):
         pool.map(["1", "1/0", "2"])
     assert pool.map(["3"]) == [3]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from sdzero.graders.sandbox.client import Judge
-from sdzero.graders.sandbox.types import JudgeError
+from sdzero.graders.errors import GraderError
+from sdzero.graders.sandbox.client import SandboxClient
 
 
 @cache
@@ -15,7 +15,7 @@ def lacks_sandbox() -> bool:
     if "sandbox" in os.environ.get("SDZERO_TEST_REQUIRE", "").split(","):
         return False
     try:
-        Judge(num_workers=1).close()
-    except (JudgeError, ValueError):
+        SandboxClient(num_workers=1).close()
+    except (GraderError, ValueError):
         return True
     return False

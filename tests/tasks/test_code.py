@@ -13,22 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from sdzero.graders.sandbox.types import (
-    AssertTest,
-    CallTest,
-    Checker,
-    JudgeError,
-    Language,
-    Limits,
-    StdioTest,
-    Submission,
-)
+from sdzero.graders.errors import GraderError
+from sdzero.graders.sandbox.types import AssertTest, CallTest, Checker, Language, Limits, StdioTest, Submission
 from sdzero.tasks import Code, Task
 from sdzero.tasks import code as module
 from sdzero.tasks.code import last_block, parse_tests, with_preamble
 from sdzero.tasks.hub import HubDataset
 from sdzero.types import Question
-from support.fake_judge import FakeJudge
+from support.fake_sandbox import FakeSandbox
 from support.fixtures import programs
 from support.fixtures.make import make
 
@@ -36,14 +28,14 @@ TESTS = [{"input": "1", "output": "2"}]
 
 
 @pytest.fixture(autouse=True)
-def judge(monkeypatch: pytest.MonkeyPatch) -> list[FakeJudge]:
-    made: list[FakeJudge] = []
+def judge(monkeypatch: pytest.MonkeyPatch) -> list[FakeSandbox]:
+    made: list[FakeSandbox] = []
 
-    def make(*args: Any) -> FakeJudge:
-        made.append(FakeJudge(*args))
+    def make(*args: Any) -> FakeSandbox:
+        made.append(FakeSandbox(*args))
         return made[-1]
 
-    monkeypatch.setattr("sdzero.tasks.code.Judge", make)
+    monkeypatch.setattr("sdzero.tasks.code.SandboxClient", make)
     return made
 
 
@@ -63,7 +55,7 @@ def submission(path: Path, language: Language = "cpp", row: dict[str, Any] | Non
     )
     [(_, question)] = task._all
     task.verify(question, f"```{language}\nwrong\n```")
-    fake: Any = task._judge
+    fake: Any = task._sandbox
     [[found]] = fake.asked
     return found
 
@@ -143,7 +135,7 @@ def test_verdicts(tmp_path: Path, response: str, reason: str) -> None:
     assert verdict.parsed == (None if reason == "unparseable" else f"{reason}\n")
 
 
-def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[FakeJudge]) -> None:
+def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[FakeSandbox]) -> None:
     task = Code(jsonl(tmp_path / "q.jsonl", rows_of(3)), backend="nsjail", num_workers=3, python="/usr/bin/python3")
     assert judge[0].args == ("nsjail", 3, "/usr/bin/python3")
     questions = [question for _, question in task._all]
@@ -161,7 +153,7 @@ def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[
 
 
 def test_the_judge_gets_no_more_tests_at_a_time_than_fit(
-    tmp_path: Path, judge: list[FakeJudge], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, judge: list[FakeSandbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_AT_ONCE", 10)
     rows = [{"question": f"q{i}", "tests": [{"input": "1" * i, "output": "2" * i}]} for i in range(1, 6)]
@@ -178,13 +170,13 @@ def test_the_judge_gets_no_more_tests_at_a_time_than_fit(
 
 def test_a_fault_is_no_reward(tmp_path: Path) -> None:
     task = Code(jsonl(tmp_path / "q.jsonl", rows_of(1)))
-    with pytest.raises(JudgeError, match="the sandbox broke"):
+    with pytest.raises(GraderError, match="the sandbox broke"):
         task.verify(task._all[0][1], "```\nfault\n```")
     with pytest.raises(ValueError, match=r"q.jsonl has no tests for question code/other"):
         task.verify(Question("code/other", "", ""), "```\ncorrect\n```")
 
 
-def test_the_judge_starts_with_the_task_before_the_file_is_read(judge: list[FakeJudge]) -> None:
+def test_the_judge_starts_with_the_task_before_the_file_is_read(judge: list[FakeSandbox]) -> None:
     Code("absent.jsonl")
     assert judge[0].args == ("auto", None, None)
 
@@ -228,7 +220,7 @@ def test_a_rows_own_language(tmp_path: Path) -> None:
     assert "in C++17" in other.text and "in C++17" in third.text
     response = "```python\ncorrect\n```\n```cpp\nwrong\n```"
     assert [task.verify(question, response).reason for question in (one, other)] == ["correct", "wrong"]
-    fake: Any = task._judge
+    fake: Any = task._sandbox
     assert [asked[0].language for asked in fake.asked] == ["python", "cpp"]
 
 

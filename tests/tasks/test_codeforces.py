@@ -21,7 +21,7 @@ from sdzero.tasks import codeforces as module
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.splits import Sizes
 from sdzero.types import Question, Split
-from support.fake_judge import fake_judge  # noqa: F401 - a fixture
+from support.fake_sandbox import fake_sandbox  # noqa: F401 - a fixture
 from support.fixtures.make import make
 from support.fixtures.programs import CODEFORCES, CODEFORCES_ODD
 from support.fixtures.repository import rename_column
@@ -31,7 +31,7 @@ LANGUAGES = ("cpp", "python")
 Row = dict[str, Any]
 
 
-pytestmark = pytest.mark.usefixtures("fake_judge")
+pytestmark = pytest.mark.usefixtures("fake_sandbox")
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_tests_are_read_when_answers_are_judged(repository: Path, fetched: list[
     info = task._kept.cache_info()
     assert (info.misses, info.currsize, info.maxsize) == (1, 1, 8), "both languages have the same tests"
     assert fetched == [["generated_tests/test_cases_0902.parquet"]]
-    fake: Any = task._judge
+    fake: Any = task._sandbox
     [asked] = fake.asked
     assert len({id(submission.tests) for submission in asked}) == 1, "the judge is sent them once"
 

@@ -36,7 +36,7 @@ class Listed(Rows):
         raise AssertionError("a demonstration is not graded")
 
 
-class ReadingJudge:
+class ReadingSandbox:
     """Knows a made-up program by its expression, and computes what that would write."""
 
     asked: list[int]
@@ -44,7 +44,7 @@ class ReadingJudge:
     def __init__(self, *args: Any) -> None:
         self.asked = []
 
-    def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
+    def grade(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
         self.asked.append(len(submissions))
         return [
             CodeVerdict(1, "correct", "reading") if self.is_right(one) else CodeVerdict(0, "wrong", "reading")
@@ -65,7 +65,7 @@ class ReadingJudge:
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No judge that runs anything, and a cache of one's own for the verdicts."""
-    monkeypatch.setattr("sdzero.tasks.code.Judge", ReadingJudge)
+    monkeypatch.setattr("sdzero.tasks.code.SandboxClient", ReadingSandbox)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -251,7 +251,7 @@ def test_verified_ones_are_judged_in_turn_and_once(tmp_path: Path, folder: Path,
         task = codeforces(folder, ("cpp",), **options)
         source = CodeforcesDemonstrations(task, path=path, verified=True, thoughts=False, num_questions=4)
         traces = source.traces(builder)
-        fake: Any = task._judge
+        fake: Any = task._sandbox
         return fake.asked, traces
 
     asked, traces = read()

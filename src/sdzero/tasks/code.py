@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdzero.graders.sandbox.client import Judge, check
+from sdzero.graders.sandbox.client import SandboxClient, check
 from sdzero.graders.sandbox.types import (
     AssertTest,
     Checker,
@@ -66,7 +66,7 @@ class Code(Rows):
         sizes: as in Rows.
 
     Raises:
-        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
+        sdzero.graders.errors.NoSandboxError: no sandbox holds here.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Code(Rows):
         self.tests_column, self.limits, self.allow_assertions = tests_column, limits, allow_assertions
         self._rows: dict[str, Mapping[str, Any]] = {}
         self._submissions: dict[str, Submission] = {}
-        self._judge = Judge(
+        self._sandbox = SandboxClient(
             backend, num_workers, python
         )  # now: its process must not be forked from one that holds CUDA
 
@@ -120,7 +120,7 @@ class Code(Rows):
         verdicts: list[Verdict] = []
         for batch in self._batches(answers):
             submissions = [submission for submission in batch if submission is not None]
-            judged = iter(self._judge.judge(submissions) if submissions else ())
+            judged = iter(self._sandbox.grade(submissions) if submissions else ())
             for submission in batch:
                 if submission is None:
                     verdicts.append(Verdict(0, "unparseable"))

@@ -67,7 +67,7 @@ class Codeforces(Code):
         sizes: as in Rows; null deals them out by the hash of the problem.
 
     Raises:
-        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
+        sdzero.graders.errors.NoSandboxError: no sandbox holds here.
     """
 
     def __init__(

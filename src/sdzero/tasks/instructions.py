@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 from sdzero.graders import instructions
+from sdzero.graders.errors import GraderError
 from sdzero.graders.instructions import Followed
-from sdzero.graders.sandbox.types import JudgeError
 from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.boxed import after_thought
 from sdzero.tasks.files import Row
@@ -99,5 +99,5 @@ def _verdict(outcome: Followed | Failed) -> Verdict:
     if isinstance(outcome, Failed):
         return Verdict(0, outcome.reason)
     if outcome.problem:
-        raise JudgeError(outcome.problem)
+        raise GraderError(outcome.problem)
     return Verdict(0, "wrong", ", ".join(outcome.missed)) if outcome.missed else Verdict(1, "correct")

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from sdzero.graders.sandbox.client import check
-from sdzero.graders.sandbox.livecodebench import read_tests
+from sdzero.graders.sandbox.livecodebench_tests import read_tests
 from sdzero.graders.sandbox.types import Limits, Submission, Test
 from sdzero.tasks.code import Code, with_preamble
 from sdzero.tasks.files import Row
@@ -74,7 +74,7 @@ class LiveCodeBench(Code):
         python: as in Code.
 
     Raises:
-        sdzero.graders.sandbox.types.Refused: no sandbox holds here.
+        sdzero.graders.errors.NoSandboxError: no sandbox holds here.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ import pytest
 
 from graders.sandbox.attacks import ATTACKS, FORGED, LEGAL
 from sdzero.graders.sandbox.backends import BACKENDS, SANDBOXES
-from sdzero.graders.sandbox.client import Judge
-from sdzero.graders.sandbox.processes import tree
+from sdzero.graders.sandbox.client import SandboxClient
+from sdzero.graders.sandbox.procfs import tree
 from sdzero.graders.sandbox.server import UID
 from sdzero.graders.sandbox.types import AssertTest, CallTest, Limits, StdioTest, Submission
 
@@ -38,15 +38,15 @@ def backends() -> list[str]:
 
 
 @pytest.fixture(scope="module", params=backends())
-def judge(request: pytest.FixtureRequest) -> Iterator[Judge]:
+def client(request: pytest.FixtureRequest) -> Iterator[SandboxClient]:
     name, _, without = request.param.partition(", ")
-    with Judge(name, num_workers=2, cgroups=not without) as judge:
-        yield judge
+    with SandboxClient(name, num_workers=2, cgroups=not without) as client:
+        yield client
 
 
-def process_of(judge: Judge) -> int:
-    assert judge._connection.process
-    return judge._connection.process.pid
+def process_of(client: SandboxClient) -> int:
+    assert client._connection.process
+    return client._connection.process.pid
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def filled(source: str, values: dict[str, object]) -> str:
 
 
 def test_attacks_do_no_harm(
-    judge: Judge,
+    client: SandboxClient,
     listeners: dict[str, socket.socket],
     victim: subprocess.Popen[bytes],
     open_folder: Path,
@@ -118,9 +118,9 @@ def test_attacks_do_no_harm(
         "UDP": listeners["UDP"].getsockname()[1],
         "ABSTRACT": f"sdzero-{os.getpid()}",
         "VICTIM": victim.pid,
-        "JUDGE": process_of(judge),
+        "JUDGE": process_of(client),
         "TEST": os.getpid(),
-        "SOCKET": judge._connection.folder / "socket",
+        "SOCKET": client._connection.folder / "socket",
         "VENV": sys.prefix,
     }
     submissions = [
@@ -137,54 +137,54 @@ def test_attacks_do_no_harm(
 
     def watch() -> None:
         while not ended.wait(0.02):
-            most[0] = max(most[0], len([*tree(process_of(judge))]))
+            most[0] = max(most[0], len([*tree(process_of(client))]))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        verdicts = judge.judge(submissions)
+        verdicts = client.grade(submissions)
     finally:
         ended.set()
         watcher.join()
     faults = []
     for attack, verdict in zip(ATTACKS, verdicts, strict=True):
         said = verdict.message + "".join(run.stdout + run.stderr for run in verdict.tests)
-        harm = "HARM" in said and (judge.backend, attack.name) not in WEAKER
+        harm = "HARM" in said and (client.backend, attack.name) not in WEAKER
         long = any(run.wall_seconds > LIMITS.wall_seconds + 5 for run in verdict.tests)
-        large = judge.counted and any(run.memory_mb > LIMITS.memory_mb + 1 for run in verdict.tests)
+        large = client.counted and any(run.memory_mb > LIMITS.memory_mb + 1 for run in verdict.tests)
         if harm or long or large or CANARY in said or verdict.reward or verdict.reason not in attack.reasons:
             faults.append((attack.language, attack.name, verdict.reason, said[-300:]))
     assert faults == []
 
     assert heard(listeners) == []
-    if judge.backend != "sandlock":  # its limit lets bombs pass it for moments; memory and time still hold them
+    if client.backend != "sandlock":  # its limit lets bombs pass it for moments; memory and time still hold them
         assert most[0] <= 2 * (LIMITS.processes + 8) + 1
     time.sleep(2)  # a daemon would write now
-    assert {*tree(process_of(judge))} == {process_of(judge)}, "processes outlived their runs"
+    assert {*tree(process_of(client))} == {process_of(client)}, "processes outlived their runs"
     assert [path.name for path in open_folder.iterdir()] == [secret.name] and secret.read_text() == f'"{CANARY}"\n'
     assert not any(Path(path).exists() for path in ("/usr/x", "/usr/bin/x", "/etc/x"))
     assert victim.poll() is None, "a process of the judge's user was killed"
-    assert judge.judge([Submission("python", "print('right')", (StdioTest("", "right"),), LIMITS)])[0].reward == 1
+    assert client.grade([Submission("python", "print('right')", (StdioTest("", "right"),), LIMITS)])[0].reward == 1
 
 
-def test_a_daemon_that_holds_the_output_open_delays_nothing(judge: Judge) -> None:
+def test_a_daemon_that_holds_the_output_open_delays_nothing(client: SandboxClient) -> None:
     source = "import os, time\nprint('right', flush=True)\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\n"
-    verdict = judge.judge([Submission("python", source, (StdioTest("", "right"),), LIMITS)])[0]
+    verdict = client.grade([Submission("python", source, (StdioTest("", "right"),), LIMITS)])[0]
     assert verdict.reward == 1 and verdict.tests[0].wall_seconds < 1.5
 
 
-def test_the_time_of_children_that_nobody_waits_for_counts(judge: Judge) -> None:
+def test_the_time_of_children_that_nobody_waits_for_counts(client: SandboxClient) -> None:
     source = (
         "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        end = time.process_time() + 0.6\n"
         "        while time.process_time() < end: pass\n        os._exit(0)\n"
         "ends = time.time() + 4\nwhile time.time() < ends: time.sleep(0.1)\nprint('right')"
     )
     limits = Limits(time=0.7, memory_mb=160, processes=24, wall=9)
-    verdict = judge.judge([Submission("python", source, (StdioTest("", "right"),), limits)])[0]
+    verdict = client.grade([Submission("python", source, (StdioTest("", "right"),), limits)])[0]
     assert verdict.reason == "timeout" and verdict.tests[0].cpu_seconds > 0.7
 
 
-def test_runs_see_nothing_of_each_other(judge: Judge) -> None:
+def test_runs_see_nothing_of_each_other(client: SandboxClient) -> None:
     places = ["/tmp/left", "/dev/shm/left", "left", "/work/left"]
     leaves = f"for p in {places}:\n    try: open(p, 'w').write('x')\n    except OSError: pass\nprint('right')"
     looks = f"import os\nprint(*[p for p in {places} if os.path.exists(p)], sorted(os.listdir('.')))"
@@ -193,29 +193,29 @@ def test_runs_see_nothing_of_each_other(judge: Judge) -> None:
         Submission("python", looks, (StdioTest("", "[]"),), LIMITS),
     ]
     for submission in submissions:
-        verdict = judge.judge([submission])[0]
+        verdict = client.grade([submission])[0]
         assert verdict.reward == 1, verdict.tests[-1]
 
 
 @pytest.mark.parametrize("source", FORGED)
-def test_a_call_is_not_forged(judge: Judge, source: str) -> None:
+def test_a_call_is_not_forged(client: SandboxClient, source: str) -> None:
     # the second test's value differs: who writes a constant past the runner has guessed the first one only
     tests = (CallTest("f", (3,), 9), CallTest("f", (4,), 16))
-    assert judge.judge([Submission("python", source, tests, LIMITS)])[0].reward == 0
+    assert client.grade([Submission("python", source, tests, LIMITS)])[0].reward == 0
 
 
-def test_assertions_can_be_forged_and_so_the_page_says(judge: Judge) -> None:
+def test_assertions_can_be_forged_and_so_the_page_says(client: SandboxClient) -> None:
     source = (
         "import os, re\ntext = open(__file__).read()\n"
         "os.write(1, re.findall(r\"write\\(1, b'([0-9a-f]+)'\", text)[-1].encode())\nos._exit(0)\n"
     )
     tests = (AssertTest("assert f(2) == 4"),)
-    verdict = judge.judge([Submission("python", source, tests, LIMITS)])[0]
+    verdict = client.grade([Submission("python", source, tests, LIMITS)])[0]
     assert verdict.reward == 1, "the documentation may promise more now"
 
 
 @pytest.mark.parametrize("name", LEGAL)
-def test_a_legal_program_that_looks_odd_passes(judge: Judge, name: str) -> None:
+def test_a_legal_program_that_looks_odd_passes(client: SandboxClient, name: str) -> None:
     language, source, given, expected = LEGAL[name]
     submission = Submission(
         "cpp" if language == "cpp" else "python",
@@ -223,7 +223,7 @@ def test_a_legal_program_that_looks_odd_passes(judge: Judge, name: str) -> None:
         (StdioTest(given, expected),),
         Limits(time=3, memory_mb=256, processes=24, output_mb=8),
     )
-    verdict = judge.judge([submission])[0]
+    verdict = client.grade([submission])[0]
     assert verdict.reward == 1, (verdict.reason, verdict.message, [r.stderr for r in verdict.tests])
 
 

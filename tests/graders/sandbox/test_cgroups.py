@@ -23,8 +23,8 @@ def test_version_2_takes_the_nearest_folder_that_shares_memory(tmp_path: Path) -
     root, own = tree(tmp_path, "0::/user/app/me\n", files)
     (root / "user/app/me").mkdir()
     made = Cgroups.delegated(os.getuid(), root, own)
-    assert made and made.folder == root / f"user/sdzero-judge-{os.getpid()}"
-    assert (made.folder / "judge/cgroup.procs").read_text() == str(os.getpid())
+    assert made and made.folder == root / f"user/sdzero-sandbox-{os.getpid()}"
+    assert (made.folder / "server/cgroup.procs").read_text() == str(os.getpid())
     assert (made.folder / "cgroup.subtree_control").read_text() == "+memory"
     group = made.new(64)
     assert (group.path / "memory.max").read_text() == str(64 << 20)
@@ -38,7 +38,7 @@ def test_version_2_takes_the_nearest_folder_that_shares_memory(tmp_path: Path) -
 def test_version_1_takes_its_own_folder(tmp_path: Path) -> None:
     root, own = tree(tmp_path, "4:memory:/here\n3:cpuset:/\n0::/\n", {"memory/here/cgroup.procs": ""})
     made = Cgroups.delegated(os.getuid(), root, own)
-    assert made and made.folder == root / f"memory/here/sdzero-judge-{os.getpid()}"
+    assert made and made.folder == root / f"memory/here/sdzero-sandbox-{os.getpid()}"
     group = made.new(64)
     assert (group.path / "memory.limit_in_bytes").read_text() == str(64 << 20)
     (group.path / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")

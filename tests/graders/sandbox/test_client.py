@@ -12,18 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from sdzero.graders.errors import GraderError, NoSandboxError
 from sdzero.graders.sandbox import connection
-from sdzero.graders.sandbox.client import Judge
-from sdzero.graders.sandbox.types import (
-    AssertTest,
-    CallTest,
-    Checker,
-    JudgeError,
-    Limits,
-    Refused,
-    StdioTest,
-    Submission,
-)
+from sdzero.graders.sandbox.client import SandboxClient
+from sdzero.graders.sandbox.types import AssertTest, CallTest, Checker, Limits, StdioTest, Submission
 
 pytestmark = pytest.mark.sandbox
 
@@ -37,14 +29,14 @@ def slow_echo(text: str) -> Submission:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
-    with Judge(num_workers=2) as judge:
-        yield judge
+def client() -> Iterator[SandboxClient]:
+    with SandboxClient(num_workers=2) as client:
+        yield client
 
 
-def judge_process(judge: Judge) -> int:
-    assert judge._connection.process
-    return judge._connection.process.pid
+def server_pid(client: SandboxClient) -> int:
+    assert client._connection.process
+    return client._connection.process.pid
 
 
 @pytest.fixture
@@ -72,8 +64,8 @@ def breakable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # --- verdicts -------------------------------------------------------------------------------------
 
 
-def test_the_verdict_of_each_test_up_to_the_first_failed_one(judge: Judge) -> None:
-    right, wrong = judge.judge(
+def test_the_verdict_of_each_test_up_to_the_first_failed_one(client: SandboxClient) -> None:
+    right, wrong = client.grade(
         [Submission("cpp", CPP, TESTS), Submission("python", ADD, (TESTS[0], StdioTest("2 2", "5"), TESTS[1]))]
     )
     assert (right.reward, right.reason, len(right.tests)) == (1, "correct", 2)
@@ -100,64 +92,64 @@ def test_the_verdict_of_each_test_up_to_the_first_failed_one(judge: Judge) -> No
         ),
     ],
 )
-def test_why_a_program_fails(judge: Judge, language, source: str, reason: str) -> None:
+def test_why_a_program_fails(client: SandboxClient, language, source: str, reason: str) -> None:
     limits = Limits(time=1, memory_mb=256, output_mb=1, wall=2)
-    assert judge.judge([Submission(language, source, TESTS[:1], limits)])[0].reason == reason
+    assert client.grade([Submission(language, source, TESTS[:1], limits)])[0].reason == reason
 
 
-def test_a_program_that_reads_and_writes_files(judge: Judge) -> None:
+def test_a_program_that_reads_and_writes_files(client: SandboxClient) -> None:
     source = (
         'a, b = map(int, open("input.txt").read().split())\nopen("output.txt", "w").write(str(a + b))\nprint("noise")'
     )
     silent = "print(3)"
     files = ("input.txt", "output.txt")
-    verdicts = judge.judge([Submission("python", text, TESTS[:1], files=files) for text in (source, silent)])
+    verdicts = client.grade([Submission("python", text, TESTS[:1], files=files) for text in (source, silent)])
     assert [verdict.reason for verdict in verdicts] == ["correct", "wrong"]
 
 
-def test_a_checker_decides_where_there_is_one(judge: Judge) -> None:
+def test_a_checker_decides_where_there_is_one(client: SandboxClient) -> None:
     # any even number will do, from twice the input on to the correct one; argv: input, correct, output
     read = "import sys\ngiven, most, said = (int(open(path).read()) for path in sys.argv[1:])\n"
     checker = Checker("python", f"{read}print(int(said % 2 == 0 and 2 * given <= said <= most))")
     programs = ["print(4)", "print(3)", "print('four')", "print(0)", "print(10)", "print(8)"]
-    verdicts = judge.judge([Submission("python", text, (StdioTest("1", "8"),), checker=checker) for text in programs])
+    verdicts = client.grade([Submission("python", text, (StdioTest("1", "8"),), checker=checker) for text in programs])
     assert [verdict.reason for verdict in verdicts] == ["correct", "wrong", "wrong", "wrong", "wrong", "correct"]
 
 
-def test_a_checker_may_give_a_score(judge: Judge) -> None:
+def test_a_checker_may_give_a_score(client: SandboxClient) -> None:
     checker = Checker("python", "import sys\nprint(open(sys.argv[3]).read())")
     programs = [f"print({score})" for score in ("1", "100", "0", "50", "0.5")]
-    verdicts = judge.judge([Submission("python", text, (StdioTest("", "2"),), checker=checker) for text in programs])
+    verdicts = client.grade([Submission("python", text, (StdioTest("", "2"),), checker=checker) for text in programs])
     assert [verdict.reward for verdict in verdicts] == [1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("source", ["print('perhaps')", "import sys; sys.exit(0)"])
-def test_a_checker_that_says_nothing_is_a_fault(judge: Judge, source: str) -> None:
+def test_a_checker_that_says_nothing_is_a_fault(client: SandboxClient, source: str) -> None:
     submission = Submission("python", "print(1)", (StdioTest("", "1"),), checker=Checker("python", source))
-    with pytest.raises(JudgeError, match="checker printed"):
-        judge.judge([submission])
-    assert judge.judge([Submission("python", ADD, TESTS)])[0].reward == 1
+    with pytest.raises(GraderError, match="checker printed"):
+        client.grade([submission])
+    assert client.grade([Submission("python", ADD, TESTS)])[0].reward == 1
 
 
-def test_a_call_is_compared_outside(judge: Judge) -> None:
+def test_a_call_is_compared_outside(client: SandboxClient) -> None:
     source = "class Solution:\n    def double(self, x):\n        print('noise')\n        return [2 * x]\n"
     tests = (CallTest("double", (4,), [8]), CallTest("double", ("ab",), ["abab"]))
     stranger = "class Any(list):\n    def __eq__(self, other): return True\ndef double(x): return Any()\n"
-    verdicts = judge.judge([Submission("python", text, tests) for text in (source, stranger)])
+    verdicts = client.grade([Submission("python", text, tests) for text in (source, stranger)])
     assert [verdict.reason for verdict in verdicts] == ["correct", "wrong"]
 
 
-def test_assertions_must_be_reached(judge: Judge) -> None:
+def test_assertions_must_be_reached(client: SandboxClient) -> None:
     tests = (AssertTest("assert double(4) == 8"),)
     programs = ["def double(x): return 2 * x", "def double(x): return x", "import sys; sys.exit(0)"]
-    verdicts = judge.judge([Submission("python", text, tests) for text in programs])
+    verdicts = client.grade([Submission("python", text, tests) for text in programs])
     assert [verdict.reason for verdict in verdicts] == ["correct", "runtime_error", "wrong"]
 
 
-def test_texts_that_are_no_utf8_go_in_and_out(judge: Judge) -> None:
+def test_texts_that_are_no_utf8_go_in_and_out(client: SandboxClient) -> None:
     text = b"\xff\xfe x".decode(errors="surrogateescape")
     source = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
-    verdict = judge.judge([Submission("python", source, (StdioTest(text, text),))])[0]
+    verdict = client.grade([Submission("python", source, (StdioTest(text, text),))])[0]
     assert verdict.reward == 1
 
 
@@ -169,32 +161,34 @@ def test_texts_that_are_no_utf8_go_in_and_out(judge: Judge) -> None:
         (Submission("cpp", CPP, (CallTest("f", (), 1),)), "CallTest is for python only"),
     ],
 )
-def test_what_cannot_be_judged_is_told_before_anything_runs(judge: Judge, submission: Submission, message: str) -> None:
+def test_what_cannot_be_judged_is_told_before_anything_runs(
+    client: SandboxClient, submission: Submission, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        judge.judge([submission])
+        client.grade([submission])
 
 
 # --- the process ----------------------------------------------------------------------------------
 
 
 def test_a_judge_killed_within_a_batch_judges_the_rest_again(caplog: pytest.LogCaptureFixture) -> None:
-    with Judge(num_workers=2) as judge:
+    with SandboxClient(num_workers=2) as client:
         killed = []
 
         def kill(done: int) -> None:
             if done == 2 and not killed:
-                killed.append(judge_process(judge))
+                killed.append(server_pid(client))
                 os.kill(killed[0], signal.SIGKILL)
 
-        verdicts = judge.judge([slow_echo(str(number)) for number in range(8)], kill)
+        verdicts = client.grade([slow_echo(str(number)) for number in range(8)], kill)
         assert [verdict.tests[0].stdout for verdict in verdicts] == [f"{number}\n" for number in range(8)]
         assert {verdict.reason for verdict in verdicts} == {"correct"}
-        assert killed and judge_process(judge) != killed[0]
+        assert killed and server_pid(client) != killed[0]
         assert "is started again" in caplog.text
 
 
 def cgroup_folders() -> list[Path]:
-    return [*Path("/sys/fs/cgroup").rglob("sdzero-judge-*")]
+    return [*Path("/sys/fs/cgroup").rglob("sdzero-sandbox-*")]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -206,14 +200,14 @@ def read_bytes(path: Path) -> bytes:
 
 def test_a_judge_that_always_dies_is_a_fault() -> None:
     before = {*cgroup_folders()}
-    with Judge(num_workers=2) as judge:
-        with pytest.raises(JudgeError, match="died 3 times"):
-            judge.judge(
+    with SandboxClient(num_workers=2) as client:
+        with pytest.raises(GraderError, match="died 3 times"):
+            client.grade(
                 [slow_echo(str(number)) for number in range(8)],
-                lambda done: os.kill(judge_process(judge), signal.SIGKILL),
+                lambda done: os.kill(server_pid(client), signal.SIGKILL),
             )
-        assert judge.judge([slow_echo("again")])[0].reward == 1
-        folder = judge._connection.folder
+        assert client.grade([slow_echo("again")])[0].reward == 1
+        folder = client._connection.folder
     named = [path for path in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(folder) in read_bytes(path)]
     assert not named, "sandboxes outlived the judges that were killed"
     assert not {*cgroup_folders()} - before, "cgroups outlived the judges that were killed"
@@ -221,35 +215,35 @@ def test_a_judge_that_always_dies_is_a_fault() -> None:
 
 def test_a_judge_that_hangs_is_ended_and_judges_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SILENCE_SECONDS", 2.0)
-    with Judge(num_workers=2) as judge:
+    with SandboxClient(num_workers=2) as client:
         stopped = []
 
         def stop(done: int) -> None:
             if done == 2 and not stopped:
-                stopped.append(judge_process(judge))
+                stopped.append(server_pid(client))
                 os.kill(stopped[0], signal.SIGSTOP)
 
-        verdicts = judge.judge([slow_echo(str(number)) for number in range(6)], stop)
+        verdicts = client.grade([slow_echo(str(number)) for number in range(6)], stop)
         assert [verdict.reward for verdict in verdicts] == [1] * 6
-        assert judge_process(judge) != stopped[0] and not Path(f"/proc/{stopped[0]}").exists()
+        assert server_pid(client) != stopped[0] and not Path(f"/proc/{stopped[0]}").exists()
 
 
 def test_a_long_run_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SILENCE_SECONDS", 6.0)  # the judge says every 5 s that it is there
-    with Judge() as judge:
+    with SandboxClient() as client:
         slow = Submission("python", "import time; time.sleep(8); print(1)", (StdioTest("", "1"),))
-        pid = judge_process(judge)
-        assert judge.judge([slow])[0].reward == 1 and judge_process(judge) == pid
+        pid = server_pid(client)
+        assert client.grade([slow])[0].reward == 1 and server_pid(client) == pid
 
 
 def test_a_sandbox_that_fails_is_tried_again_and_then_a_fault(breakable: Path) -> None:
-    with Judge("bubblewrap", num_workers=1) as judge:
+    with SandboxClient("bubblewrap", num_workers=1) as client:
         breakable.write_text("1\n2\n")
-        assert judge.judge([Submission("python", ADD, TESTS)])[0].reward == 1
+        assert client.grade([Submission("python", ADD, TESTS)])[0].reward == 1
         assert not breakable.read_text()
         breakable.write_text("1\n" * 99)
-        with pytest.raises(JudgeError, match="3 tries failed; the last: bubblewrap: broken"):
-            judge.judge([Submission("python", ADD, TESTS)])
+        with pytest.raises(GraderError, match="3 tries failed; the last: bubblewrap: broken"):
+            client.grade([Submission("python", ADD, TESTS)])
 
 
 def test_no_sandbox_no_run(breakable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +251,8 @@ def test_no_sandbox_no_run(breakable: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "bin/nsjail").symlink_to("/bin/false")
     (tmp_path / "sandlock.py").write_text("def landlock_abi_version(): return -1\ndef min_landlock_abi(): return 6\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(Refused) as refused:
-        Judge()
+    with pytest.raises(NoSandboxError) as refused:
+        SandboxClient()
     for part in (
         "bubblewrap: it does not run: bubblewrap: broken",
         "nsjail: it does not run",
@@ -269,19 +263,19 @@ def test_no_sandbox_no_run(breakable: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_unsafe_only_by_name_and_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with Judge("unsafe") as judge:
-        assert judge.judge([Submission("cpp", CPP, TESTS)])[0].backend == "unsafe"
+    with SandboxClient("unsafe") as client:
+        assert client.grade([Submission("cpp", CPP, TESTS)])[0].backend == "unsafe"
     assert [r.levelno for r in caplog.records if "WITHOUT a sandbox" in r.message] == [logging.WARNING]
 
 
-def test_it_gets_nothing_of_the_environment(judge: Judge) -> None:
-    names = Path(f"/proc/{judge_process(judge)}/environ").read_bytes()
+def test_it_gets_nothing_of_the_environment(client: SandboxClient) -> None:
+    names = Path(f"/proc/{server_pid(client)}/environ").read_bytes()
     assert {part.split(b"=")[0] for part in names.split(b"\0") if part} <= {b"PATH", b"PYTHONPATH", b"LC_CTYPE"}
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can drop its rights")
-def test_it_drops_from_root(judge: Judge) -> None:
-    status = Path(f"/proc/{judge_process(judge)}/status").read_text()
+def test_it_drops_from_root(client: SandboxClient) -> None:
+    status = Path(f"/proc/{server_pid(client)}/status").read_text()
     rows = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert len({*rows["Uid"].split()}) == 1 and rows["Uid"].split()[0] != "0" and not rows["Groups"].strip()
     assert int(rows["CapEff"], 16) == int(rows["CapPrm"], 16) == 0
@@ -290,19 +284,19 @@ def test_it_drops_from_root(judge: Judge) -> None:
 def test_processes_of_one_job_share_one_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"test-{os.getpid()}")
     script = (
-        "from sdzero.graders.sandbox.client import Judge\n"
-        "with Judge() as judge: print(judge._connection.process is None, judge.backend)"
+        "from sdzero.graders.sandbox.client import SandboxClient\n"
+        "with SandboxClient() as client: print(client._connection.process is None, client.backend)"
     )
-    with Judge() as judge:
+    with SandboxClient() as client:
         other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        assert other.stdout.split() == ["True", judge.backend]
-        assert judge.judge([Submission("python", ADD, TESTS)])[0].reward == 1
+        assert other.stdout.split() == ["True", client.backend]
+        assert client.grade([Submission("python", ADD, TESTS)])[0].reward == 1
 
 
 def test_it_ends_with_the_trainer(tmp_path: Path) -> None:
     script = (
-        "import os, signal\nfrom sdzero.graders.sandbox.client import Judge\njudge = Judge()\n"
-        "print(judge._connection.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal\nfrom sdzero.graders.sandbox.client import SandboxClient\nclient = SandboxClient()\n"
+        "print(client._connection.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     deadline = time.monotonic() + 20

@@ -28,7 +28,7 @@ def fenced(source: str, name: str = "python") -> str:
 def human_eval() -> Iterator[HumanEval]:
     task = HumanEval()
     yield task
-    task._judge.close()
+    task._sandbox.close()
 
 
 def reasons(task: Code, answers: list[tuple[Question, str]]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sdzero.graders.sandbox.client import Judge
-from sdzero.graders.sandbox.processes import tree
+from sdzero.graders.sandbox.client import SandboxClient
+from sdzero.graders.sandbox.procfs import tree
 from sdzero.graders.sandbox.types import Limits, StdioTest, Submission
 
 pytestmark = pytest.mark.sandbox
@@ -35,10 +35,10 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 @pytest.mark.timeout(900)
 def test_nothing_is_left_of_five_hundred_runs() -> None:
-    with Judge(num_workers=4) as judge:
-        process = judge._connection.process
+    with SandboxClient(num_workers=4) as client:
+        process = client._connection.process
         assert process
-        found = judge._connection.folder
+        found = client._connection.folder
         runs = Path(f"{found}-work/runs")
 
         def seen() -> tuple[object, ...]:
@@ -52,14 +52,14 @@ def test_nothing_is_left_of_five_hundred_runs() -> None:
                 sorted(path.name for path in group.iterdir() if path.is_dir()) if group else [],
             )
 
-        cgroup = json.loads((found / "found.json").read_text())["cgroup"]
+        cgroup = json.loads((found / "handshake.json").read_text())["cgroup"]
         submissions = [Submission("python", s, (StdioTest("", "right"),), LIMITS) for s in PROGRAMS.values()]
-        judge.judge(submissions)
+        client.grade(submissions)
         before = seen()
         assert before[0] == {process.pid}
         slow = Submission("python", "import time; time.sleep(60)", (StdioTest("", ""),), LIMITS)
         batch = submissions * ((NUM_RUNS - NUM_TIMEOUTS) // len(submissions) + 1) + [slow] * NUM_TIMEOUTS
-        verdicts = judge.judge(batch)
+        verdicts = client.grade(batch)
         assert len(verdicts) >= NUM_RUNS
         assert [v.reason for v in verdicts[:-NUM_TIMEOUTS]] == [*PROGRAMS] * (len(batch) // len(PROGRAMS))
         assert {v.reason for v in verdicts[-NUM_TIMEOUTS:]} == {"timeout"}

@@ -5,7 +5,7 @@ import platform
 import pytest
 
 from sdzero.graders.sandbox import seccomp
-from sdzero.graders.sandbox.client import Judge
+from sdzero.graders.sandbox.client import SandboxClient
 from sdzero.graders.sandbox.types import StdioTest, Submission
 
 pytestmark = pytest.mark.sandbox
@@ -37,11 +37,11 @@ def test_what_attacks_begin_with_is_denied() -> None:
     column = 0 if platform.machine() == "x86_64" else 1
     calls = [(name, numbers[column]) for name, numbers in seccomp._DENIED.items()]
     source = TRIES % (calls, 56 if column == 0 else 220)
-    with Judge() as judge:
-        denied, ordinary = judge.judge(
+    with SandboxClient() as client:
+        denied, ordinary = client.grade(
             [Submission("python", text, (StdioTest("", ""),)) for text in (source, ORDINARY)]
         )
-    assert judge.backend in ("bubblewrap", "nsjail"), "sandlock has rules of its own"
+    assert client.backend in ("bubblewrap", "nsjail"), "sandlock has rules of its own"
     lines = denied.tests[0].stdout.splitlines()
     assert lines == [f"{name} -1 1" for name in (*dict(calls), "namespace")]
     assert ordinary.tests[0].stdout.split() == ["thread", "process"], ordinary.tests[0].stderr

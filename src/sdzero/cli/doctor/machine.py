@@ -39,14 +39,14 @@ def machine_rows() -> Iterator[Row]:
 
 def sandbox_row() -> Row:
     """Starts the judge, which tries the sandboxes."""
-    from sdzero.graders.sandbox.client import Judge  # not every platform that doctor speaks to has its modules
-    from sdzero.graders.sandbox.types import JudgeError
+    from sdzero.graders.errors import GraderError
+    from sdzero.graders.sandbox.client import SandboxClient  # not every platform that doctor speaks to has its modules
 
     try:
-        with Judge(num_workers=1) as judge:
-            memory = "counted by a cgroup" if judge.counted else "watched, since no cgroup is ours to divide"
-            return Row("code sandbox", "ok", f"{judge.backend}, memory {memory}; programs get {judge.options.python}")
-    except (JudgeError, ValueError, OSError) as error:
+        with SandboxClient(num_workers=1) as client:
+            memory = "counted by a cgroup" if client.counted else "watched, since no cgroup is ours to divide"
+            return Row("code sandbox", "ok", f"{client.backend}, memory {memory}; programs get {client.options.python}")
+    except (GraderError, ValueError, OSError) as error:
         remedy = "apt install bubblewrap, where programs are to be judged" if sys.platform == "linux" else ""
         return Row("code sandbox", "missing", str(error), remedy)
 

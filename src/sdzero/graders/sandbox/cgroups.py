@@ -72,9 +72,9 @@ class Cgroups:
                 shares = parent / "cgroup.subtree_control"
                 if root in (parent, *parent.parents) and shares.exists() and "memory" in shares.read_text().split():
                     made = cls._made(parent / f"sdzero-judge-{os.getpid()}", uid, _V2)
-                    judge = made.folder / "judge"  # a folder that is divided holds no processes itself
-                    judge.mkdir()
-                    (judge / "cgroup.procs").write_text(str(os.getpid()))
+                    server = made.folder / "server"  # a cgroup that has children may hold no processes itself
+                    server.mkdir()
+                    (server / "cgroup.procs").write_text(str(os.getpid()))
                     (made.folder / "cgroup.subtree_control").write_text("+memory")
                     return made
         except (OSError, KeyError):

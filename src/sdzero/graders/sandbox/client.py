@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sdzero.graders.errors import GraderError, NoSandboxError
 from sdzero.graders.sandbox.backends import BACKENDS
 from sdzero.graders.sandbox.connection import Connection
-from sdzero.graders.sandbox.types import AssertTest, CallTest, CodeVerdict, JudgeError, Refused, RunResult, Submission
-from sdzero.graders.sandbox.wire import Options, frame
+from sdzero.graders.sandbox.protocol import ServerOptions, frame
+from sdzero.graders.sandbox.types import AssertTest, CallTest, CodeVerdict, RunResult, Submission
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _NUM_STARTS = 3  # of a judge that dies or hangs in one batch
 _PYTHONS = ("/usr/bin/python3", "/bin/python3")
 
 
-class Judge:
+class SandboxClient:
     """Judges programs in a process of its own, which all processes of one job on a node share.
 
     A judge that dies or hangs is started again and asked again for what it had not answered.
@@ -39,7 +40,7 @@ class Judge:
 
     Raises:
         ValueError: no such backend or interpreter.
-        Refused: no sandbox holds here.
+        NoSandboxError: no sandbox holds here.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Judge:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be auto or one of {[*BACKENDS]}, got {backend!r}")
         if sys.platform != "linux":
-            raise Refused(f"programs are judged on Linux, where the sandboxes are; this is {sys.platform}")
+            raise NoSandboxError(f"programs are judged on Linux, where the sandboxes are; this is {sys.platform}")
         found = python or next(filter(os.path.exists, _PYTHONS), None)
         if not found or not os.path.exists(found):
             raise ValueError(
@@ -60,7 +61,7 @@ class Judge:
             )
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
-        self.options = Options(backend, num_workers or len(os.sched_getaffinity(0)), found, cgroups)
+        self.options = ServerOptions(backend, num_workers or len(os.sched_getaffinity(0)), found, cgroups)
         self.backend, self.counted = "", False
         self._lock = threading.Lock()
         self._connection = Connection(self.options)
@@ -68,7 +69,7 @@ class Judge:
         with self._lock:
             self._open()
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> SandboxClient:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,14 +79,14 @@ class Judge:
         """Leaves the judge, which ends with the last to leave."""
         self._close()
 
-    def judge(
+    def grade(
         self, submissions: Sequence[Submission], progress: Callable[[int], None] = lambda done: None
     ) -> list[CodeVerdict]:
         """The verdicts, in order. `progress` hears the number of verdicts that have come in.
 
         Raises:
             ValueError: a submission has no tests, or tests that its language cannot have.
-            JudgeError: the machinery failed, several times over.
+            GraderError: the machinery failed, several times over.
         """
         for submission in submissions:
             check(submission)
@@ -100,7 +101,7 @@ class Judge:
                 except (ConnectionError, TimeoutError, EOFError) as error:
                     self._connection.abandon()
                     if number == _NUM_STARTS:
-                        raise JudgeError(f"the judge died {number} times in one batch: {error}") from error
+                        raise GraderError(f"the judge died {number} times in one batch: {error}") from error
                     log.warning("the judge died and is started again for what it had not judged")
         return [verdicts[index] for index in range(len(submissions))]
 
@@ -137,7 +138,7 @@ class Judge:
             answer = self._connection.receive()
             if "fault" in answer:
                 self._connection.close()  # the judge drops what else it was asked
-                raise JudgeError(answer["fault"])
+                raise GraderError(answer["fault"])
             row = answer["verdict"]
             results = tuple(RunResult(**result) for result in row["tests"])
             verdicts[indices[answer["index"]]] = CodeVerdict(**{**row, "tests": results})

@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdzero.graders.sandbox.types import JudgeError, Refused
-from sdzero.graders.sandbox.wire import LENGTH, SILENCE_SECONDS, Found, Options
+from sdzero.graders.errors import GraderError, NoSandboxError
+from sdzero.graders.sandbox.protocol import LENGTH, SILENCE_SECONDS, Handshake, ServerOptions
 
 _START_SECONDS = 60.0
 _END_SECONDS = 5.0
@@ -31,29 +31,29 @@ _JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "
 class Connection:
     """The socket to the judge of this job, which the first to come starts."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self._socket: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
         job = [os.environ.get(name, "") for name in _JOB]
         alone = [] if any(job) else [os.getpid(), id(self)]
         name = hashlib.sha256(json.dumps([job, alone, dataclasses.astuple(options)]).encode()).hexdigest()[:12]
-        self.folder = Path(tempfile.gettempdir()) / f"sdzero-judge-{os.getuid()}-{name}"
+        self.folder = Path(tempfile.gettempdir()) / f"sdzero-sandbox-{os.getuid()}-{name}"
 
-    def open(self) -> Found | None:
+    def open(self) -> Handshake | None:
         """Connects, and starts the judge where there is none. Returns what it has found, once."""
         if self._socket:
             return None
         self.folder.mkdir(mode=0o700, exist_ok=True)
         if self.folder.stat().st_uid != os.getuid():
-            raise JudgeError(f"{self.folder} belongs to another user: remove it")
+            raise GraderError(f"{self.folder} belongs to another user: remove it")
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one of the node's processes starts it, the others wait here
             if not self._connect():
                 self._start()
                 if not self._connect():
-                    raise JudgeError("the judge ended as soon as it was ready")
-        return Found(**json.loads((self.folder / "found.json").read_text()))
+                    raise GraderError("the judge ended as soon as it was ready")
+        return Handshake(**json.loads((self.folder / "handshake.json").read_text()))
 
     def _connect(self) -> bool:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -86,12 +86,12 @@ class Connection:
             line = ready.readline() if there else b""
         if not line:
             self.process.kill()
-            raise JudgeError(f"the judge did not start (exit code {self.process.wait()})")
-        (self.folder / "found.json").write_bytes(line)
-        found = Found(**json.loads(line))
+            raise GraderError(f"the judge did not start (exit code {self.process.wait()})")
+        (self.folder / "handshake.json").write_bytes(line)
+        found = Handshake(**json.loads(line))
         if found.backend is None:
             self.close()
-            raise Refused(
+            raise NoSandboxError(
                 "no sandbox holds on this machine, so no program is run. "
                 + "; ".join(found.refused)
                 + ". Mend one of them; or, for programs that you trust as you trust your own, backend: unsafe"
@@ -151,7 +151,7 @@ def _end_remains(folder: Path) -> None:
             if os.fsencode(folder) in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
                 os.kill(int(process.name), signal.SIGKILL)
     with suppress(OSError, ValueError):
-        if place := Found(**json.loads((folder / "found.json").read_text())).cgroup:
+        if place := Handshake(**json.loads((folder / "handshake.json").read_text())).cgroup:
             deadline = time.monotonic() + _END_SECONDS
             while Path(place).exists() and time.monotonic() < deadline:  # what was killed may not have ended yet
                 for group in (*Path(place).glob("*/"), Path(place)):
@@ -168,8 +168,8 @@ def _remove(folder: Path) -> None:
 
 def _remove_others() -> None:
     """What is left of judges whose trainer was killed, and so could not remove it."""
-    for folder in Path(tempfile.gettempdir()).glob(f"sdzero-judge-{os.getuid()}-*"):
-        if folder.name.endswith("-work") or not (folder / "found.json").exists():
+    for folder in Path(tempfile.gettempdir()).glob(f"sdzero-sandbox-{os.getuid()}-*"):
+        if folder.name.endswith("-work") or not (folder / "handshake.json").exists():
             continue
         with suppress(OSError), (folder / "lock").open() as lock, socket.socket(socket.AF_UNIX) as listener:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while a judge is being started

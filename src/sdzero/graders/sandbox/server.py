@@ -1,7 +1,7 @@
 """The judge's process: it tries the sandboxes, drops from root, and judges what comes over its socket.
 
 `python -m sdzero.graders.sandbox.server FOLDER OPTIONS`: FOLDER is the client's and gets the socket; OPTIONS are
-JSON. Its one line on standard output says what it found (`Found`). It ends with its last client.
+JSON. Its one line on standard output says what it found (`Handshake`). It ends with its last client.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sdzero.graders.errors import GraderError
+from sdzero.graders.sandbox.backend import HOLD
 from sdzero.graders.sandbox.backends import BACKENDS, SANDBOXES
 from sdzero.graders.sandbox.cgroups import Cgroups
-from sdzero.graders.sandbox.judging import Judging
-from sdzero.graders.sandbox.probe import failing
-from sdzero.graders.sandbox.programs import Programs
-from sdzero.graders.sandbox.runs import Runs
-from sdzero.graders.sandbox.sandbox import HOLD
-from sdzero.graders.sandbox.slots import Slots
-from sdzero.graders.sandbox.types import Checker, JudgeError, Limits, Submission, read_test
-from sdzero.graders.sandbox.wire import ALIVE_SECONDS, LENGTH, Found, Options, frame
+from sdzero.graders.sandbox.executor import Executor
+from sdzero.graders.sandbox.program_cache import ProgramCache
+from sdzero.graders.sandbox.protocol import ALIVE_SECONDS, LENGTH, Handshake, ServerOptions, frame
+from sdzero.graders.sandbox.self_test import failing
+from sdzero.graders.sandbox.semaphore import ResourceSemaphore
+from sdzero.graders.sandbox.submission_grader import SubmissionGrader
+from sdzero.graders.sandbox.types import Checker, Limits, Submission, read_test
 
 UID = 61_357  # whom root becomes: a number that no user has
 _SHARE = 0.8  # of the free memory that all runs may have together
 _FIRST_CLIENT_SECONDS = 60.0
 
 
-class Server:
+class SandboxServer:
     """Takes batches from any number of clients, and answers each submission when it is judged."""
 
-    def __init__(self, judging: Judging) -> None:
-        self.judging = judging
+    def __init__(self, grader: SubmissionGrader) -> None:
+        self.grader = grader
         self.done = asyncio.Event()
         self._num_clients = 0
         self._num_running = 0
@@ -73,12 +74,12 @@ class Server:
 
     async def _answer(self, index: int, submission: Submission, writer: asyncio.StreamWriter) -> None:
         if not self._num_running:
-            self.judging.programs.forget()
+            self.grader.programs.forget()
         self._num_running += 1
         try:
-            verdict = await self.judging.judge(submission)
+            verdict = await self.grader.grade(submission)
             writer.write(frame({"index": index, "verdict": dataclasses.asdict(verdict)}))
-        except JudgeError as error:
+        except GraderError as error:
             writer.write(frame({"index": index, "fault": str(error)}))
         except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it, not wait
             writer.write(frame({"index": index, "fault": f"{type(error).__name__}: {error}"}))
@@ -103,30 +104,32 @@ def _submission(row: dict[str, Any], tests: list[tuple[Any, ...]]) -> Submission
     return Submission(**{**row, **parts})
 
 
-async def _judge(options: Options, listener: socket.socket, work: Path, cgroups: Cgroups | None, ready: int) -> None:
+async def _judge(
+    options: ServerOptions, listener: socket.socket, work: Path, cgroups: Cgroups | None, ready: int
+) -> None:
     names = [backend.name for backend in SANDBOXES] if options.backend == "auto" else [options.backend]
     kinds = [BACKENDS[name]() for name in names]
     missing = {kind.name: kind.missing() for kind in kinds}  # before the drop: they import what they need
     _drop()
-    slots = Slots(options.num_workers, _free_mb() * _SHARE)
+    slots = ResourceSemaphore(options.num_workers, _free_mb() * _SHARE)
     refused: list[str] = []
     runs = None
     for kind in kinds:
-        tried = Runs(kind, slots, cgroups, work / "runs")
+        tried = Executor(kind, slots, cgroups, work / "runs")
         reason = missing[kind.name] or await failing(tried, options.python, work)
         if reason is None:
             runs = tried
             break
         refused.append(f"{kind.name}: {reason}")
-    found = Found(runs and runs.backend.name, refused, str(cgroups.folder) if cgroups else None)
+    found = Handshake(runs and runs.backend.name, refused, str(cgroups.folder) if cgroups else None)
     os.write(ready, json.dumps(dataclasses.asdict(found)).encode() + b"\n")
     os.close(ready)
     if runs:
-        programs = Programs(runs, work / "programs", options.python)
-        await _listen(Server(Judging(runs, programs, work / "runner", work / "runs")), listener)
+        programs = ProgramCache(runs, work / "programs", options.python)
+        await _listen(SandboxServer(SubmissionGrader(runs, programs, work / "runner", work / "runs")), listener)
 
 
-async def _listen(server: Server, listener: socket.socket) -> None:
+async def _listen(server: SandboxServer, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.done.set)
     loop.call_later(_FIRST_CLIENT_SECONDS, server.end_if_unused)
@@ -152,7 +155,7 @@ def _free_mb() -> float:
 
 
 def main() -> None:
-    folder, options = Path(sys.argv[1]), Options(**json.loads(sys.argv[2]))
+    folder, options = Path(sys.argv[1]), ServerOptions(**json.loads(sys.argv[2]))
     ready = os.dup(1)
     while (reserved := os.open(os.devnull, os.O_RDWR)) <= HOLD:
         pass  # sandboxes get these numbers: nothing of ours may have them
@@ -165,7 +168,7 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)  # a judge that was killed has left its own
     for place in (work, *(work / name for name in ("programs", "runs", "runner"))):
         place.mkdir(mode=0o700)
-    shutil.copy(Path(__file__).with_name("runner.py"), work / "runner")
+    shutil.copy(Path(__file__).with_name("call_runner.py"), work / "runner")
     as_root = os.getuid() == 0
     if as_root:
         for path in (work, *work.rglob("*")):

@@ -12,14 +12,6 @@ Language = Literal["cpp", "python"]
 Compare = Literal["tokens", "lines"]
 
 
-class JudgeError(RuntimeError):
-    """A fault of the machinery. It is never a reward."""
-
-
-class Refused(JudgeError):
-    """No sandbox holds on this machine. The message says why for each kind, with the remedy."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """What one run of a program may use.

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import cached_property
 
-from sdzero.graders.sandbox.sandbox import (
+from sdzero.graders.sandbox.backend import (
     ENVIRONMENT,
     FILTER,
     HOLD,

@@ -7,7 +7,7 @@ import re
 import shutil
 
 from sdzero.graders.sandbox import seccomp
-from sdzero.graders.sandbox.sandbox import ENVIRONMENT, STATUS, WORK, Backend, Job
+from sdzero.graders.sandbox.backend import ENVIRONMENT, STATUS, WORK, Backend, Job
 
 
 class Nsjail(Backend):

@@ -10,7 +10,7 @@ import ctypes
 import os
 from importlib.util import find_spec
 
-from sdzero.graders.sandbox.sandbox import ENVIRONMENT, STATUS, Backend, Job
+from sdzero.graders.sandbox.backend import ENVIRONMENT, STATUS, Backend, Job
 
 _PR_SET_DUMPABLE = 4
 _READABLE = ("/usr", "/bin", "/lib", "/lib64", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")

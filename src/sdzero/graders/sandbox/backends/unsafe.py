@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sdzero.graders.sandbox.sandbox import ENVIRONMENT, Backend, Job
+from sdzero.graders.sandbox.backend import ENVIRONMENT, Backend, Job
 
 
 class Unsafe(Backend):

@@ -8,8 +8,8 @@ import os
 import socket
 from pathlib import Path
 
-from sdzero.graders.sandbox.runs import Fault, Outcome, Runs
-from sdzero.graders.sandbox.sandbox import Job
+from sdzero.graders.sandbox.backend import Job
+from sdzero.graders.sandbox.executor import Executor, Outcome, SandboxFailure
 from sdzero.graders.sandbox.types import Limits
 
 _LIMITS = Limits(time=2, memory_mb=128, processes=16, wall=10)
@@ -55,7 +55,7 @@ while True:
 """
 
 
-async def failing(runs: Runs, python: str, folder: Path) -> str | None:
+async def failing(runs: Executor, python: str, folder: Path) -> str | None:
     """Why a sandbox cannot be trusted here; None where it holds.
 
     Args:
@@ -71,7 +71,7 @@ async def failing(runs: Runs, python: str, folder: Path) -> str | None:
         outcomes = await asyncio.gather(*(_run(runs, python, program) for program in programs), return_exceptions=True)
         ended = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
         for outcome in outcomes:  # all have ended: the next sandbox has a reaper of its own
-            if isinstance(outcome, Fault):
+            if isinstance(outcome, SandboxFailure):
                 return f"it does not run: {outcome}"
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -83,7 +83,7 @@ async def failing(runs: Runs, python: str, folder: Path) -> str | None:
         target.unlink(missing_ok=True)
 
 
-async def _run(runs: Runs, python: str, program: str) -> Outcome:
+async def _run(runs: Executor, python: str, program: str) -> Outcome:
     return await runs.run(Job((python, "-I", "-S", "-c", program), _LIMITS))
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.graders.sandbox.compare import decode_value, same_lines, same_tokens, same_value
-from sdzero.graders.sandbox.runner import encode
+from sdzero.graders.sandbox.call_runner import encode
+from sdzero.graders.sandbox.comparators import decode_value, same_lines, same_tokens, same_value
 
 # --- tokens ---------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import sdzero.graders.sandbox.runner
-from sdzero.graders.sandbox.compare import decode_value, same_value
+import sdzero.graders.sandbox.call_runner
+from sdzero.graders.sandbox.comparators import decode_value, same_value
 
-RUNNER = sdzero.graders.sandbox.runner.__file__
+RUNNER = sdzero.graders.sandbox.call_runner.__file__
 
 
 def run(source: str, *args: Any, call: str = "f", python: str = sys.executable) -> subprocess.CompletedProcess[bytes]:

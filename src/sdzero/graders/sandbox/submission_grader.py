@@ -9,16 +9,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from sdzero.graders.sandbox.compare import decode_value, same_lines, same_tokens, same_value
-from sdzero.graders.sandbox.programs import BOX, Program, Programs
-from sdzero.graders.sandbox.runs import KEPT, Fault, Outcome, Runs
-from sdzero.graders.sandbox.sandbox import WORK, Job
+from sdzero.graders.errors import GraderError
+from sdzero.graders.sandbox.backend import WORK, Job
+from sdzero.graders.sandbox.comparators import decode_value, same_lines, same_tokens, same_value
+from sdzero.graders.sandbox.executor import KEPT, Executor, Outcome, SandboxFailure
+from sdzero.graders.sandbox.program_cache import BOX, Program, ProgramCache
 from sdzero.graders.sandbox.types import (
     AssertTest,
     CallTest,
     Checker,
     CodeVerdict,
-    JudgeError,
     Limits,
     RunResult,
     StdioTest,
@@ -39,24 +39,24 @@ _DATA = "/data"
 _FILE_MODE = 'out=$1; shift; "$@" >/dev/null; code=$?; if [ -f "$out" ]; then cat "$out"; fi; exit $code'
 
 
-class Judging:
+class SubmissionGrader:
     """Judges submissions.
 
     Args:
         runs: where programs run.
         programs: where they are compiled.
-        runner: the folder with runner.py, which calls a submission's function inside the sandbox.
+        runner: the folder with call_runner.py, which calls a submission's function inside the sandbox.
         folder: for the files that a checker reads.
     """
 
-    def __init__(self, runs: Runs, programs: Programs, runner: Path, folder: Path) -> None:
+    def __init__(self, runs: Executor, programs: ProgramCache, runner: Path, folder: Path) -> None:
         self.runs, self.programs, self.runner, self.folder = runs, programs, runner, folder
 
-    async def judge(self, submission: Submission) -> CodeVerdict:
+    async def grade(self, submission: Submission) -> CodeVerdict:
         """The verdict on one submission.
 
         Raises:
-            JudgeError: the machinery failed several times over.
+            GraderError: the machinery failed several times over.
         """
         backend = self.runs.backend.name
         results: list[RunResult] = []
@@ -72,7 +72,7 @@ class Judging:
 
     async def _program(self, submission: Submission, test: Test) -> Program:
         if isinstance(test, CallTest):
-            argv = (self.programs.python, "-I", "-B", f"{BOX}/runner.py")
+            argv = (self.programs.python, "-I", "-B", f"{BOX}/call_runner.py")
             return Program(argv, ((str(self.runner), BOX),))
         source = submission.source
         if isinstance(test, AssertTest):
@@ -118,7 +118,7 @@ class Judging:
         """The checker's word, which it has in a sandbox too. One that fails on an output has not accepted it."""
         program = await self.programs.get(checker.language, checker.source)
         if program.error is not None:
-            raise JudgeError(f"the checker does not compile: {program.error}")
+            raise GraderError(f"the checker does not compile: {program.error}")
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             for name, text in (("input", to_bytes(test.input)), ("output", output), ("correct", to_bytes(test.output))):
                 (Path(folder) / name).write_bytes(text)
@@ -128,7 +128,7 @@ class Judging:
             return False
         said = outcome.stdout.split()
         if len(said) != 1 or not said[0].replace(b".", b"", 1).isdigit():
-            raise JudgeError(f"the checker printed {outcome.stdout[:80]!r}; a checker prints a score: 1 or 100 passes")
+            raise GraderError(f"the checker printed {outcome.stdout[:80]!r}; a checker prints a score: 1 or 100 passes")
         return said[0] in (b"1", b"100")
 
 
@@ -162,11 +162,11 @@ def _why_ended(outcome: Outcome, submission: Submission) -> Reason | None:
 
 
 async def _tried(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Tries again while the sandbox fails. Raises: JudgeError after the last try."""
+    """Tries again while the sandbox fails. Raises: GraderError after the last try."""
     for number in range(1, _NUM_TRIES + 1):
         try:
             return await attempt()
-        except Fault as fault:
+        except SandboxFailure as fault:
             if number == _NUM_TRIES:
-                raise JudgeError(f"{number} tries failed; the last: {fault}") from fault
+                raise GraderError(f"{number} tries failed; the last: {fault}") from fault
     raise AssertionError

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Slots:
+class ResourceSemaphore:
     """A number of runs, and the memory that they may take together.
 
     Args:

@@ -1,6 +1,6 @@
 """Calls one function of a submission inside the sandbox: a file of its own, which any python3 from 3.9 on runs.
 
-`python3 -I -S runner.py` reads {"source", "call", "args"} as JSON from standard input and writes one line of JSON, the
+`python3 -I -S call_runner.py` reads {"source", "call", "args"} as JSON from standard input and writes one line of JSON, the
 returned value, to the standard output it was started with. What the submission prints goes to standard error.
 
 The expected value never comes here. A submission that takes this file apart can do no more than choose the value that

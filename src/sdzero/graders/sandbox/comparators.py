@@ -62,7 +62,7 @@ def same_value(expected: Any, value: Any) -> bool:
 
 
 def decode_value(line: bytes) -> tuple[bool, Any]:
-    """What runner.py wrote: (whether a value was returned, that value).
+    """What call_runner.py wrote: (whether a value was returned, that value).
 
     A submission may have written there too. That gives it no more than returning a value does, since it does not know
     the expected one, but the line may be anything.

@@ -1,4 +1,4 @@
-"""Runs programs in a sandbox: starts, feeds, watches, ends and reaps them, and leaves nothing behind."""
+"""Executor programs in a sandbox: starts, feeds, watches, ends and reaps them, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from sdzero.graders.sandbox import seccomp
+from sdzero.graders.sandbox.backend import FILTER, HOLD, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
 from sdzero.graders.sandbox.cgroups import Cgroup, Cgroups
-from sdzero.graders.sandbox.processes import cpu_seconds, memory_mb, tree
-from sdzero.graders.sandbox.sandbox import FILTER, HOLD, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
-from sdzero.graders.sandbox.slots import Slots
+from sdzero.graders.sandbox.procfs import cpu_seconds, memory_mb, tree
+from sdzero.graders.sandbox.semaphore import ResourceSemaphore
 
 KEPT = 2048  # bytes of standard error that are kept
 _CHUNK = 1 << 16
@@ -34,7 +34,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 Stop = Literal["timeout", "memory", "output_limit"]
 
 
-class Fault(RuntimeError):
+class SandboxFailure(RuntimeError):
     """The sandbox did not prove that the program ran."""
 
 
@@ -90,7 +90,7 @@ def sealed(data: bytes) -> int:
     return descriptor
 
 
-class Runs:
+class Executor:
     """Starts runs, within an asyncio loop. Its process becomes the reaper of all that they leave behind.
 
     Args:
@@ -100,7 +100,7 @@ class Runs:
         folder: where sandboxes that share this machine's file tree get their folder.
     """
 
-    def __init__(self, backend: Backend, slots: Slots, cgroups: Cgroups | None, folder: Path) -> None:
+    def __init__(self, backend: Backend, slots: ResourceSemaphore, cgroups: Cgroups | None, folder: Path) -> None:
         self.backend, self.slots, self.cgroups, self.folder = backend, slots, cgroups, folder
         backend.counted = cgroups is not None
         self._filter = seccomp.program()
@@ -114,7 +114,7 @@ class Runs:
         """One run, to its end.
 
         Raises:
-            Fault: the sandbox did not prove that the program ran, or its remains would not go.
+            SandboxFailure: the sandbox did not prove that the program ran, or its remains would not go.
         """
         async with self.slots.take(job.limits.memory_mb):
             return await self._within(job, stdin)
@@ -165,7 +165,9 @@ class Runs:
         stopped = "memory" if group and group.ran_out() else run.stopped
         code = -1 if stopped else self.backend.exit_code(bytes(run.status), run.code)
         if code is None:
-            raise Fault(f"{self.backend.name}: {bytes(run.stderr).decode(errors='replace').strip() or 'no exit code'}")
+            raise SandboxFailure(
+                f"{self.backend.name}: {bytes(run.stderr).decode(errors='replace').strip() or 'no exit code'}"
+            )
         cpu = max(run.cpu_seconds, usage.ru_utime + usage.ru_stime)
         memory = (group.peak_mb() if group else 0.0) or usage.ru_maxrss / 1024
         return Outcome(code, stopped, cpu, wall, memory, bytes(run.stdout), bytes(run.stderr))
@@ -190,7 +192,7 @@ class Runs:
         except OSError as error:  # the sandbox's program is gone, or out of this user's reach
             for descriptor in {hold, *(ours for ours, _ in pairs.values())} - {None}:
                 os.close(descriptor)
-            raise Fault(f"{self.backend.name}: {error}") from error
+            raise SandboxFailure(f"{self.backend.name}: {error}") from error
         finally:
             for descriptor in {*theirs.values()} - {stdin}:
                 os.close(descriptor)
@@ -277,7 +279,7 @@ class Runs:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > deadline:
-                raise Fault(f"the remains of a run would not go within {_REMAINS_SECONDS:.0f} s")
+                raise SandboxFailure(f"the remains of a run would not go within {_REMAINS_SECONDS:.0f} s")
             self._reaped.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._reaped.wait(), _LOOK_SECONDS)

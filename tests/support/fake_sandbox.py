@@ -7,25 +7,26 @@ from typing import Any
 
 import pytest
 
-from sdzero.graders.sandbox.types import CodeVerdict, JudgeError, Submission
+from sdzero.graders.errors import GraderError
+from sdzero.graders.sandbox.types import CodeVerdict, Submission
 
 
-class FakeJudge:
+class FakeSandbox:
     """Says of a program what its last line says; `asked` holds each call."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
         self.asked: list[list[Submission]] = []
 
-    def judge(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
+    def grade(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
         self.asked.append([*submissions])
         words: list[Any] = [submission.source.strip().rpartition("\n")[2] for submission in submissions]
         if "fault" in words:
-            raise JudgeError("the sandbox broke")
+            raise GraderError("the sandbox broke")
         return [CodeVerdict(int(word == "correct"), word, "fake") for word in words]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture
-def fake_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task of programs that is made has one."""
-    monkeypatch.setattr("sdzero.tasks.code.Judge", FakeJudge)
+    monkeypatch.setattr("sdzero.tasks.code.SandboxClient", FakeSandbox)

@@ -132,6 +132,6 @@ class Backend(ABC):
             os._exit(126)
 
     def execute(self, job: Job) -> None:
-        """Becomes the sandbox. Runs in a process of its own, whose descriptors are set."""
+        """Becomes the sandbox. Executor in a process of its own, whose descriptors are set."""
         argv = self.command(job)
         os.execve(argv[0], argv, START_ENVIRONMENT)

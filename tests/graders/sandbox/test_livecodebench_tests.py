@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.graders.sandbox.livecodebench import read_tests
+from sdzero.graders.sandbox.livecodebench_tests import read_tests
 from sdzero.graders.sandbox.types import CallTest, StdioTest
 
 
@@ -107,7 +107,7 @@ def test_a_pickle_of_anything_else_is_refused(
 def test_a_bomb_does_not_expand() -> None:
     """Of 256 MiB of zeros, no more than the limit is ever there."""
     bomb = base64.b64encode(zlib.compress(b"\0" * (256 * 2**20))).decode()
-    code = "import sys\nfrom sdzero.graders.sandbox.livecodebench import read_tests\n"
+    code = "import sys\nfrom sdzero.graders.sandbox.livecodebench_tests import read_tests\n"
     code += "read_tests('[]', sys.stdin.read(), '{}', 2**20)"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.graders.sandbox.slots import Slots
+from sdzero.graders.sandbox.semaphore import ResourceSemaphore
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 300), min_size=1, max_size=12))
@@ -13,7 +13,7 @@ def test_neither_number_nor_memory_is_exceeded_and_all_get_their_turn(number: in
     under_way: list[int] = []
     most: list[tuple[int, int]] = []
 
-    async def one(slots: Slots, size: int) -> None:
+    async def one(slots: ResourceSemaphore, size: int) -> None:
         async with slots.take(size):
             under_way.append(size)
             most.append((len(under_way), sum(under_way)))
@@ -21,7 +21,7 @@ def test_neither_number_nor_memory_is_exceeded_and_all_get_their_turn(number: in
             under_way.remove(size)
 
     async def main() -> None:
-        slots = Slots(number, 256)
+        slots = ResourceSemaphore(number, 256)
         await asyncio.gather(*(one(slots, size) for size in sizes))
 
     asyncio.run(main())

@@ -12,7 +12,7 @@ SILENCE_SECONDS = 60.0  # after which it hangs
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """`backend` by name, or `auto`; `num_workers` runs at a time; `python` is the interpreter in the sandbox;
     `cgroups` says whether to look for one that counts memory."""
 
@@ -23,7 +23,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Found:
+class Handshake:
     """What the judge found: the sandbox's name, why each one before it would not do, and its cgroup's folder."""
 
     backend: str | None

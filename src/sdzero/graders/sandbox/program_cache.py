@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdzero.graders.sandbox.runs import KEPT, Fault, Runs
-from sdzero.graders.sandbox.sandbox import WORK, Job
-from sdzero.graders.sandbox.types import JudgeError, Language, Limits
+from sdzero.graders.errors import GraderError
+from sdzero.graders.sandbox.backend import WORK, Job
+from sdzero.graders.sandbox.executor import KEPT, Executor, SandboxFailure
+from sdzero.graders.sandbox.types import Language, Limits
 
 BOX = "/box"  # where a program's folder is bound
 _HEADER = "/headers"
@@ -31,7 +32,7 @@ class Program:
     error: str | None = None
 
 
-class Programs:
+class ProgramCache:
     """Prepares programs, each once; the ones used longest ago are removed.
 
     Args:
@@ -40,7 +41,7 @@ class Programs:
         python: the interpreter in the sandbox.
     """
 
-    def __init__(self, runs: Runs, folder: Path, python: str) -> None:
+    def __init__(self, runs: Executor, folder: Path, python: str) -> None:
         self.runs, self.folder, self.python = runs, folder, python
         self._made: OrderedDict[str, asyncio.Task[Program]] = OrderedDict()
         self._num_compiled = 0
@@ -51,8 +52,8 @@ class Programs:
         """A program, ready to run.
 
         Raises:
-            JudgeError: this machine has no compiler for the language.
-            Fault: the sandbox did not prove that the compiler ran.
+            GraderError: this machine has no compiler for the language.
+            SandboxFailure: the sandbox did not prove that the compiler ran.
         """
         key = hashlib.sha256(f"{language}\0{source}".encode(errors="surrogatepass")).hexdigest()[:32]
         if key not in self._made:
@@ -61,7 +62,7 @@ class Programs:
         made = self._made[key]
         try:
             return await asyncio.shield(made)
-        except (JudgeError, Fault):
+        except (GraderError, SandboxFailure):
             if self._made.get(key) is made:  # the first of those who wait for it
                 del self._made[key]  # it may be tried again
                 shutil.rmtree(self.folder / key, ignore_errors=True)
@@ -83,7 +84,7 @@ class Programs:
 
     async def _compile(self, folder: Path) -> Program:
         if not Path(_CPP[0]).exists():
-            raise JudgeError(f"no C++ compiler at {_CPP[0]}: install one (apt install g++)")
+            raise GraderError(f"no C++ compiler at {_CPP[0]}: install one (apt install g++)")
         self._num_compiled += 1
         if self._num_compiled == _PAYS_FROM:
             self._precompiling = asyncio.ensure_future(self._precompile())
@@ -102,7 +103,7 @@ class Programs:
         (folder / "bits").mkdir(parents=True)
         (folder / "bits/stdc++.h").write_text("#include_next <bits/stdc++.h>\n")
         argv = (*_CPP, "-x", "c++-header", "-o", f"{WORK}/bits/stdc++.h.gch", f"{WORK}/bits/stdc++.h")
-        with suppress(Fault):  # programs compile without it
+        with suppress(SandboxFailure):  # programs compile without it
             outcome = await self.runs.run(Job(argv, _COMPILING, (), str(folder)))
             if not outcome.stopped and outcome.code == 0:  # another standard library than GNU's has no such header
                 self._header = folder
