@@ -1,11 +1,11 @@
-"""Calls one function of a submission inside the sandbox: a file of its own, which any python3 from 3.9 on runs.
+"""Call of one function of a submission, inside the sandbox. Standalone file for any python3 from 3.9 on.
 
-`python3 -I -S call_runner.py` reads {"source", "call", "args"} as JSON from standard input and writes one line of JSON, the
-returned value, to the standard output it was started with. What the submission prints goes to standard error.
+`python3 -I -S call_runner.py` reads {"source", "call", "args"} as JSON from standard input and writes the returned
+value as one line of JSON to its original standard output. What the submission prints goes to standard error.
 
-The expected value never comes here. A submission that takes this file apart can do no more than choose the value that
-it seems to return, and that it may do anyway. What it cannot do is return an object that decides itself what it equals:
-only the exact builtin types are written, and every other value is marked as such.
+The expected value is never sent here. A submission that manipulates this file can only choose the value it appears to
+return, which it is free to do anyway. It cannot return an object with an equality of its own: only exact builtin types
+are written, and every other value is marked as such.
 """
 
 from __future__ import annotations
