@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 from sdzero.data.sampler import CallJournal
 from sdzero.engines import VLLMEngine
-from sdzero.engines.base import EngineSpec, preserved_rng
+from sdzero.engines.base import EngineSpec, preserve_rng
 from sdzero.engines.vllm_requests import Request, sampling_params
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling, TokenIds
@@ -114,7 +114,7 @@ class Engines:
             logprobs=0,
             detokenize=False,
         )
-        with preserved_rng(SEED):
+        with preserve_rng(SEED):
             self.alone.reset_prefix_cache()  # as ours does
             prompts = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in self.prompts]
             return self.alone.generate(prompts, params, use_tqdm=False)

@@ -14,12 +14,12 @@ from sdzero.methods import Method
 from sdzero.types import EvalBatch, RolloutBatch
 
 
-def defined(figures: Scalars) -> Scalars:
+def drop_nan(figures: Scalars) -> Scalars:
     """Without the figures that have nothing to count from, such as a rate of wrong answers where all are right."""
     return {name: value for name, value in figures.items() if not value.isnan()}
 
 
-def own_file(trainer: L.Trainer, name: str, ending: str) -> Path:
+def rank_file(trainer: L.Trainer, name: str, ending: str) -> Path:
     """`NAME-rankR.ENDING` in the stage's folder, for what is this rank's of a draw.
 
     Files of ranks that there were before a restart on fewer are removed: each of their responses is another's now.
@@ -76,11 +76,11 @@ class ResponseTracker(EvaluationReader):
         self.metrics = metrics
 
     @abstractmethod
-    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         """Adds a batch's responses to the metrics."""
 
     @abstractmethod
-    def figures(self, evaluates: bool) -> Scalars:
+    def compute(self, evaluates: bool) -> Scalars:
         """The figures of all that was seen; `evaluates` tells an evaluation from a training step.
 
         In a training step what has nothing to count from stays nan: without it Lightning would log the value of the
@@ -90,13 +90,13 @@ class ResponseTracker(EvaluationReader):
     def read(self, trainer: L.Trainer, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         for metric in self.metrics.values():
             metric.to(pl_module.device).process_group = pl_module.share.across
-        self.see(pl_module, batch)
+        self.update(pl_module, batch)
 
     def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
         self._log(pl_module, "eval")
 
     def _log(self, pl_module: Method, prefix: str) -> None:
-        figures = self.figures(prefix == "eval")
+        figures = self.compute(prefix == "eval")
         pl_module.log_dict({f"{prefix}/{name}": value for name, value in figures.items()}, rank_zero_only=True)
         for metric in self.metrics.values():
             metric.reset()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.callbacks.base import ResponseTracker, drop_nan
 from sdzero.evaluation.metrics import Ratio, Scalars
 from sdzero.methods import Method
 from sdzero.prompts import PromptBuilder
@@ -47,7 +47,7 @@ class CopyTracker(ResponseTracker):
         names = ("phrase_leak", "phrase_leak_p0", "phrase_leak_p1", "copy_rate")
         super().__init__(**{name: Ratio() for name in (*names, *(f"revise_copy_rate{r}" for r in ("", "_r0", "_r1")))})
 
-    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         builder = pl_module.builder
         phrases = [builder.control_phrases[r] for r in (0, 1)]
         said = [[phrase in s.rollout.text for phrase in phrases] for s in batch.scored]
@@ -69,6 +69,6 @@ class CopyTracker(ResponseTracker):
     def _add(self, name: str, counts: list[tuple[int, int]]) -> None:
         self.metrics[name].update(sum(copied for copied, _ in counts), sum(num for _, num in counts))
 
-    def figures(self, evaluates: bool) -> Scalars:
+    def compute(self, evaluates: bool) -> Scalars:
         figures = {name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name}
-        return defined(figures) if evaluates else figures
+        return drop_nan(figures) if evaluates else figures

@@ -29,7 +29,7 @@ class GenerateThenRevise(ResponseTracker):
         if isinstance(data, StepDataModule) and data.evaluation.asks and not data.evaluation.num_revised:
             raise ValueError("GenerateThenRevise has nothing to read: set data.evaluation.num_revised to 1 or more")
 
-    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         if isinstance(batch, RolloutBatch):
             return
         neighbours = [pair for g in batch.groups if len(g) > 1 for pair in zip(g, [*g[1:], g[0]], strict=True)]
@@ -43,7 +43,7 @@ class GenerateThenRevise(ResponseTracker):
         first, second = [a.verdict.reward for a, _ in pairs], [b.verdict.reward for _, b in pairs]
         self.metrics[name].update(first, second, [a.rollout.prompt.question.id for a, _ in pairs])
 
-    def figures(self, evaluates: bool) -> Scalars:
+    def compute(self, evaluates: bool) -> Scalars:
         if not evaluates:
             return {}
         figures = {f"{kind}_{k}": v for kind in ("revise", "resample") for k, v in self.metrics[kind].compute().items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.callbacks.base import ResponseTracker, drop_nan
 from sdzero.evaluation.keywords import count_keywords
 from sdzero.evaluation.metrics import KeywordRate, Ratio, Scalars
 from sdzero.methods import Method
@@ -16,7 +16,7 @@ class KeywordTracker(ResponseTracker):
     def __init__(self) -> None:
         super().__init__(rate=KeywordRate(), share=Ratio(), r0=Ratio(), r1=Ratio())
 
-    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         texts = [s.rollout.text for s in batch.scored]
         self.metrics["rate"].update(texts, [len(s.rollout.token_ids) for s in batch.scored])
         counts = [(s.verdict.reward, count_keywords(text)) for s, text in zip(batch.scored, texts, strict=True)]
@@ -25,7 +25,7 @@ class KeywordTracker(ResponseTracker):
             of_reward = [n for r, n in counts if r == reward]
             self.metrics[f"r{reward}"].update(sum(of_reward), len(of_reward))
 
-    def figures(self, evaluates: bool) -> Scalars:
+    def compute(self, evaluates: bool) -> Scalars:
         rates = self.metrics["rate"].compute()  # which every evaluation has by itself
         figures = {f"keywords_{name}": self.metrics[name].compute() for name in ("share", "r0", "r1")}
-        return defined(figures) if evaluates else {**rates, **figures}
+        return drop_nan(figures) if evaluates else {**rates, **figures}

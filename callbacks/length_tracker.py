@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdzero.callbacks.base import ResponseTracker, defined
+from sdzero.callbacks.base import ResponseTracker, drop_nan
 from sdzero.evaluation.metrics import LengthDistribution, Ratio, Scalars
 from sdzero.methods import Method
 from sdzero.types import EvalBatch, RolloutBatch
@@ -19,7 +19,7 @@ class LengthTracker(ResponseTracker):
         super().__init__(length=LengthDistribution(), think=Ratio())
         self.thinks = False
 
-    def see(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         responses = [s.rollout.token_ids for s in batch.scored]
         self.metrics["length"].update([len(ids) for ids in responses], [s.verdict.reward for s in batch.scored])
         end = pl_module.builder.tokenizer.get_vocab().get(END_OF_THOUGHT)
@@ -27,8 +27,8 @@ class LengthTracker(ResponseTracker):
         thoughts = [ids.index(end) + 1 for ids in responses if end in ids]
         self.metrics["think"].update(sum(thoughts), len(responses))
 
-    def figures(self, evaluates: bool) -> Scalars:
+    def compute(self, evaluates: bool) -> Scalars:
         figures = self.metrics["length"].compute()
         if self.thinks:
             figures["length_think"] = self.metrics["think"].compute()
-        return defined(figures) if evaluates else figures
+        return drop_nan(figures) if evaluates else figures

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sdzero.utils.process import Stopped, end_now, name_of, requeue, say, status_of
+from sdzero.utils.process import Stopped, exit_now, exit_status, requeue, signal_name, write_stderr
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECOND_SECONDS = 1.0
@@ -78,9 +78,9 @@ class Preemption(L.Callback):
             self._signum, self._came_at = signum, time.monotonic()
             when = "is over, and writes what is left" if self._is_over else "ends at the next step boundary"
             if self._says:
-                say(f"{name_of(signum)}: the training {when}; a second signal ends it at once")
+                write_stderr(f"{signal_name(signum)}: the training {when}; a second signal ends it at once")
         elif time.monotonic() - self._came_at >= SECOND_SECONDS:
-            end_now(status_of(signum))
+            exit_now(exit_status(signum))
 
     # --- step boundaries ----------------------------------------------------------------------
 
@@ -138,16 +138,16 @@ class Preemption(L.Callback):
             if path != self._saved:
                 trainer.strategy.remove_checkpoint(path)
         if self._says:
-            say(f"saved {self._saved}")
+            write_stderr(f"saved {self._saved}")
 
     def _stop(self, trainer: L.Trainer, signum: int) -> None:
         if self._says:
-            say(f"ended by {name_of(signum)}: go on with --ckpt_path=newest, or with the same `sdzero run`")
+            write_stderr(f"ended by {signal_name(signum)}: go on with --ckpt_path=newest or the same `sdzero run`")
             requeue(signum)
         trainer.strategy.barrier()  # a launcher may end rank 0 as soon as another rank has ended
         # the launcher of Lightning kills rank 0 for another rank's status
         is_follower = isinstance(_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
-        raise Stopped(0 if is_follower else status_of(signum))
+        raise Stopped(0 if is_follower else exit_status(signum))
 
 
 def _environment(trainer: L.Trainer) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from sdzero.callbacks.base import EvaluationReader, own_file
+from sdzero.callbacks.base import EvaluationReader, rank_file
 from sdzero.methods import Method
 from sdzero.trainer.strategies import share_of
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
@@ -101,7 +101,7 @@ class RowFile:
 
 
 def _path(trainer: L.Trainer, kind: str, step: int) -> Path:
-    return own_file(trainer, f"samples/{kind}-{step:06d}", "jsonl")
+    return rank_file(trainer, f"samples/{kind}-{step:06d}", "jsonl")
 
 
 def _row(scored: ScoredRollout, step: int, sample: int, revision: ScoredRollout | None = None) -> Row:

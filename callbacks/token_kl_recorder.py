@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sdzero.callbacks.base import EvaluationReader, defined, own_file
+from sdzero.callbacks.base import EvaluationReader, drop_nan, rank_file
 from sdzero.evaluation.metrics import Ratio
 from sdzero.evaluation.statistics import top_share
 from sdzero.losses import Divergence, divergence_head
@@ -75,12 +75,12 @@ class TokenKLRecorder(EvaluationReader):
         self._write(trainer, pl_module, "eval")
 
     def _write(self, trainer: L.Trainer, pl_module: Method, kind: str) -> None:
-        path = own_file(trainer, f"token_kl/{kind}-{pl_module.policy_version:06d}", "parquet")
+        path = rank_file(trainer, f"token_kl/{kind}-{pl_module.policy_version:06d}", "parquet")
         if self.rows and pl_module.share.member == 0:
             _write_parquet(path, self.rows)
         self.rows = []
         values = [share.to(pl_module.device).compute() for share in self.shares]
-        shares = defined({f"kl_top10_share_r{reward}": value for reward, value in enumerate(values)})
+        shares = drop_nan({f"kl_top10_share_r{reward}": value for reward, value in enumerate(values)})
         for share in self.shares:
             share.reset()
         if kind == "eval":

@@ -20,7 +20,7 @@ from sdzero.methods import SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.types import Prompt, Rollout, Sampling
-from sdzero.utils.process import Stopped, handling
+from sdzero.utils.process import Stopped, handle_signals
 from support.helpers import Curves, Toy, make_trainer, same, weights_of
 from support.tiny_model import write_tiny_model
 
@@ -74,7 +74,7 @@ class Fit:
         )
         self.code: Any = 0
         came: list[int] = []
-        with handling(lambda signum, _: came.append(signum), *preemption.SIGNALS):
+        with handle_signals(lambda signum, _: came.append(signum), *preemption.SIGNALS):
             try:
                 trainer.fit(self.method, datamodule=data, ckpt_path=self.saved, weights_only=False)
             except Stopped as stopped:

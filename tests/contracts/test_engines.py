@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sdzero.data import RolloutDataModule
 from sdzero.engines import RemoteVLLMEngine, ScriptedEngine, TransformersEngine, VLLMEngine
-from sdzero.engines.base import EngineDied, EngineError, EngineSpec, Piece, RolloutEngine
+from sdzero.engines.base import EngineDied, EngineError, EngineSpec, RolloutEngine, TokenChunk
 from sdzero.methods import SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
@@ -154,21 +154,21 @@ def test_one_response_per_prompt_in_order(engine: RolloutEngine, builder: Prompt
     assert reasons == {"stop", "length"} or isinstance(engine, ScriptedEngine)
 
 
-def joined(steps: Iterable[Mapping[int, Piece]], count: int) -> list[Piece]:
+def joined(steps: Iterable[Mapping[int, TokenChunk]], count: int) -> list[TokenChunk]:
     """What all steps together drew of each of `count` responses."""
-    drawn: list[Piece] = [Piece()] * count
+    drawn: list[TokenChunk] = [TokenChunk()] * count
     for step in steps:
         for place, piece in step.items():
-            drawn[place] = Piece(drawn[place].token_ids + piece.token_ids, drawn[place].logprobs + piece.logprobs)
+            drawn[place] = TokenChunk(drawn[place].token_ids + piece.token_ids, drawn[place].logprobs + piece.logprobs)
     return drawn
 
 
 def test_every_step_is_handed_out(engine: RolloutEngine, builder: PromptBuilder) -> None:
-    steps: list[Mapping[int, Piece]] = []
+    steps: list[Mapping[int, TokenChunk]] = []
     rollouts = engine.generate(prompts(builder, 40), Sampling(1.0, 1.0, 30), 5, 1, steps.append)
-    assert engine.keeps_partial == isinstance(engine, VLLMEngine), "the others repeat a call to the bit"
-    if engine.keeps_partial:
-        assert joined(steps, 40) == [Piece(rollout.token_ids, rollout.logprobs) for rollout in rollouts]
+    assert engine.resumes_partial == isinstance(engine, VLLMEngine), "the others repeat a call to the bit"
+    if engine.resumes_partial:
+        assert joined(steps, 40) == [TokenChunk(rollout.token_ids, rollout.logprobs) for rollout in rollouts]
         assert len(steps) >= 30 and all(len(piece.token_ids) == 1 for step in steps for piece in step.values())
     else:
         assert steps == []
@@ -180,15 +180,15 @@ def test_a_continued_response_is_that_of_a_call_that_was_not_cut_short(
 ) -> None:
     """Greedy, so that it is told by its tokens. What has ended is not drawn on, and no token is drawn twice."""
     asked, sampling = prompts(builder, 40), Sampling(0.0, 1.0, 12)
-    steps: list[Mapping[int, Piece]] = []
+    steps: list[Mapping[int, TokenChunk]] = []
     whole = engine.generate(asked, sampling, 5, 1, steps.append)
-    begun, rest = joined(steps[:num_steps], 40), list[Mapping[int, Piece]]()
-    continued = engine.generate(asked, sampling, 6, 1, rest.append, begun)
-    if not engine.keeps_partial:
+    partials, rest = joined(steps[:num_steps], 40), list[Mapping[int, TokenChunk]]()
+    continued = engine.generate(asked, sampling, 6, 1, rest.append, partials)
+    if not engine.resumes_partial:
         assert rest == [] and continued == engine.generate(asked, sampling, 6, 1), "they draw anew"
         return
     assert ids(continued) == ids(whole)
-    for one, other, before, after in zip(continued, whole, begun, joined(rest, 40), strict=True):
+    for one, other, before, after in zip(continued, whole, partials, joined(rest, 40), strict=True):
         assert one.token_ids == before.token_ids + after.token_ids and one.finish_reason == other.finish_reason
         assert one.logprobs[: len(before.logprobs)] == before.logprobs
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-3, rtol=0)
@@ -196,11 +196,11 @@ def test_a_continued_response_is_that_of_a_call_that_was_not_cut_short(
 
 def test_a_continued_response_may_fill_the_engine(engine: RolloutEngine) -> None:
     prompt = Prompt(Question("long", "", ""), (5,) * (MAX_MODEL_LEN - 4))
-    begun = [Piece((6, 7, 8), (-1.0, -1.0, -1.0))]
-    [rollout] = engine.generate([prompt], Sampling(1.0, 1.0, 4), 0, 1, begun=begun)
-    assert len(rollout.token_ids) <= 4 and (rollout.token_ids[:3] == (6, 7, 8)) == engine.keeps_partial
+    partials = [TokenChunk((6, 7, 8), (-1.0, -1.0, -1.0))]
+    [rollout] = engine.generate([prompt], Sampling(1.0, 1.0, 4), 0, 1, partials=partials)
+    assert len(rollout.token_ids) <= 4 and (rollout.token_ids[:3] == (6, 7, 8)) == engine.resumes_partial
     with pytest.raises(ValueError, match=r"'long'.*lower max_new_tokens"):
-        engine.generate([prompt], Sampling(1.0, 1.0, 5), 0, 1, begun=begun)
+        engine.generate([prompt], Sampling(1.0, 1.0, 5), 0, 1, partials=partials)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])

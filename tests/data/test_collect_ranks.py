@@ -154,14 +154,14 @@ def test_a_rank_that_ends_ends_the_others_and_another_number_of_ranks_goes_on(
     assert read_json(out / "statistics.json") == {**read_json(alone / "statistics.json"), "engine_calls": 24 + 1}
 
 
-@pytest.mark.parametrize("starts_together", [False, True])
+@pytest.mark.parametrize("starts_collectively", [False, True])
 def test_an_engine_that_all_ranks_start_together_is_not_started_by_one_alone(
-    starts_together: bool, model: ModelConfig, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starts_collectively: bool, model: ModelConfig, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(Actor, "starts_together", starts_together)
+    monkeypatch.setattr(Actor, "starts_collectively", starts_collectively)
     codes, said = collect_on(2, model, out, ends=(6, "dies"))
-    if starts_together:
+    if starts_collectively:
         assert codes == [1, 1] and "EngineDied: it died" in said and "restart 1 of" not in said
     else:
         assert codes == [0, 0] and "restart 1 of at most 2" in said

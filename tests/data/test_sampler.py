@@ -22,11 +22,11 @@ from sdzero.data import sampler as sampler_module
 from sdzero.data.sampler import CallJournal, Sampler, score
 from sdzero.data.trace_file import read_traces, write_traces
 from sdzero.engines import ScriptedEngine
-from sdzero.engines.base import EngineDied, EngineSpec, OnTokens, Piece, RolloutEngine, ignore, is_complete
+from sdzero.engines.base import EngineDied, EngineSpec, OnTokens, RolloutEngine, TokenChunk, ignore, is_complete
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling, Trace
 from sdzero.utils.files import read_jsonl, write_text
-from sdzero.utils.row_checksum import sealed, unseal
+from sdzero.utils.row_checksum import dumps_with_checksum, verify_checksum
 from sdzero.utils.seeds import derive_seed
 from support.helpers import Toy
 from support.tiny_model import write_tiny_model
@@ -54,10 +54,10 @@ class Seeds(ScriptedEngine):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         self.calls.append((seed, [prompt.question.id for prompt in prompts]))
-        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
+        return super().generate(prompts, sampling, seed, policy_version, on_tokens, partials)
 
 
 class Killed(BaseException):
@@ -70,7 +70,7 @@ class Stepping(ScriptedEngine):
     Each token is the last one with a probability of `END`. A token's log-probability is told from the token.
     """
 
-    keeps_partial = True
+    resumes_partial = True
 
     def __init__(self, lives: int = 1000) -> None:
         super().__init__({})
@@ -85,11 +85,11 @@ class Stepping(ScriptedEngine):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         limit, noise, end_ids = sampling.max_new_tokens, random.Random(seed), self._builder.end_ids
-        ids = [list(piece.token_ids) for piece in begun] or [[] for _ in prompts]
-        values = [list(piece.logprobs) for piece in begun] or [[] for _ in prompts]
+        ids = [list(piece.token_ids) for piece in partials] or [[] for _ in prompts]
+        values = [list(piece.logprobs) for piece in partials] or [[] for _ in prompts]
         running = [place for place, row in enumerate(ids) if not is_complete(row, end_ids, limit)]
         self.calls.append((seed, [prompts[place].question.id for place in running]))
         while running:
@@ -97,7 +97,7 @@ class Stepping(ScriptedEngine):
                 raise Killed
             self.lives -= 1
             tokens = [self._builder.end_id if noise.random() < END else noise.randrange(10, 90) for _ in running]
-            step = {place: Piece((token,), (-token / 7,)) for place, token in zip(running, tokens, strict=True)}
+            step = {place: TokenChunk((token,), (-token / 7,)) for place, token in zip(running, tokens, strict=True)}
             for place, piece in step.items():
                 ids[place] += piece.token_ids
                 values[place] += piece.logprobs
@@ -110,7 +110,7 @@ class Stepping(ScriptedEngine):
 class ByBatches(Stepping):
     """Like the transformers engine: a call that broke off is redone."""
 
-    keeps_partial = False
+    resumes_partial = False
 
 
 def sampler(
@@ -222,7 +222,7 @@ def partial(folder: Path) -> dict[int, list[int]]:
     """Place -> tokens in `g.partial`, from its whole lines."""
     drawn: dict[int, list[int]] = {}
     lines = (folder / "g.partial").read_bytes().split(b"\n")[1:-1]
-    for step in (unseal(json.loads(line)) for line in lines):
+    for step in (verify_checksum(json.loads(line)) for line in lines):
         for place, (token_ids, logprobs) in step.items():
             assert logprobs == [-token / 7 for token in token_ids]
             drawn.setdefault(int(place), []).extend(token_ids)
@@ -365,9 +365,9 @@ def test_each_step_is_handed_to_the_system_and_on_disk_within_a_second(
     with journal.writing("g", "f") as write:
         for step in range(1, 101):
             now[0] += 0.03125
-            write({0: Piece((step,), (-0.5,)), 7: Piece((), ())})
+            write({0: TokenChunk((step,), (-0.5,)), 7: TokenChunk((), ())})
             assert len(partial_lines(tmp_path)) == 1 + step
-    assert journal.begun("g", "f") == {0: Piece(tuple(range(1, 101)), (-0.5,) * 100), 7: Piece()}
+    assert journal.begun("g", "f") == {0: TokenChunk(tuple(range(1, 101)), (-0.5,) * 100), 7: TokenChunk()}
     assert synced == [101.0, 102.0, 103.0]
 
 
@@ -375,7 +375,7 @@ def test_each_step_is_handed_to_the_system_and_on_disk_within_a_second(
 def test_a_file_that_was_lost_but_for_its_name_holds_nothing(tmp_path: Path, num_bytes: int) -> None:
     journal = CallJournal(tmp_path)
     with journal.writing("g", "f") as write:
-        write({0: Piece((3,), (-0.5,))})
+        write({0: TokenChunk((3,), (-0.5,))})
     with (tmp_path / "g.partial").open("r+b") as file:
         file.truncate(num_bytes)
     assert journal.begun("g", "f") == {} and not (tmp_path / "g.partial").exists()
@@ -531,7 +531,7 @@ def test_rows_of_before_the_seals_are_read(tmp_path: Path) -> None:
     (tmp_path / "g.jsonl").write_text('{"key": "0", "fingerprint": "f", "responses": [1]}\n')
     assert CallJournal(tmp_path).get("g", "0", "f") == [1]
     row = {"a": (1, 2.5, float("inf"), "é"), 3: None}
-    assert unseal(json.loads(sealed(row))) == {"a": [1, 2.5, float("inf"), "é"], "3": None}
+    assert verify_checksum(json.loads(dumps_with_checksum(row))) == {"a": [1, 2.5, float("inf"), "é"], "3": None}
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

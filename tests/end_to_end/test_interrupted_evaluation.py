@@ -26,7 +26,7 @@ from sdzero.engines import VLLMEngine
 drawn, killed_at = sys.argv.pop(1), int(sys.argv.pop(1))
 generate, calls = VLLMEngine.generate, 0
 
-def noting(self, prompts, sampling, seed, policy_version, on_tokens, begun):
+def noting(self, prompts, sampling, seed, policy_version, on_tokens, partials):
     global calls
     calls += 1
     steps = []
@@ -37,7 +37,7 @@ def noting(self, prompts, sampling, seed, policy_version, on_tokens, begun):
         if (calls, len(steps)) == (2, killed_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    rollouts = generate(self, prompts, sampling, seed, policy_version, counting, begun)
+    rollouts = generate(self, prompts, sampling, seed, policy_version, counting, partials)
     with open(drawn, "a") as file:
         print(sum(steps), file=file)
     return rollouts

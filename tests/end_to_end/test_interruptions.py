@@ -17,7 +17,7 @@ import yaml
 
 from sdzero.callbacks import Preemption, preemption
 from sdzero.utils import process
-from sdzero.utils.process import ending_at_once
+from sdzero.utils.process import exit_on_signals
 from support.runs import ROOT, SMOKE, command, environment, read_json, scalars
 
 CALL = 2  # of the second phase's engine: the rollouts of step 3, before its first validation
@@ -119,7 +119,7 @@ def test_a_command_that_loses_nothing_ends_at_once_with_a_line(
     monkeypatch.setenv("PATH", f"{calls.parent}:{os.environ['PATH']}")
 
     def collect() -> None:
-        with ending_at_once("collect"):
+        with exit_on_signals("collect"):
             os.kill(os.getpid(), signum)
             time.sleep(60)
 
@@ -166,7 +166,7 @@ def test_a_child_ends_with_its_parent(capfd: pytest.CaptureFixture[str]) -> None
             os.write(2, f"{child}".encode())
             os.read(read, 1)  # until it watches
             os._exit(0)
-        process.end_with_parent()
+        process.exit_with_parent()
         os.write(write, b"x")
         time.sleep(60)
 
@@ -181,7 +181,7 @@ def test_only_a_child_ends_with_a_parent(monkeypatch: pytest.MonkeyPatch, capfd:
     """Where a process in between has started this one, it is for that one to end it."""
 
     def child() -> None:
-        process.end_with_parent()
+        process.exit_with_parent()
         assert process.PARENT not in os.environ
         time.sleep(0.5)
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sdzero.engines import VLLMEngine, vllm
-from sdzero.engines.base import EngineError, EngineSpec, Piece
+from sdzero.engines.base import EngineError, EngineSpec, TokenChunk
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
 from support.tiny_model import write_tiny_model
@@ -186,13 +186,13 @@ def test_a_step_that_raises_is_the_engines_death(start: Any) -> None:
 
 def test_tokens_are_handed_out_step_by_step_and_a_taker_that_fails_leaves_no_engine(start: Any) -> None:
     engine, llm = start()
-    handed: list[tuple[dict[int, Piece], int]] = []
+    handed: list[tuple[dict[int, TokenChunk], int]] = []
 
     def step() -> list[Any]:
         news = [finished(request, [10 + int(request)], None) for request in llm.waiting[:-1]]
         return [*news, finished(llm.waiting.pop(), [8, 9])]
 
-    def take(pieces: dict[int, Piece]) -> None:
+    def take(pieces: dict[int, TokenChunk]) -> None:
         handed.append((pieces, len(llm.waiting)))
         if len(handed) == 3:
             raise OSError("No space left on device")
@@ -200,7 +200,7 @@ def test_tokens_are_handed_out_step_by_step_and_a_taker_that_fails_leaves_no_eng
     llm.on_step = step
     with pytest.raises(OSError, match="No space left"):  # not "vLLM died"
         engine.generate(PROMPTS, Sampling(1.0, 1.0, 4), 0, 0, take)
-    ends, goes_on = Piece((8, 9), (-0.5, -0.5)), [Piece((10 + place,), (-0.5,)) for place in range(4)]
+    ends, goes_on = TokenChunk((8, 9), (-0.5, -0.5)), [TokenChunk((10 + place,), (-0.5,)) for place in range(4)]
     assert [waiting for _, waiting in handed] == [3, 2, 1]
     assert llm.params.output_kind.name == "DELTA" and not llm.params.flat_logprobs
     assert [pieces for pieces, _ in handed] == [{**dict(enumerate(goes_on[:end])), end: ends} for end in (3, 2, 1)]
@@ -211,27 +211,32 @@ def test_tokens_are_handed_out_step_by_step_and_a_taker_that_fails_leaves_no_eng
 def test_what_was_begun_is_prompt_and_only_the_rest_is_asked_for(start: Any) -> None:
     """Of four responses one is at its end by its last token, one by the limit, one has a token and one none."""
     engine, llm = start()
-    begun = [Piece((7, 2), (-1.0, -2.0)), Piece((7,), (-3.0,)), Piece((7, 8, 9), (-4.0, -5.0, -6.0)), Piece()]
+    partials = [
+        TokenChunk((7, 2), (-1.0, -2.0)),
+        TokenChunk((7,), (-3.0,)),
+        TokenChunk((7, 8, 9), (-4.0, -5.0, -6.0)),
+        TokenChunk(),
+    ]
 
     def step() -> list[Any]:
         llm.waiting.clear()
         return [finished("0", [9, 2], "stop"), finished("1", [9, 9, 2], "stop")]
 
     llm.on_step = step
-    steps: list[dict[int, Piece]] = []
-    rollouts = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, steps.append, begun)
+    steps: list[dict[int, TokenChunk]] = []
+    rollouts = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, steps.append, partials)
     assert llm.asked == [([5, 6, 7, 7], 2), ([5, 6, 7], 3)]
     assert [rollout.prompt for rollout in rollouts] == PROMPTS
     assert [rollout.token_ids for rollout in rollouts] == [(7, 2), (7, 9, 2), (7, 8, 9), (9, 9, 2)]
     assert [rollout.finish_reason for rollout in rollouts] == ["stop", "stop", "length", "stop"]
-    assert rollouts[1].logprobs == (-3.0, -0.5, -0.5) and rollouts[2].logprobs == begun[2].logprobs
+    assert rollouts[1].logprobs == (-3.0, -0.5, -0.5) and rollouts[2].logprobs == partials[2].logprobs
     assert list(steps[0]) == [1, 3] and len(steps) == 1
 
 
 def test_a_call_without_a_token_left_to_draw_asks_nothing(start: Any) -> None:
     engine, llm = start()
-    begun = [Piece((7, 2), (-1.0, -2.0))] * 4
-    rollouts = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, begun=begun)
+    partials = [TokenChunk((7, 2), (-1.0, -2.0))] * 4
+    rollouts = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, partials=partials)
     assert llm.asked == [] and [rollout.token_ids for rollout in rollouts] == [(7, 2)] * 4
 
 

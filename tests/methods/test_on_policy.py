@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.engines import TransformersEngine
-from sdzero.engines.base import EngineError, OnTokens, Piece, ignore
+from sdzero.engines.base import EngineError, OnTokens, TokenChunk, ignore
 from sdzero.methods import Method, SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
@@ -70,7 +70,7 @@ class Sent(Notes):
 class LikeVLLM(Notes):
     """Like vLLM it may continue a call that was cut short; says of each call whether it is kept for that."""
 
-    keeps_partial = True
+    resumes_partial = True
 
     def __init__(self) -> None:
         super().__init__(answer)
@@ -83,11 +83,11 @@ class LikeVLLM(Notes):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         split = prompts[0].question.id.partition("-")[0]
         self.kept.append((split, on_tokens is not ignore))
-        return super().generate(prompts, sampling, seed, policy_version, on_tokens, begun)
+        return super().generate(prompts, sampling, seed, policy_version, on_tokens, partials)
 
 
 def test_a_training_step_keeps_whole_calls_alone(path: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sdzero.cli.main import main
-from sdzero.utils.row_checksum import unseal
+from sdzero.utils.row_checksum import verify_checksum
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs/recipes/smoke"
@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """What a JSONL file says, without the rows' seals."""
-    return [unseal(json.loads(line)) for line in path.read_text().splitlines()]
+    return [verify_checksum(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def num_calls(out: Path) -> int:

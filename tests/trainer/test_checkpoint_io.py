@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.trainer.checkpoint_manifest import CheckpointError, manifest_path
 from sdzero.utils.files import PARTIAL
-from sdzero.utils.row_checksum import unseal
+from sdzero.utils.row_checksum import verify_checksum
 
 
 def state(step: int, num_weights: int = 1000) -> dict:
@@ -77,7 +77,7 @@ def test_what_is_saved_is_loaded_and_the_manifest_names_it(tmp_path):
     assert loaded["global_step"] == 3 and torch.equal(loaded["weights"], state(3)["weights"])
     sha256 = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
     (entry,) = json.loads(manifest_path(path).read_text())
-    assert unseal(entry) == {"sha256": sha256, "size": path.stat().st_size, "global_step": 3} != entry
+    assert verify_checksum(entry) == {"sha256": sha256, "size": path.stat().st_size, "global_step": 3} != entry
     assert sorted(p.name for p in path.parent.iterdir()) == ["step=3.ckpt", "step=3.ckpt.sha256.json"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sdzero.utils.disk_full import naming
+from sdzero.utils.disk_full import add_path_to_errors
 from support.runs import SMOKE, refusal
 from support.tiny_model import write_tiny_model
 
@@ -67,7 +67,7 @@ def test_traces(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="'/no/file'"), naming(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'/no/file'"), add_path_to_errors(tmp_path):
         Path("/no/file").read_text()
-    with pytest.raises(KeyError), naming(tmp_path):
+    with pytest.raises(KeyError), add_path_to_errors(tmp_path):
         raise KeyError("x")

@@ -16,15 +16,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.callbacks import Preemption
-from sdzero.callbacks.base import own_file
+from sdzero.callbacks.base import rank_file
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
 from sdzero.pipeline.summary import print_evaluation
 from sdzero.trainer.checkpoint_io import finished_checkpoints, first_that_verifies
-from sdzero.trainer.collectives import of_all_ranks
+from sdzero.trainer.collectives import all_gather_objects
 from sdzero.trainer.sharded_checkpoint import AtomicFolders
 from sdzero.trainer.strategies import share_of
-from sdzero.utils.disk_full import naming
+from sdzero.utils.disk_full import add_path_to_errors
 from sdzero.utils.files import write_text
 
 NEWEST = "newest"
@@ -151,7 +151,7 @@ class SDZeroCLI(LightningCLI):
             print(text, flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with naming(Path(self.trainer.default_root_dir)):
+        with add_path_to_errors(Path(self.trainer.default_root_dir)):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
@@ -162,7 +162,7 @@ class SDZeroCLI(LightningCLI):
     before_validate = before_test = before_fit
 
     def after_test(self) -> None:
-        rewards = of_all_ranks(self.model.eval_rewards)
+        rewards = all_gather_objects(self.model.eval_rewards)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir)
             answered = {question: answers for part in rewards for question, answers in part.items()}
@@ -179,4 +179,4 @@ class SDZeroCLI(LightningCLI):
         if share_of(self.trainer).member:
             return  # the first of those who share them writes
         rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
-        write_text(own_file(self.trainer, "predictions", "jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(rank_file(self.trainer, "predictions", "jsonl"), "".join(json.dumps(row) + "\n" for row in rows))

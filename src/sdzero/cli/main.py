@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sdzero.graders.errors import GraderError
-from sdzero.utils.disk_full import is_full, naming
+from sdzero.utils.disk_full import add_path_to_errors, is_full
 from sdzero.utils.process import (
     Stopped,
     enable_crash_stacks,
-    end_now,
-    end_with_parent,
-    ending_at_once,
-    parent_of_ranks,
-    status_of,
+    exit_now,
+    exit_on_signals,
+    exit_status,
+    exit_with_parent,
+    export_parent_id,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def collect(arguments: list[str]) -> None:
     os.environ["PL_GLOBAL_SEED"] = str(config.seed_everything)
     values = parser.instantiate(config).as_dict()
     collection = Collect(**{k: v for k, v in values.items() if k not in ("config", "seed_everything")})
-    with naming(collection.out):
+    with add_path_to_errors(collection.out):
         collection.run()
 
 
@@ -173,19 +173,19 @@ def main() -> None:
     name = arguments[0]
     if name not in COMMANDS:
         sys.exit(f"sdzero: unknown command {name!r}\n\n{USAGE}")
-    end_with_parent()
+    exit_with_parent()
     enable_crash_stacks()
     try:
         if name in SAMPLING:
-            with ending_at_once(name), parent_of_ranks():
+            with exit_on_signals(name), export_parent_id():
                 COMMANDS[name](arguments[1:])
         else:
             COMMANDS[name](arguments[1:])
     except Stopped as stopped:
-        end_now(int(str(stopped.code)))
+        exit_now(int(str(stopped.code)))
     except KeyboardInterrupt:
         print(f"sdzero {name}: ended by SIGINT", file=sys.stderr)
-        sys.exit(status_of(signal.SIGINT))
+        sys.exit(exit_status(signal.SIGINT))
     except ArgumentError as error:
         print(f"sdzero {name}: error: {_one_line(str(error))}; `sdzero {name} --help` lists the keys", file=sys.stderr)
         sys.exit(2)

@@ -125,7 +125,9 @@ class Collect:
         try:
             start(again=False)
             restarts = None
-            if ranks.world_size == 1 or not self.engine.starts_together:  # the other ranks are in calls of their own
+            if (
+                ranks.world_size == 1 or not self.engine.starts_collectively
+            ):  # the other ranks are in calls of their own
                 restarts = Restarts(self.max_engine_restarts, lambda: start(again=True), ranks.largest)
             job = _Job(self._sampler(ranks), builder, questions, ranks, restarts)
             self._say_idle(job)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdzero.engines.base import EngineDied, OnTokens, Piece, RolloutEngine
+from sdzero.engines.base import EngineDied, OnTokens, RolloutEngine, TokenChunk
 from sdzero.tasks.base import Task
 from sdzero.types import Prompt, Rollout, Sampling, ScoredRollout, Verdict
-from sdzero.utils.files import naming_file, read_jsonl
-from sdzero.utils.row_checksum import sealed
+from sdzero.utils.disk_full import add_path_to_errors
+from sdzero.utils.files import read_jsonl
+from sdzero.utils.row_checksum import dumps_with_checksum
 from sdzero.utils.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,12 @@ def score(rollouts: Sequence[Rollout], task: Task) -> list[ScoredRollout]:
 
 
 class CallJournal:
-    """Finished generate calls on disk, one sealed JSON line each, one file per `group`.
+    """Finished generate calls on disk, one JSON line with its checksum each, one file per `group`.
 
     A call is reused only under the same key and fingerprint (prompts, sampling, seed, policy weights).
     `calls.log` (`calls-RANK.log` of a further rank) holds a line per call that was started, also the ones that a kill
     cut short.
-    `GROUP.partial` holds the call of a group that is being made, where its engine `keeps_partial`: a first line with
+    `GROUP.partial` holds the call of a group that is being made, where its engine `resumes_partial`: a first line with
     its fingerprint, then a JSON line per step of the engine, place in the call -> [new token ids, their
     log-probabilities]. Any number of whole lines is one state of all responses. Calls of a group are made in order, so
     one file a group will do.
@@ -74,15 +75,15 @@ class CallJournal:
 
     def put(self, group: str, key: str, fingerprint: str, responses: list[dict[str, Any]]) -> None:
         row = {"key": key, "fingerprint": fingerprint, "responses": responses}
-        with naming_file(self._file(group)), self._file(group).open("a") as file:
-            file.write(sealed(row) + "\n")
+        with add_path_to_errors(self._file(group)), self._file(group).open("a") as file:
+            file.write(dumps_with_checksum(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._partial(group).unlink(missing_ok=True)
         if group == self._group:
             self._rows[key] = row
 
-    def begun(self, group: str, fingerprint: str) -> dict[int, Piece]:
+    def begun(self, group: str, fingerprint: str) -> dict[int, TokenChunk]:
         """What an unfinished call has so far: place in the call -> tokens. Another call's file is removed."""
         partial = self._partial(group)
         first, *steps = (read_jsonl(partial) if partial.exists() else []) or [{}]
@@ -95,7 +96,7 @@ class CallJournal:
                 ids, values = drawn.setdefault(int(place), ([], []))
                 ids += token_ids
                 values += logprobs
-        return {place: Piece(tuple(ids), tuple(values)) for place, (ids, values) in drawn.items()}
+        return {place: TokenChunk(tuple(ids), tuple(values)) for place, (ids, values) in drawn.items()}
 
     @contextmanager
     def writing(self, group: str, fingerprint: str) -> Iterator[OnTokens]:
@@ -107,13 +108,13 @@ class CallJournal:
         with self._partial(group).open("a") as file:
             synced = time.monotonic()
             if not file.tell():
-                file.write(sealed({"fingerprint": fingerprint}) + "\n")
+                file.write(dumps_with_checksum({"fingerprint": fingerprint}) + "\n")
 
-            def write(pieces: Mapping[int, Piece]) -> None:
+            def write(pieces: Mapping[int, TokenChunk]) -> None:
                 nonlocal synced
                 step = {place: (piece.token_ids, piece.logprobs) for place, piece in pieces.items()}
-                with naming_file(self._partial(group)):
-                    file.write(sealed(step) + "\n")
+                with add_path_to_errors(self._partial(group)):
+                    file.write(dumps_with_checksum(step) + "\n")
                     file.flush()
                     if time.monotonic() - synced >= FSYNC_SECONDS:
                         os.fsync(file.fileno())
@@ -178,7 +179,7 @@ class Sampler:
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, policy_version: int, keep_partial: bool = True
     ) -> Iterator[list[Rollout]]:
         """The responses of each call; as `sample`, without the scores."""
-        keep = keep_partial and self.engine.keeps_partial
+        keep = keep_partial and self.engine.resumes_partial
         for call in range(self.largest(-(-len(prompts) // self.call_size))):
             mine = prompts[call * self.call_size : (call + 1) * self.call_size]
             yield self._call_together(mine, sampling, group, call, policy_version, keep)
@@ -229,7 +230,7 @@ class Sampler:
             else:
                 self.journal.start(group, key)
             if keep:
-                begun = [made.get(place, Piece()) for place in range(len(prompts))]
+                begun = [made.get(place, TokenChunk()) for place in range(len(prompts))]
                 seed = self._seed_of_rest(seed, num_made)
                 with self.journal.writing(group, fingerprint) as on_tokens:
                     drawn = self.engine.generate(prompts, sampling, seed, policy_version, on_tokens, begun)
@@ -239,11 +240,11 @@ class Sampler:
             self.journal.put(group, key, fingerprint, responses)
         return [_decode(prompt, row, policy_version) for prompt, row in zip(prompts, responses, strict=True)]
 
-    def _made(self, group: str, fingerprint: str, responses: list[dict[str, Any]] | None) -> dict[int, Piece]:
+    def _made(self, group: str, fingerprint: str, responses: list[dict[str, Any]] | None) -> dict[int, TokenChunk]:
         """Place -> tokens: of a whole call where only ranks that share the engine lack it, else of what it has."""
         if responses is None:
             return self.journal.begun(group, fingerprint)
-        return {i: Piece(tuple(row["token_ids"]), tuple(row["logprobs"])) for i, row in enumerate(responses)}
+        return {i: TokenChunk(tuple(row["token_ids"]), tuple(row["logprobs"])) for i, row in enumerate(responses)}
 
     def _seed_of_rest(self, seed: int, num_made: int) -> int:
         """Another seed where a part was made: from the same one, tokens would meet the noise of tokens before them."""

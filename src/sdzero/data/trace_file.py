@@ -8,14 +8,14 @@ from pathlib import Path
 
 from sdzero.types import Question, Trace
 from sdzero.utils.files import atomic_write, parse_rows
-from sdzero.utils.row_checksum import sealed
+from sdzero.utils.row_checksum import dumps_with_checksum
 
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:
     """Atomic write of D_revision: one JSON object a line."""
     with atomic_write(path) as file:
         for trace in traces:
-            file.write(f"{sealed(dataclasses.asdict(trace))}\n".encode())
+            file.write(f"{dumps_with_checksum(dataclasses.asdict(trace))}\n".encode())
 
 
 def read_traces(path: Path) -> list[Trace]:

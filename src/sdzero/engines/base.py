@@ -54,18 +54,18 @@ class SyncReport:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenChunk:
     """Consecutive tokens of a response, and the engine's untempered log-probability of each."""
 
     token_ids: TokenIds = ()
     logprobs: tuple[float, ...] = ()
 
 
-OnTokens = Callable[[Mapping[int, Piece]], None]
+OnTokens = Callable[[Mapping[int, TokenChunk]], None]
 """Takes what one step of the engine drew: a prompt's place in the call -> the new tokens of its response."""
 
 
-def ignore(pieces: Mapping[int, Piece]) -> None:
+def ignore(pieces: Mapping[int, TokenChunk]) -> None:
     """Does nothing with new tokens."""
 
 
@@ -83,11 +83,11 @@ class RolloutEngine(ABC):
     policy_version: int | None = None
     """Version of the last completed sync (0 after a start with `load_weights`); None: no weights yet."""
 
-    keeps_partial: ClassVar[bool] = False
+    resumes_partial: ClassVar[bool] = False
     """Whether a call that broke off is continued where it stood: an engine that draws token by token, and would not
-    repeat the call to the bit anyway. The others ignore `on_tokens` and `begun`."""
+    repeat the call to the bit anyway. The others ignore `on_tokens` and `partials`."""
 
-    starts_together: ClassVar[bool] = False
+    starts_collectively: ClassVar[bool] = False
     """Whether `start` is collective over all ranks: none can start its engine anew while another is in a call."""
 
     is_remote: ClassVar[bool] = False
@@ -129,14 +129,14 @@ class RolloutEngine(ABC):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         """One response per prompt, in order. The unit of durability: same call, same seed, same weights.
 
         Args:
             on_tokens: is handed what is drawn, once per step of the engine and for all responses of that step at once,
                 so that what it has seen is always the state of one moment.
-            begun: what was drawn of each response before, none or one piece per prompt. Only what follows is drawn,
+            partials: what was drawn of each response before, none or one piece per prompt. Only what follows is drawn,
                 and nothing where a response is complete; the result is the whole.
 
         Raises:
@@ -206,7 +206,7 @@ class RolloutEngine(ABC):
 
 
 @contextmanager
-def preserved_rng(seed: int | None = None) -> Iterator[None]:
+def preserve_rng(seed: int | None = None) -> Iterator[None]:
     """Python's, numpy's and torch's random states (every CUDA device's too) end as they began.
 
     Inside, all of them are seeded with `seed`; None leaves them be.

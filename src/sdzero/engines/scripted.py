@@ -7,7 +7,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from sdzero.engines.base import EngineSpec, OnTokens, Piece, RolloutEngine, SyncReport, ignore
+from sdzero.engines.base import EngineSpec, OnTokens, RolloutEngine, SyncReport, TokenChunk, ignore
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 
@@ -44,7 +44,7 @@ class ScriptedEngine(RolloutEngine):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sdzero.engines.base import EngineSpec, OnTokens, Piece, RolloutEngine, SyncReport, ignore, preserved_rng
+from sdzero.engines.base import EngineSpec, OnTokens, RolloutEngine, SyncReport, TokenChunk, ignore, preserve_rng
 from sdzero.engines.sync_check import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
@@ -37,7 +37,7 @@ class TransformersEngine(RolloutEngine):
         self._spec, self._builder = spec, builder
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         dtype = getattr(torch, spec.dtype)
-        with preserved_rng():
+        with preserve_rng():
             if spec.load_weights:
                 model = AutoModelForCausalLM.from_pretrained(spec.model_path, dtype=dtype)
             else:
@@ -66,12 +66,12 @@ class TransformersEngine(RolloutEngine):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
         rollouts: dict[int, Rollout] = {}
-        with preserved_rng(seed), torch.inference_mode():
+        with preserve_rng(seed), torch.inference_mode():
             for places in self._batches(prompts):
                 rollouts |= zip(places, self._sample([prompts[place] for place in places], sampling), strict=True)
         return [rollouts[place] for place in range(len(prompts))]

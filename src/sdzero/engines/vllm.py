@@ -21,12 +21,12 @@ from sdzero.engines.base import (
     EngineDied,
     EngineSpec,
     OnTokens,
-    Piece,
     RolloutEngine,
     SyncReport,
+    TokenChunk,
     ignore,
     is_complete,
-    preserved_rng,
+    preserve_rng,
 )
 from sdzero.engines.sync_check import SyncCheck, WeightLayout
 from sdzero.engines.vllm_requests import Request, longest_first, run_requests, sampling_params, shared_requests
@@ -63,8 +63,8 @@ class VLLMEngine(RolloutEngine):
             under `sdzero run` in stacks.txt of the stage, which is then restarted.
     """
 
-    keeps_partial = True
-    starts_together = True
+    resumes_partial = True
+    starts_collectively = True
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class VLLMEngine(RolloutEngine):
         self._spec, self._builder = spec, builder
         self._asleep.clear()
         os.environ.update(vllm_patches.environment(self.tensor_parallel_size))
-        with preserved_rng(), vllm_patches.preserved_threads():
+        with preserve_rng(), vllm_patches.preserve_num_threads():
             self._layout = WeightLayout.of_pretrained(spec.model_path)
             llm_class, self._is_cpu = _import_vllm()
             self._runs_eagerly = self._is_cpu if self.enforce_eager is None else self.enforce_eager
@@ -146,7 +146,7 @@ class VLLMEngine(RolloutEngine):
         started = perf_counter()
         self.policy_version = None  # a sync that breaks off leaves an engine that refuses to generate
         self._wake("weights")
-        with preserved_rng(), self._guarded():
+        with preserve_rng(), self._guarded():
             check = SyncCheck(self._layout, self._held(), getattr(torch, self._spec.dtype))
             self._reload(check.watch(weights))
             self._forget_prefixes()
@@ -178,12 +178,12 @@ class VLLMEngine(RolloutEngine):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
-        begun, limit = begun or [Piece()] * len(prompts), sampling.max_new_tokens
-        drawn = [(list(piece.token_ids), list(piece.logprobs)) for piece in begun]
+        partials, limit = partials or [TokenChunk()] * len(prompts), sampling.max_new_tokens
+        drawn = [(list(piece.token_ids), list(piece.logprobs)) for piece in partials]
         asked = [place for place, (ids, _) in enumerate(drawn) if not is_complete(ids, self._builder.end_ids, limit)]
         mine = [Request((*prompts[place].token_ids, *drawn[place][0]), limit - len(drawn[place][0])) for place in asked]
         requests, first, seed = shared_requests(mine, seed, self.tensor_parallel_size)
@@ -211,9 +211,9 @@ class VLLMEngine(RolloutEngine):
     @contextmanager
     def _steps(
         self, requests: Sequence[Request], params: Callable[[int], Any], seed: int
-    ) -> Iterator[Iterator[dict[int, Piece]]]:
+    ) -> Iterator[Iterator[dict[int, TokenChunk]]]:
         """Around the steps that answer `requests`. An engine that they leave midway refuses to generate."""
-        with preserved_rng(seed), self._guarded():
+        with preserve_rng(seed), self._guarded():
             self._forget_prefixes()  # what a call returns must not depend on the calls before it
             order = longest_first(requests) if self.longest_first and len(requests) > self.max_num_seqs else None
             try:

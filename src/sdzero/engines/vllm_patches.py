@@ -64,7 +64,7 @@ def sparing_model_classes(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def preserved_threads() -> Iterator[None]:
+def preserve_num_threads() -> Iterator[None]:
     """vLLM's CPU worker changes torch's thread count and replaces `torch.set_num_threads`, for the trainer too."""
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:

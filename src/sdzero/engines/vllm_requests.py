@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from sdzero.engines.base import EngineDied, Piece
+from sdzero.engines.base import EngineDied, TokenChunk
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Sampling, TokenIds
 
@@ -78,7 +78,7 @@ def run_requests(
     params: Callable[[int], Any],
     deadline_seconds: float,
     order: Sequence[int] | None = None,
-) -> Iterator[dict[int, Piece]]:
+) -> Iterator[dict[int, TokenChunk]]:
     """Index of a request -> its new tokens: of each step, or all of them at its end, as `params` asks.
 
     The engine is stepped here, to watch the clock. It gets the requests in `order`, their places, where that is given.
@@ -107,7 +107,7 @@ def run_requests(
         raise EngineDied(f"vLLM returned {len(finished)} of {len(requests)} responses and called itself done")
 
 
-def _pieces(outputs: Sequence[Any], finished: set[int]) -> dict[int, Piece]:
+def _pieces(outputs: Sequence[Any], finished: set[int]) -> dict[int, TokenChunk]:
     """The new tokens of a step's `RequestOutput`s; `finished` gains the requests that ended with it."""
     pieces = {}
     for output in outputs:
@@ -118,7 +118,7 @@ def _pieces(outputs: Sequence[Any], finished: set[int]) -> dict[int, Piece]:
             if len(output.outputs) != 1 or part.finish_reason not in ("stop", "length"):
                 raise EngineDied(f"vLLM gave up request {index}: {[o.finish_reason for o in output.outputs]}")
             finished.add(index)
-        pieces[index] = Piece(tuple(part.token_ids), _logprobs(part))
+        pieces[index] = TokenChunk(tuple(part.token_ids), _logprobs(part))
     return pieces
 
 

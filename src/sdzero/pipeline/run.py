@@ -26,9 +26,9 @@ from typing import IO, Any, NoReturn
 from sdzero import __version__
 from sdzero.pipeline.stages import ENGINES, Choices, Stage, stages
 from sdzero.pipeline.summary import print_table, summarize
-from sdzero.utils.disk_full import naming
+from sdzero.utils.disk_full import add_path_to_errors
 from sdzero.utils.files import write_text
-from sdzero.utils.process import PARENT, STACKS, STAGE, handling, name_of, requeue, say, status_of
+from sdzero.utils.process import PARENT, STACKS, STAGE, exit_status, handle_signals, requeue, signal_name, write_stderr
 
 PLACES = {"devices", "num_nodes", "trainer.devices", "trainer.num_nodes"}
 """Keys that say where a stage runs, not what it does: an interrupted one may go on on other machines."""
@@ -182,9 +182,9 @@ class Run:
             self._stop()
 
     def _stop(self) -> NoReturn:
-        say(f"sdzero run: ended by {name_of(self.signum)}. Go on with the same command")
+        write_stderr(f"sdzero run: ended by {signal_name(self.signum)}. Go on with the same command")
         requeue(self.signum)
-        sys.exit(status_of(self.signum))
+        sys.exit(exit_status(self.signum))
 
     def _record(self, stage: Stage, record: dict[str, Any]) -> None:
         self.lineage[stage.name] = record
@@ -264,7 +264,7 @@ def main(arguments: list[str], check: Check) -> None:
     with (out / ".lock").open("w") as lock:
         _acquire(lock, out)
         run = Run(plan, out, lock, shlex.split(options.launch))
-        with naming(out), handling(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        with add_path_to_errors(out), handle_signals(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             run.execute(check)
 
 

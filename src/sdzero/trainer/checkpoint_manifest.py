@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sdzero.utils.files import PARTIAL, atomic_write, delete, file_sha256, sync
-from sdzero.utils.row_checksum import sealed, unseal
+from sdzero.utils.row_checksum import dumps_with_checksum, verify_checksum
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def contents(path: Path) -> list[Content] | list[FolderContent]:
     """
     manifest = manifest_path(path.resolve())
     try:
-        entries = [unseal(entry) for entry in json.loads(manifest.read_text())]
+        entries = [verify_checksum(entry) for entry in json.loads(manifest.read_text())]
         if path.is_dir():
             return [FolderContent(**{**e, "files": {n: (s, z) for n, (s, z) in e["files"].items()}}) for e in entries]
         return [Content(**entry) for entry in entries]
@@ -100,7 +100,7 @@ def contents(path: Path) -> list[Content] | list[FolderContent]:
 
 
 def write_manifest(path: Path, listed: Iterable[Content | FolderContent]) -> None:
-    rows = ",\n ".join(sealed(asdict(content)) for content in listed)
+    rows = ",\n ".join(dumps_with_checksum(asdict(content)) for content in listed)
     with atomic_write(manifest_path(path)) as file:
         file.write(f"[{rows}]\n".encode())
 

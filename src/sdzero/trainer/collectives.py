@@ -9,7 +9,7 @@ from torch import distributed as dist
 T = TypeVar("T")
 
 
-def of_all_ranks(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks; of one process alone its own. Collective."""
     if not dist.is_initialized():
         return [value]

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from sdzero.trainer.collectives import of_all_ranks
+from sdzero.trainer.collectives import all_gather_objects
 from sdzero.utils.seeds import derive_seed, run_seed
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    return of_all_ranks(states)
+    return all_gather_objects(states)
 
 
 def restore(states: list[dict[str, Any]], device: torch.device, rank: int, num_ranks: int, step: int) -> None:

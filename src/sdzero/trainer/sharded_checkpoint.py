@@ -33,7 +33,7 @@ from sdzero.trainer.checkpoint_manifest import (
     tidy,
     write_manifest,
 )
-from sdzero.trainer.collectives import of_all_ranks
+from sdzero.trainer.collectives import all_gather_objects
 from sdzero.utils.files import PARTIAL, file_sha256, sync
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class AtomicFolders(ParallelStrategy):
             ValueError: another strategy wrote the folder.
         """
         path = Path(self.broadcast(str(checkpoint_path)))
-        faults = [fault for fault in of_all_ranks(self._fault(path)) if fault]
+        faults = [fault for fault in all_gather_objects(self._fault(path)) if fault]
         if faults:
             raise CheckpointError(
                 f"{path} is damaged: {faults[0]}. Resume from an older one: "
@@ -144,7 +144,7 @@ class AtomicFolders(ParallelStrategy):
         except (Exception, CheckpointException) as error:  # noqa: BLE001 - raised below, on every rank
             failure = error
         mine = None if failure is None else f"rank {self.global_rank}: {_in_short(failure)}"
-        said, results = zip(*of_all_ranks((mine, result)), strict=True)
+        said, results = zip(*all_gather_objects((mine, result)), strict=True)
         if any(said):
             # torch hides the reason of a failed write behind errors of its own: say what would explain it
             free = shutil.disk_usage(path.parent).free / 2**20

@@ -12,7 +12,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def naming(folder: Path) -> Iterator[None]:
+def add_path_to_errors(folder: Path) -> Iterator[None]:
     """Around work that writes into `folder`: a failed write does not say itself which file it was.
 
     Raises: the OSError, with the folder as its file name unless it has one.

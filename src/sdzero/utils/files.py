@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sdzero.utils.row_checksum import unseal
+from sdzero.utils.disk_full import add_path_to_errors
+from sdzero.utils.row_checksum import verify_checksum
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def atomic_write(path: Path, tag: str = "") -> Iterator[BinaryIO]:
         OSError: names `path`; its previous content is untouched.
     """
     partial = path.with_name(f"{path.name}{tag}{PARTIAL}")
-    with naming_file(path):
+    with add_path_to_errors(path):
         delete(partial)  # left by a killed write, or planted
         try:
             with partial.open("xb") as file:
@@ -99,17 +100,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Adds the file's name to an OSError that lacks one, as that of a full disk does."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
     """Rows of a JSONL file.
 
@@ -120,7 +110,7 @@ def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
     for number, line in enumerate(raw.splitlines(), 1):
         try:
             row = json.loads(line)
-            rows.append(unseal(row) if isinstance(row, dict) else row)
+            rows.append(verify_checksum(row) if isinstance(row, dict) else row)
         except ValueError as error:
             raise ValueError(
                 f"{path}: line {number} is damaged ({error}): remove the file to have it made again"

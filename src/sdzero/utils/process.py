@@ -31,12 +31,12 @@ class Stopped(SystemExit):
     """The process was told by a signal to end, and is ready to. `code` is its exit status."""
 
 
-def status_of(signum: int) -> int:
+def exit_status(signum: int) -> int:
     """Exit status of a process that a signal has ended, as shells have it."""
     return 128 + signum
 
 
-def name_of(signum: int) -> str:
+def signal_name(signum: int) -> str:
     return signal.Signals(signum).name
 
 
@@ -45,12 +45,12 @@ def is_first_process() -> bool:
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
-def say(line: str) -> None:
+def write_stderr(line: str) -> None:
     """Prints to stderr from a signal handler, which may have interrupted a print."""
     os.write(_STDERR, f"{line}\n".encode())
 
 
-def end_now(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """Ends without the interpreter's way out: an engine in this process may hang or crash on it."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(RuntimeError):  # a handler may have interrupted a print
@@ -59,7 +59,7 @@ def end_now(status: int) -> NoReturn:
 
 
 @contextmanager
-def handling(handler: Any, *signums: int) -> Iterator[None]:
+def handle_signals(handler: Any, *signums: int) -> Iterator[None]:
     """Around a block in which a function, or signal.SIG_IGN or the like, handles signals. Only Python's main thread can
     have it so: in others nothing changes."""
     if threading.current_thread() is not threading.main_thread():
@@ -74,17 +74,19 @@ def handling(handler: Any, *signums: int) -> Iterator[None]:
 
 
 @contextmanager
-def ending_at_once(command: str) -> Iterator[None]:
+def exit_on_signals(command: str) -> Iterator[None]:
     """Around a command that loses nothing by a kill: Ctrl-C, SIGTERM and SIGUSR1 end it with a line."""
 
     def end(signum: int, _: Any) -> None:
         if is_first_process():
             going_on = "go on with --ckpt_path=newest" if command == "fit" else "the same command goes on from there"
-            say(f"sdzero {command}: ended by {name_of(signum)}. Finished generate calls are kept: {going_on}")
+            write_stderr(
+                f"sdzero {command}: ended by {signal_name(signum)}. Finished generate calls are kept: {going_on}"
+            )
             requeue(signum)
-        end_now(status_of(signum))
+        exit_now(exit_status(signum))
 
-    with handling(end, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    with handle_signals(end, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         yield
 
 
@@ -96,12 +98,14 @@ def requeue(signum: int) -> None:
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if shutil.which("scontrol") is None:
-        return say(f"SLURM job {job} is not requeued: there is no scontrol here")
+        return write_stderr(f"SLURM job {job} is not requeued: there is no scontrol here")
     code = subprocess.run(["scontrol", "requeue", job], check=False).returncode
-    say(f"SLURM job {job} is requeued" if code == 0 else f"SLURM job {job} is not requeued: scontrol ended with {code}")
+    write_stderr(
+        f"SLURM job {job} is requeued" if code == 0 else f"SLURM job {job} is not requeued: scontrol ended with {code}"
+    )
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Ends this process soon after the one that PARENT names: a stage, or another rank, must not outlive it.
 
     It would go on beside the next run of the same folder, or wait in a collective for a rank that is no more.
@@ -129,7 +133,7 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def parent_of_ranks() -> Iterator[None]:
+def export_parent_id() -> Iterator[None]:
     """Around a command that may start the other ranks of its node: they end with this process."""
     os.environ[PARENT] = str(os.getpid())
     try:

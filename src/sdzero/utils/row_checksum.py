@@ -7,24 +7,24 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-SEAL = "crc32"
+CHECKSUM_KEY = "crc32"
 
 
-def sealed(row: Mapping[Any, Any]) -> str:
+def dumps_with_checksum(row: Mapping[Any, Any]) -> str:
     """The row as JSON without a line break, a checksum of it as one more field."""
     text = _text(row)  # made once: a journal gets a row for each step of an engine
-    return f'{text[:-1]}{"," if row else ""}"{SEAL}":"{_checksum(text)}"}}'
+    return f'{text[:-1]}{"," if row else ""}"{CHECKSUM_KEY}":"{_checksum(text)}"}}'
 
 
-def unseal(row: dict[str, Any]) -> dict[str, Any]:
-    """What `sealed` was given, parsed. A row without a seal, of another writer, is returned as it is.
+def verify_checksum(row: dict[str, Any]) -> dict[str, Any]:
+    """What `dumps_with_checksum` was given, parsed. A row without a seal, of another writer, is returned as it is.
 
     Raises:
-        ValueError: the row is not what was sealed.
+        ValueError: the row is not what was dumps_with_checksum.
     """
-    inner = {name: value for name, value in row.items() if name != SEAL}
-    if SEAL in row and row[SEAL] != (found := _checksum(_text(inner))):
-        raise ValueError(f"its {SEAL} is {found} where it says {row[SEAL]}")
+    inner = {name: value for name, value in row.items() if name != CHECKSUM_KEY}
+    if CHECKSUM_KEY in row and row[CHECKSUM_KEY] != (found := _checksum(_text(inner))):
+        raise ValueError(f"its {CHECKSUM_KEY} is {found} where it says {row[CHECKSUM_KEY]}")
     return inner
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from sdzero.engines import VLLMEngine
-from sdzero.engines.base import EngineSpec, Piece
+from sdzero.engines.base import EngineSpec, TokenChunk
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Question, Sampling
 
@@ -42,7 +42,7 @@ def main(rank: int, model_path: str, store: str) -> None:
         prompts = [builder.prompt(Question(f"{rank}-{i}", f"{rank} {i} ?", "")) for i in range(3 + 2 * rank)]
         # engines of their own may draw unlike numbers of tokens; one engine over both ranks draws alike on both
         length = 8 + 12 * rank if tensor_parallel_size == 1 else 10
-        steps: list[Mapping[int, Piece]] = []
+        steps: list[Mapping[int, TokenChunk]] = []
         rollouts = engine.generate(prompts, Sampling(1.0, 1.0, length), 5 + rank, 1, steps.append)
         assert [rollout.prompt for rollout in rollouts] == prompts
         for place, rollout in enumerate(rollouts):  # a rank is handed its own, whoever shares the engine
@@ -50,10 +50,10 @@ def main(rank: int, model_path: str, store: str) -> None:
             assert rollout.token_ids == tuple(token for piece in pieces for token in piece.token_ids)
         assert {place for step in steps for place in step} == set(range(len(prompts)))
         # rank 0 has the first four tokens of its responses, rank 1 has all of its own and asks for nothing
-        begun = [Piece(r.token_ids, r.logprobs) for r in rollouts]
+        partials = [TokenChunk(r.token_ids, r.logprobs) for r in rollouts]
         if rank == 0:
-            begun = [Piece(piece.token_ids[:4], piece.logprobs[:4]) for piece in begun]
-        whole = engine.generate(prompts, Sampling(1.0, 1.0, length), 15 + rank, 1, begun=begun)
+            partials = [TokenChunk(piece.token_ids[:4], piece.logprobs[:4]) for piece in partials]
+        whole = engine.generate(prompts, Sampling(1.0, 1.0, length), 15 + rank, 1, partials=partials)
         assert rank == 0 or whole == rollouts
         assert all(w.token_ids[:4] == r.token_ids[:4] for w, r in zip(whole, rollouts, strict=True))
         for rollout in (*rollouts, *whole):

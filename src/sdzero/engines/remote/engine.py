@@ -19,11 +19,11 @@ from sdzero.engines.base import (
     EngineError,
     EngineSpec,
     OnTokens,
-    Piece,
     RolloutEngine,
     SyncReport,
+    TokenChunk,
     ignore,
-    preserved_rng,
+    preserve_rng,
 )
 from sdzero.engines.remote.client import Client
 from sdzero.engines.remote.server import GENERATE, check_server, wait_until_up
@@ -55,7 +55,7 @@ class RemoteVLLMEngine(RolloutEngine):
     """
 
     is_remote = True
-    starts_together = True
+    starts_collectively = True
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class RemoteVLLMEngine(RolloutEngine):
         """A server may hold what another stage left in it."""
         from transformers import AutoModelForCausalLM
 
-        with preserved_rng():
+        with preserve_rng():
             path = self._spec.model_path
             model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype) if _rank() == 0 else None
         self.sync(model.named_parameters() if model is not None else (), 0)
@@ -207,7 +207,7 @@ class RemoteVLLMEngine(RolloutEngine):
         seed: int,
         policy_version: int,
         on_tokens: OnTokens = ignore,
-        begun: Sequence[Piece] = (),
+        partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
