@@ -208,7 +208,7 @@ def test_a_stage_says_which_questions_it_uses(attach: Data, tmp_path: Path) -> N
         def questions(self, split: Split, num_questions: int | None) -> list[Question]:
             return [replace(question, family="twins") for question in super().questions(split, num_questions)]
 
-        def left_out(self) -> dict[str, Any]:
+        def exclusions(self) -> dict[str, Any]:
             return {"set_aside": {"a rule": 3}}
 
     data = phase2(evaluation=Evaluation("eval", 2, 1, SAMPLING))

@@ -43,5 +43,5 @@ def test_a_type_that_nobody_knows_is_dropped(tmp_path: Path) -> None:
     task = AMOBench({"eval": str(path)}, max_dropped_share=0.5)
     assert len(task.questions("eval", None)) == 2
     assert task.dropped[0][1] == (
-        "column 'answer_type' is 'riddle', none of ('number', 'set', 'variable') and 'description'"
+        "column 'answer_type' is 'riddle', expected 'description' or one of ('number', 'set', 'variable')"
     )

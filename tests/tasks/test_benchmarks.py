@@ -1,6 +1,6 @@
 """Every shipped benchmark, on made-up rows with the columns of its data set and their odd ones.
 
-They run where the hub's names are folders, so that the very files of configs/data are read.
+They run where the hub's names are folders, so that the very files of configs/tasks are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support.fixtures import benchmarks, mathematics
 from support.fixtures.make import make
 from support.runs import ROOT
 
-DATA = ROOT / "configs/data"
+DATA = ROOT / "configs/tasks"
 SETS = (
     mathematics.OPENR1,
     mathematics.COUNTDOWN,
@@ -52,7 +52,7 @@ class Holder:
 
 
 def load(name: str) -> Any:
-    """The task of a file below configs/data, as the commands load it."""
+    """The task of a file below configs/tasks, as the commands load it."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Holder, sub_configs=True)
     return parser.instantiate(parser.parse_args(["--task", str(DATA / f"{name}.yaml")])).task
@@ -170,7 +170,7 @@ def test_instructions(name: str) -> None:
 def test_a_package_with_rows_is_named_where_it_is_missing(
     monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
 ) -> None:
-    monkeypatch.setattr("sdzero.tasks.files.find_spec", lambda name: None)
+    monkeypatch.setattr("sdzero.tasks.sources.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=rf"package:{name}/rows.jsonl: .* not installed: {remedy}"):
         read(f"package:{name}/rows.jsonl", [])
 

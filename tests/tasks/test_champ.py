@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from sdzero.tasks import Champ
-from sdzero.tasks.champ import FILE, gold
-from sdzero.tasks.files import Row
+from sdzero.tasks.champ import FILE, parse_gold
+from sdzero.tasks.hub import Row
 from sdzero.tasks.rows import SetAside
 
 SENTENCE = "its answer is a sentence, which needs a judge model"
@@ -24,7 +24,7 @@ def task() -> Champ:
 
 @pytest.fixture(scope="module")
 def published(task: Champ) -> list[Row]:
-    return task.rows(FILE, [])
+    return task.load_rows(FILE, [])
 
 
 def test_its_own_answers_are_right(task: Champ, published: list[Row]) -> None:
@@ -48,7 +48,7 @@ def test_what_is_set_aside_is_a_sentence(published: list[Row]) -> None:
     said: list[str] = []
     for row in published:
         try:
-            gold(row["_raw_answer"])
+            parse_gold(row["_raw_answer"])
         except SetAside:
             said.append(row["_raw_answer"])
     assert len(said) == 26
@@ -79,7 +79,7 @@ def test_what_is_set_aside_is_a_sentence(published: list[Row]) -> None:
     ],
 )
 def test_the_latex_of_an_answer(raw: str, latex: str) -> None:
-    assert gold(raw) == latex
+    assert parse_gold(raw) == latex
 
 
 def test_questions_carry_their_written_solution(task: Champ, published: list[Row]) -> None:

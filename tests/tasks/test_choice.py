@@ -110,7 +110,7 @@ def test_an_answer_is_an_index_or_a_letter(tmp_path: Path, answer: int | str, le
 
 @pytest.mark.parametrize("answer", [4, -1, "E", "d", "green", 1.0, True])
 def test_an_answer_beyond_the_options_is_an_error(tmp_path: Path, answer: Any) -> None:
-    with pytest.raises(ValueError, match=r"row 1: the answer '.*' is none of its 4 options"):
+    with pytest.raises(ValueError, match=r"row 1: the answer '.*' is not one of its 4 options"):
         MultipleChoice(jsonl(tmp_path / "q.jsonl", rows_of(1, answer))).questions("eval", 1)
 
 
@@ -121,7 +121,7 @@ def test_options_that_say_nothing_are_left_out(tmp_path: Path) -> None:
     assert "A. red\nB. green\nC. blue\n\n" in question.text and "N/A" not in question.text
     assert question.answer == "C" and question.meta["options"] == ["red", "green", "blue"]
     rows[0]["answer"] = 1
-    with pytest.raises(ValueError, match="the answer '1' is none of its 3 options"):
+    with pytest.raises(ValueError, match="the answer '1' is not one of its 3 options"):
         MultipleChoice(jsonl(tmp_path / "q.jsonl", rows)).questions("eval", 1)
 
 
@@ -148,13 +148,13 @@ def test_ids_of_a_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [None, "A. red", {"A": "red"}, [["red"]], [None, "red"]])
 def test_a_column_without_a_list_is_an_error(tmp_path: Path, options: Any) -> None:
     rows = [{"question": "q", "options": options, "answer": "A"}]
-    with pytest.raises(ValueError, match=r"row 1: column 'options' holds no list of options"):
+    with pytest.raises(ValueError, match=r"row 1: column 'options' is not a list of options"):
         MultipleChoice(jsonl(tmp_path / "q.jsonl", rows)).questions("eval", 1)
 
 
 @pytest.mark.parametrize("options", [[], ["red"], ["red", "N/A"], [str(i) for i in range(27)]])
 def test_too_few_or_many_options_are_an_error(tmp_path: Path, options: list[str]) -> None:
-    with pytest.raises(ValueError, match="is none of its"):
+    with pytest.raises(ValueError, match="is not one of its"):
         MultipleChoice(jsonl(tmp_path / "q.jsonl", [{"question": "q", "options": options, "answer": "A"}])).questions(
             "eval", 1
         )

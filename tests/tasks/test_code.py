@@ -155,7 +155,7 @@ def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[
 def test_the_judge_gets_no_more_tests_at_a_time_than_fit(
     tmp_path: Path, judge: list[FakeSandbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_AT_ONCE", 10)
+    monkeypatch.setattr(module, "_MAX_REQUEST", 10)
     rows = [{"question": f"q{i}", "tests": [{"input": "1" * i, "output": "2" * i}]} for i in range(1, 6)]
     task = Code(jsonl(tmp_path / "q.jsonl", rows))
     questions = [question for _, question in task._all]
@@ -228,7 +228,7 @@ def test_published_prompts_of_codeforces(tmp_path: Path) -> None:
     """A configuration with a row per language, read without the data set's own task: tests in files are not seen."""
     folder = make(tmp_path, programs.CODEFORCES)
     source = HubDataset(str(folder), config="verifiable-prompts")
-    task = Code(source, "prompt", "official_tests", max_dropped_share=0.2)
+    task = Code(source, "official_tests", question_column="prompt", max_dropped_share=0.2)
     lacking = {"902/B", "42/A"}
     rows = [row for row in [*map(programs.problem, range(24)), *programs.odd_problems()] if programs.is_verifiable(row)]
     expected = [(language, row) for language in ("cpp", "python") for row in rows if row["id"] not in lacking]
@@ -240,7 +240,7 @@ def test_published_prompts_of_codeforces(tmp_path: Path) -> None:
         assert submission.tests == tuple(StdioTest(**test) for test in row["official_tests"])
         assert (submission.language, submission.limits.time) == (language, row["time_limit"])
     assert {why for _, why in task.dropped} == {
-        "its official_tests are not all there, or are cut: official_tests_complete is false"
+        "its official_tests are incomplete or cut: official_tests_complete is false"
     }
     assert len(task.dropped) == 2 * len(lacking)
 
@@ -311,17 +311,17 @@ def test_tests_are_no_part_of_what_a_trace_carries(tmp_path: Path) -> None:
         ({"tests": []}, "it has no tests"),
         ({"tests": " "}, "it has no tests"),
         ({"tests": "[]"}, "it has no tests"),
-        ({"tests": "[{"}, "its tests are no JSON: Expecting property name"),
-        ({"tests": "[" * 100_000}, "its tests are no JSON: maximum recursion depth"),
-        ({"tests": {"input": ["1"], "output": ["2"]}}, "its tests are no list of objects"),
-        ({"tests": ["1"]}, "its tests are no list of objects"),
+        ({"tests": "[{"}, "its tests are not valid JSON: Expecting property name"),
+        ({"tests": "[" * 100_000}, "its tests are not valid JSON: maximum recursion depth"),
+        ({"tests": {"input": ["1"], "output": ["2"]}}, "its tests are not a list of objects"),
+        ({"tests": ["1"]}, "its tests are not a list of objects"),
         ({"tests": [*TESTS, {"input": "1"}]}, r"test 2: a test is .*this one has \['input'\]"),
-        ({"tests": [{"input": 1, "output": "2"}]}, "test 1: 'input' is no text"),
-        ({"tests": [{"input": "1", "output": None}]}, "test 1: 'output' is no text"),
-        ({"tests": [{"call": "f", "args": 5, "expected": 1}]}, "test 1: 'args' is no list"),
-        ({"tests": [{"call": "f", "args": "ab", "expected": 1}]}, "test 1: 'args' is no list"),
-        ({"tests": [{"call": None, "args": [], "expected": 1}]}, "test 1: 'call' is no text"),
-        ({"tests": [{"program": ["assert 1"]}]}, "test 1: 'program' is no text"),
+        ({"tests": [{"input": 1, "output": "2"}]}, "test 1: 'input' is not a string"),
+        ({"tests": [{"input": "1", "output": None}]}, "test 1: 'output' is not a string"),
+        ({"tests": [{"call": "f", "args": 5, "expected": 1}]}, "test 1: 'args' is not a list"),
+        ({"tests": [{"call": "f", "args": "ab", "expected": 1}]}, "test 1: 'args' is not a list"),
+        ({"tests": [{"call": None, "args": [], "expected": 1}]}, "test 1: 'call' is not a string"),
+        ({"tests": [{"program": ["assert 1"]}]}, "test 1: 'program' is not a string"),
         ({"tests": [*TESTS, {"program": "1"}]}, "a submission needs tests of one kind"),
         ({"tests": [{"program": "1"}]}, "AssertTest is for python only"),
         ({"time_limit": "2 seconds"}, "time_limit is '2 seconds': it must be a number"),

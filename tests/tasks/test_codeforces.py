@@ -115,7 +115,7 @@ def test_questions_and_tests_are_those_of_a_slow_reading(repository: Path, confi
     set_aside = [why for why in left_out.values() if why != "official_tests_complete"]
     assert task.set_aside.total() == len(set_aside)
     assert [why for _, why in task.dropped] == [
-        "its official_tests are not all there (official_tests_complete), and it has no generated_tests"
+        "its official_tests are incomplete (official_tests_complete), and it has no generated_tests"
     ] * (len(left_out) - len(set_aside))
     assert {*CODEFORCES_ODD} <= {*asked, *left_out} or config == "verifiable"
 
@@ -143,7 +143,7 @@ def test_what_is_asked(repository: Path) -> None:
 def test_note_and_lines_of_a_statement() -> None:
     row = {"title": "T", "description": "a\r\nb", "note": "$$$n$$$ is\r\nsmall", "editorial": "SECRET"}
     row["examples"] = [{"input": "1\r\n2\r\n", "output": "3"}, {"input": "", "output": "4\n"}]  # pyright: ignore[reportArgumentType]
-    assert module.written(row) == (
+    assert module.format_statement(row) == (
         "# T\n\na\nb\n\n"
         "## Example 1\n\nInput:\n```\n1\n2\n```\nOutput:\n```\n3\n```\n\n"
         "## Example 2\n\nInput:\n```\n\n```\nOutput:\n```\n4\n```\n\n"
@@ -168,10 +168,10 @@ def jsonl(path: Path, rows: list[Row]) -> str:
     [
         ({"id": None}, "column 'id' is empty"),
         ({"description": " "}, "column 'description' is empty"),
-        ({"official_tests": []}, "its official_tests are not all there .* it has no generated_tests"),
-        ({"official_tests": None}, "its official_tests are not all there"),
-        ({"official_tests_complete": None}, "its official_tests are not all there"),
-        ({"official_tests_complete": False, "generated_tests": 0}, "its official_tests are not all there"),
+        ({"official_tests": []}, "its official_tests are incomplete .* it has no generated_tests"),
+        ({"official_tests": None}, "its official_tests are incomplete"),
+        ({"official_tests_complete": None}, "its official_tests are incomplete"),
+        ({"official_tests_complete": False, "generated_tests": 0}, "its official_tests are incomplete"),
         ({"official_tests": [{"input": "1", "output": None}]}, "test 1 of official_tests lacks its input or"),
         ({"official_tests_complete": False, "generated_tests": 2, "contest_id": "gym"}, "contest_id is 'gym'"),
         ({"time_limit": -1.0}, "limits.time must be above 0"),
@@ -290,10 +290,10 @@ def test_languages_that_there_are_not(languages: Any) -> None:
 def test_files_are_had_for_the_questions_that_are_asked(repository: Path, fetched: list[list[str]]) -> None:
     task = task_of(repository)
     for split in SPLITS:
-        task.to_read(split, None)
+        task.ungraded_questions(split, None)
     assert fetched == []
     need = {"902/B": "0902", "42/A": "0042"}
-    order: dict[Split, list[Question]] = {split: task.to_read(split, None) for split in SPLITS}
+    order: dict[Split, list[Question]] = {split: task.ungraded_questions(split, None) for split in SPLITS}
     for split, questions in order.items():
         place = next((i for i, q in enumerate(questions) if q.meta["problem"] in need), None)
         if place is None:
@@ -312,12 +312,12 @@ def test_files_are_had_for_the_questions_that_are_asked(repository: Path, fetche
 
 def test_tests_are_read_when_answers_are_judged(repository: Path, fetched: list[list[str]]) -> None:
     task = task_of(repository)
-    questions = [question for split in SPLITS for question in task.to_read(split, None)]
-    assert task._kept.cache_info().misses == 0
+    questions = [question for split in SPLITS for question in task.ungraded_questions(split, None)]
+    assert task._cached_tests.cache_info().misses == 0
     two = [q for q in questions if q.meta["problem"] == "902/B"]
     answers = [(q, f"```{q.meta['language']}\ncorrect\n```") for q in two]
     assert [verdict.reward for verdict in task.verify_all([*answers, *answers])] == [1] * 4
-    info = task._kept.cache_info()
+    info = task._cached_tests.cache_info()
     assert (info.misses, info.currsize, info.maxsize) == (1, 1, 8), "both languages have the same tests"
     assert fetched == [["generated_tests/test_cases_0902.parquet"]]
     fake: Any = task._sandbox

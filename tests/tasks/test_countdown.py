@@ -97,7 +97,7 @@ def test_questions_keep_the_rules() -> None:
 
 
 def test_the_order_of_the_numbers_makes_no_new_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splits, "_PATIENCE", 500)
+    monkeypatch.setattr(splits, "_MAX_REPEATS", 500)
     small = Countdown(min_numbers=2, max_numbers=2, max_value=3)
     with pytest.raises(ValueError, match="holds only") as error:
         small.questions("phase1", 1000)
@@ -163,5 +163,5 @@ def test_a_published_split_that_is_too_small_says_so(published: Countdown) -> No
 def test_rows_that_are_no_whole_numbers_are_refused(tmp_path: Path, target: Any, nums: Any) -> None:
     rows = [{"target": 3, "nums": [1, 2]}, {"target": target, "nums": nums}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=r"rows.jsonl: row 2: target and nums must be whole numbers"):
+    with pytest.raises(ValueError, match=r"rows.jsonl: row 2: target and nums must be integers"):
         Countdown(path=str(tmp_path / "rows.jsonl")).questions("eval", None)

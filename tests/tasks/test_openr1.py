@@ -24,7 +24,7 @@ ALL = Sizes(20, 15, 5)
 NO_ANSWER, UNVERIFIED, OTHER = (
     "it asks for a proof, or has no answer",
     "no generation was verified",
-    "its source is none of task.sources",
+    "its source is not in task.sources",
 )
 
 

@@ -116,7 +116,7 @@ def test_ids_of_a_column(tmp_path: Path) -> None:
     assert "key" in everything(Equal(path))[0].meta
     rows[3]["key"] = 101
     jsonl(tmp_path / "q.jsonl", rows)
-    with pytest.raises(ValueError, match=r"row 4 has the id of .*row 2 \('equal/101'\), but asks another question"):
+    with pytest.raises(ValueError, match=r"row 4 has the id of .*row 2 \('equal/101'\), but another question"):
         Equal(path, id_column="key").questions("eval", 1)
 
 
@@ -134,11 +134,11 @@ def test_a_file_for_each_split(tmp_path: Path) -> None:
     for split in SPLITS:
         assert [q.text for q in task.questions(split, 6)] == [f"{split}{i}" for i in range(6)]
     jsonl(tmp_path / "eval.jsonl", [*rows_of(6, "eval"), *rows_of(1, "phase2")])
-    with pytest.raises(ValueError, match=r"eval.jsonl: row 7 asks what .*phase2.jsonl: row 1 asks"):
+    with pytest.raises(ValueError, match=r"eval.jsonl: row 7 repeats .*phase2.jsonl: row 1 of another split"):
         Equal(paths).questions("phase1", 1)
     paths.pop("eval")
     assert len(Equal(paths).questions("phase1", None)) == 6 and Equal(paths).questions("eval", None) == []
-    with pytest.raises(ValueError, match=r"task.path: needs one source, or one for each of .*got \['train'\]"):
+    with pytest.raises(ValueError, match=r"task.path: expected one source, or one for each of .*got \['train'\]"):
         Equal({"train": paths["phase1"]})  # pyright: ignore[reportArgumentType]
 
 
@@ -148,11 +148,11 @@ def test_a_file_for_each_split(tmp_path: Path) -> None:
 def test_repeated_questions_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path / "q.jsonl", [*rows_of(4), *rows_of(2)])
     assert [q.text for q in everything(Equal(path))] == ["q0", "q1", "q2", "q3"]
-    assert f"left out 2 rows that repeat a question, e.g. {path}: row 5 repeats {path}: row 1" in caplog.text
+    assert f"left out 2 duplicate questions, e.g. {path}: row 5 repeats {path}: row 1" in caplog.text
 
 
 class NoEights(Equal):
-    def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
+    def find_ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
         self.looked_at = [question.text for question in questions]
         return {question.id: "eights are odd" for question in questions if "8" in question.answer}
 
@@ -186,7 +186,7 @@ def test_a_row_without_a_value_is_named_and_all_are_counted(tmp_path: Path, colu
         rows[i] = {k: v for k, v in rows[i].items() if k != column} | ({} if value == "absent" else {column: value})
     path = jsonl(tmp_path / "q.jsonl", rows)
     with pytest.raises(
-        ValueError, match=rf"2 of 9 rows that lack something, e.g. .*: row 5: column '{column}' is empty"
+        ValueError, match=rf"2 of 9 incomplete or malformed rows, e.g. .*: row 5: column '{column}' is empty"
     ):
         Equal(path).questions("eval", 1)
     task = Equal(path, max_dropped_share=0.3)
@@ -205,13 +205,13 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("q.jsonl", b'{"question": "q", "answer": 1}\n{"question": \n', "line 2 is no JSON"),
-        ("q.jsonl", b'{"question": "q", "answer": 1}\n\xff\n', "line 2 is no JSON"),
-        ("q.csv", b"question,answer\nq,1\n", "line 1 is no JSON"),
-        ("q.json", b'["q", "r"]', "row 1 is no JSON object: expected one JSON object a line, or one list"),
+        ("q.jsonl", b'{"question": "q", "answer": 1}\n{"question": \n', "line 2 is not valid JSON"),
+        ("q.jsonl", b'{"question": "q", "answer": 1}\n\xff\n', "line 2 is not valid JSON"),
+        ("q.csv", b"question,answer\nq,1\n", "line 1 is not valid JSON"),
+        ("q.json", b'["q", "r"]', "row 1 is not a JSON object: expected one JSON object per line, or one list"),
         ("q.jsonl", b"", r"has no column 'question'; it has \[\]"),
         ("q.jsonl", b'{"question": "q", "answer": [1, 2]}', "column 'answer' is a list: it must be text or a number"),
-        ("q.parquet", b"question", "is no parquet file"),
+        ("q.parquet", b"question", "is not a parquet file"),
     ],
 )
 def test_files_that_are_no_rows(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -223,7 +223,7 @@ def test_files_that_are_no_rows(tmp_path: Path, name: str, content: bytes, said:
 def test_a_column_that_a_trace_cannot_keep(tmp_path: Path) -> None:
     rows = [{**row, "when": date(2020, 1, 1)} for row in rows_of(2)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
-    with pytest.raises(ValueError, match="row 1: column 'when': .*date is not JSON serializable: make it text"):
+    with pytest.raises(ValueError, match="row 1: column 'when': .*date is not JSON serializable: convert it to text"):
         Equal(str(tmp_path / "q.parquet")).questions("eval", 1)
 
 
@@ -245,7 +245,7 @@ def test_a_config_names_the_subclass(tmp_path: Path) -> None:
     paths = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(3, split)) for split in SPLITS}
     task = parse({"class_path": "configs.recipes.own_data.verifier.LastDigit", "init_args": {"path": paths}})
     assert isinstance(task, LastDigit) and len(task.questions("eval", 3)) == 3
-    with pytest.raises(ValueError, match=r"task.path: needs one source.*got \['dev'\]"):
+    with pytest.raises(ValueError, match=r"task.path: expected one source.*got \['dev'\]"):
         parse({"class_path": f"{LastDigit.__module__}.LastDigit", "init_args": {"path": {"dev": "q.jsonl"}}})
 
 

@@ -48,7 +48,7 @@ def test_the_rows_of_a_pinned_revision(hub: FakeHub, tmp_path: Path, streaming: 
 def test_the_newest_revision_is_named(hub: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     commit = hub.publish(HMMT, make(tmp_path, HMMT))
     assert len(read(HubDataset(HMMT), COLUMNS)) == 30
-    assert f"{HMMT}: the newest revision is {commit}: task.path.revision pins it" in capfd.readouterr().err
+    assert f"{HMMT}: the newest revision is {commit}: set task.path.revision to pin it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -75,8 +75,8 @@ def test_what_was_read_is_kept(
     source = HubDataset(OPENR1, revision=commit, columns=("source",), streaming=streaming)
     rows = read(source, COLUMNS)
     said = capfd.readouterr().err
-    part = ", of which only the columns problem, answer, source are read" if streaming else ""
-    verb = "reading" if streaming else "downloading"
+    part = ", only columns problem, answer, source" if streaming else ""
+    verb = "streaming" if streaming else "downloading"
     assert f"{verb} {OPENR1} (train): 2 files, 0.0 MB{part}" in said
     hub.forget()
     assert read(source, COLUMNS) == rows and gets(hub) == []
@@ -114,7 +114,7 @@ def test_files_of_a_repository(hub: FakeHub, tmp_path: Path, capfd: pytest.Captu
     hub.forget()
     assert hub_files(source, names) == paths and hub.requests == []
     with pytest.raises(
-        FileNotFoundError, match=rf"task.path: {CODEFORCES} .* cannot be had at revision {source.revision}"
+        FileNotFoundError, match=rf"task.path: {CODEFORCES} .* is unavailable at revision {source.revision}"
     ):
         hub_files(source, ["generated_tests/none.parquet"])
 
@@ -148,13 +148,13 @@ def config_of(tmp_path: Path, path: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"revision": NOBODYS}, f"task.path: {OPENR1} (train) cannot be had at revision {NOBODYS}: "),
-        ({"revision": "v9"}, f"task.path: {OPENR1} (train) cannot be had at revision v9: "),
-        ({"id": "open-r1/none"}, "task.path: open-r1/none (train) cannot be had at revision "),
+        ({"revision": NOBODYS}, f"task.path: {OPENR1} (train) is unavailable at revision {NOBODYS}: "),
+        ({"revision": "v9"}, f"task.path: {OPENR1} (train) is unavailable at revision v9: "),
+        ({"id": "open-r1/none"}, "task.path: open-r1/none (train) is unavailable at revision "),
         ({"config": "extnded"}, f"task.path.config: {OPENR1}: BuilderConfig 'extnded' not found. Available: ['all', "),
         ({"split": "test"}, f"task.path.split: {OPENR1} has no split 'test'; it has ['train']"),
         ({"columns": ["gold"]}, f"{OPENR1} (train) has no column 'gold'; it has ['answer', 'correctness_count', "),
-        ({"data_files": ["none.parquet"]}, f"task.path: {OPENR1} (train) cannot be had at revision "),
+        ({"data_files": ["none.parquet"]}, f"task.path: {OPENR1} (train) is unavailable at revision "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -196,7 +196,7 @@ def test_nobody_answers(
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # a file is asked for six times, over 23 seconds
     path = {"id": OPENR1, "revision": NOBODYS, "streaming": streaming}
     said = refusal(capsys, monkeypatch, "collect", "--config", config_of(tmp_path, path))
-    assert f"task.path: {OPENR1} (train) cannot be had at revision {NOBODYS}: " in said
+    assert f"task.path: {OPENR1} (train) is unavailable at revision {NOBODYS}: " in said
     assert "(offline, it must be in the cache, HF_HOME" in said
 
 
@@ -209,7 +209,7 @@ def test_a_process_of_its_own_reads_it_and_then_needs_no_hub(hub: FakeHub, tmp_p
     for name in ("self_distill", "eval"):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"data": {"init_args": {"task": task}}}))
     first = sdzero("decontaminate", tmp_path)
-    assert first.returncode == 0 and f"reading {COUNTDOWN} (train): 1 files, 0.0 MB" in first.stderr, first.stderr
+    assert first.returncode == 0 and f"streaming {COUNTDOWN} (train): 1 files, 0.0 MB" in first.stderr, first.stderr
     assert len(gets(hub)) > 0
     hub.forget()
     again = sdzero("decontaminate", tmp_path, HF_HUB_OFFLINE="1")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdzero.tasks import splits
-from sdzero.tasks.splits import Sizes, deal, split_of, take
+from sdzero.tasks.splits import Sizes, assign_splits, split_of, take
 from sdzero.types import Question, Split
 from sdzero.utils.seeds import derive_seed
 
@@ -38,7 +38,7 @@ def test_a_finite_stream_that_is_too_small_says_how_many_there_are() -> None:
 
 
 def test_an_endless_stream_that_repeats_itself_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splits, "_PATIENCE", 50)
+    monkeypatch.setattr(splits, "_MAX_REPEATS", 50)
 
     def endless():
         while True:
@@ -97,16 +97,16 @@ def slowly(questions: list[Question], sizes: Sizes, bad: set[str]) -> dict[str, 
 @given(data_sets())
 def test_questions_are_dealt_as_the_paper_says(given: tuple[list[Question], Sizes, set[str]]) -> None:
     questions, sizes, bad = given
-    dealt = deal(questions, sizes, without(bad))
+    dealt = assign_splits(questions, sizes, without(bad))
     assert {question.id: split for split, question in dealt} == slowly(questions, sizes, bad)
     assert len({question.id for _, question in dealt}) == len(dealt)
-    assert deal(questions, sizes, without(bad)) == dealt
+    assert assign_splits(questions, sizes, without(bad)) == dealt
 
 
 @given(data_sets())
 def test_a_family_is_in_one_split_and_the_order_is_kept(given: tuple[list[Question], Sizes, set[str]]) -> None:
     questions, sizes, bad = given
-    dealt = deal(questions, sizes, without(bad))
+    dealt = assign_splits(questions, sizes, without(bad))
     splits_of: dict[str, set[str]] = {}
     for split, question in dealt:
         splits_of.setdefault(question.identity, set()).add(split)
@@ -123,24 +123,24 @@ def test_what_is_held_out_does_not_depend_on_the_phases(
 ) -> None:
     questions, sizes, bad = given
     other = Sizes(phase1, phase2, sizes.eval, sizes.seed)
-    dealt = [deal(questions, each, without(bad)) for each in (sizes, other)]
+    dealt = [assign_splits(questions, each, without(bad)) for each in (sizes, other)]
     assert of(dealt[0], "eval") == of(dealt[1], "eval")
 
 
 def test_the_first_are_phase_1_and_the_next_phase_2() -> None:
     questions = [Question(f"q{number}", "", "") for number in range(3000)]
-    dealt = deal(questions, Sizes(100, 90, 50), without(set()))
+    dealt = assign_splits(questions, Sizes(100, 90, 50), without(set()))
     held_out = of(dealt, "eval")
     rest = [question.id for question in questions if question.id not in held_out]
     assert of(dealt, "phase1") == rest[:100] and of(dealt, "phase2") == rest[100:190]
     places = [int(id[1:]) for id in held_out]
     assert len(places) == 50 and min(places) < 300 and max(places) > 2700  # from the whole set
-    assert of(deal(questions, Sizes(100, 90, 50, seed=1), without(set())), "eval") != held_out
+    assert of(assign_splits(questions, Sizes(100, 90, 50, seed=1), without(set())), "eval") != held_out
 
 
 def test_too_few_questions_shrink_both_phases_in_proportion() -> None:
     questions = [Question(f"q{number}", "", "") for number in range(105)]
-    dealt = deal(questions, Sizes(10_000, 9_000, 10), without(set()))
+    dealt = assign_splits(questions, Sizes(10_000, 9_000, 10), without(set()))
     assert [len(of(dealt, split)) for split in ("phase1", "phase2", "eval")] == [50, 45, 10]
 
 
@@ -153,6 +153,6 @@ def test_only_what_is_needed_is_looked_at() -> None:
         looked_at.extend(some)
         return without({f"q{number}" for number in range(0, 90_000, 100)})(some)
 
-    dealt = deal(questions, Sizes(1000, 900, 50), gradable)
+    dealt = assign_splits(questions, Sizes(1000, 900, 50), gradable)
     assert [len(of(dealt, split)) for split in ("phase1", "phase2", "eval")] == [1000, 900, 50]
     assert len(looked_at) < 3000

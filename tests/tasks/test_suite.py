@@ -102,9 +102,9 @@ def test_none_of_a_benchmark_leaves_it_out() -> None:
     ("benchmarks", "num_questions", "said"),
     [
         ({}, None, "task.benchmarks is empty"),
-        ({"a/b": Toy()}, None, "'a/b' is no name"),
+        ({"a/b": Toy()}, None, "invalid name 'a/b'"),
         ({"a": Toy()}, {"b": 1}, r"task.num_questions names \['b'\]"),
-        ({"a": Toy()}, -1, "task.num_questions of 'a' must be at least 0"),
+        ({"a": Toy()}, -1, "task.num_questions of 'a' must be non-negative"),
     ],
 )
 def test_refuses(benchmarks: dict[str, Task], num_questions: dict[str, int] | int | None, said: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import docstring_parser
 import lightning as L
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 
@@ -111,8 +112,9 @@ def classes(base: type) -> list[type]:
 
 
 def keys(cls: type) -> list[Key]:
-    """Of the constructor, and where it hands `**kwargs` on, of the constructor behind it."""
+    """Return the keys of the constructor and, if it passes `**kwargs` on, of the base constructors."""
     found: dict[str, Key] = {}
+    settable = [name.split(".")[1] for name in ArgumentParser().add_class_arguments(cls, "cls", fail_untyped=False)]
     documented = [(owner.__name__, meanings(owner)) for owner in cls.__mro__]
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
@@ -122,7 +124,7 @@ def keys(cls: type) -> list[Key]:
         init = vars(owner)["__init__"]
         hints, parameters = get_type_hints(init), [*inspect.signature(init).parameters.values()][1:]
         for p in parameters:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found and p.name in settable:
                 found[p.name] = Key(p.name, hints[p.name], _default(owner, p), _meaning(p.name, documented))
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
             break

@@ -19,8 +19,8 @@ import yaml
 
 from sdzero import tasks
 from sdzero.tasks.base import Task
-from sdzero.tasks.files import read_rows
 from sdzero.tasks.rows import Rows
+from sdzero.tasks.sources import read_file
 from sdzero.types import Question, Verdict
 
 _OWN = ("response", "answer", "question", "id", "finish_reason", "reward")  # columns; the rest is the question's meta
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--task", required=True, metavar="NAME", help="math, countdown, ..., or a class_path")
     parser.add_argument("--init", action="append", default=[], metavar="KEY=VALUE", help="an init_arg of the task")
     given = parser.parse_args(arguments)
-    rows = read_rows(given.file)
+    rows = read_file(given.file)
     graded = grade(make_task(find_task(given.task), given.file, given.init), rows)
     for row in graded:
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -180,7 +180,7 @@ class StepDataModule(L.LightningDataModule):
             return
         used = {"train": self.training_questions(), "eval": self.eval_questions}
         rows: dict[str, Any] = {name: sorted({q.identity for q in questions}) for name, questions in used.items()}
-        rows["left_out"] = {} if self.task is None else self.task.left_out()
+        rows["left_out"] = {} if self.task is None else self.task.exclusions()
         folder = Path(self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"questions-{TrainerFn(stage).value}.json", json.dumps(rows, indent=1) + "\n")

@@ -168,7 +168,7 @@ class Collect:
         counts: Counter[str],
         kept: Sequence[tuple[int, int, int, int]],
     ) -> None:
-        statistics = {**statistics, "left_out": self.task.left_out()}
+        statistics = {**statistics, "left_out": self.task.exclusions()}
         write_text(self.out / "questions.json", json.dumps([q.identity for q in questions]))
         write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         print(json.dumps(statistics, indent=2), flush=True)

@@ -128,13 +128,13 @@ def read_recipe(recipe: Path) -> tuple[dict[str, Texts], dict[str, Texts]]:
         "phase1": _texts(first, _asked(first, collect, "", "phase1")),
         "phase2": _texts(second, _asked(second, distill, data, "phase2")),
     }
-    questions = held_out.to_read("eval", evaluation.value(f"{data}evaluation.num_questions"))
+    questions = held_out.ungraded_questions("eval", evaluation.value(f"{data}evaluation.num_questions"))
     names = dict.fromkeys(question.benchmark for question in questions)
     return {name: _texts(held_out, [q for q in questions if q.benchmark == name]) for name in names}, phases
 
 
 def _asked(task: Task, config: _Config, prefix: str, split: Any) -> list[Question]:
-    return task.to_read(config.value(f"{prefix}split") or split, config.value(f"{prefix}num_questions"))
+    return task.ungraded_questions(config.value(f"{prefix}split") or split, config.value(f"{prefix}num_questions"))
 
 
 def _texts(task: Task, questions: Sequence[Question]) -> Texts:

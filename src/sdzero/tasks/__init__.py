@@ -1,4 +1,4 @@
-"""Questions and verifiers, one domain a file."""
+"""Tasks: questions and their verifiers, one file per domain or data set."""
 
 from sdzero.tasks.amo import AMOBench
 from sdzero.tasks.base import Task

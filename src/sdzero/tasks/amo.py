@@ -1,50 +1,39 @@
-"""AMO-Bench: 50 problems of olympiads, of which a program can grade 39 (An et al., 2025)."""
+"""AMO-Bench: 50 olympiad problems, 39 of them gradable by a program (An et al., 2025)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from sdzero.tasks.files import Row
+from sdzero.tasks.hub import Row
 from sdzero.tasks.math import Math
-from sdzero.tasks.rows import SetAside, Source
+from sdzero.tasks.rows import SetAside
+from sdzero.tasks.sources import Source
 from sdzero.types import Split
 
-_PARSED = ("number", "set", "variable")
+_GRADABLE = ("number", "set", "variable")
 
 
 class AMOBench(Math):
     """AMO-Bench's problems whose answer is a number, a set or a formula in variables.
 
-    The others' answers are descriptions, which need a judge model: `set_aside` counts them. A prompt says already how
-    the answer is to be given, so no instruction is added.
+    Problems whose answer is a description need a judge model, and are counted in `set_aside`. The prompts already state
+    the answer format, so no instruction is added.
 
     Args:
         path: as in Rows.
-        num_workers: as in Math.
-        deadline: as in Math.
-        max_dropped_share: as in Rows.
-
-    Raises:
-        ModuleNotFoundError: math-verify or pebble is not installed; names the extra.
     """
 
-    def __init__(
-        self,
-        path: Source | dict[Split, Source],
-        num_workers: int = 2,
-        deadline: float = 3.0,
-        max_dropped_share: float = 0.05,
-    ) -> None:
-        super().__init__(
-            path, "prompt", "answer", "question_id", "", num_workers, deadline, max_dropped_share=max_dropped_share
-        )
+    def __init__(self, path: Source | dict[Split, Source], **kwargs: Any) -> None:
+        super().__init__(path, "prompt", "answer", id_column="question_id", instruction="", sizes=None, **kwargs)
 
-    def columns(self) -> dict[str, str]:
-        return {**super().columns(), "task.path": "answer_type"}
+    def required_columns(self) -> dict[str, str]:
+        return {**super().required_columns(), "task.path": "answer_type"}
 
-    def prepare(self, row: Row) -> Sequence[Row]:
-        if row.get("answer_type") == "description":
+    def convert_row(self, row: Row) -> Sequence[Row]:
+        kind = row.get("answer_type")
+        if kind == "description":
             raise SetAside("its answer is a description, which needs a judge model")
-        if row.get("answer_type") not in _PARSED:
-            raise ValueError(f"column 'answer_type' is {row['answer_type']!r}, none of {_PARSED} and 'description'")
-        return super().prepare(row)
+        if kind not in _GRADABLE:
+            raise ValueError(f"column 'answer_type' is {kind!r}, expected 'description' or one of {_GRADABLE}")
+        return super().convert_row(row)

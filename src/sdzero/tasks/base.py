@@ -1,4 +1,4 @@
-"""A task: questions of one domain, and the verifier that turns a response into a binary reward."""
+"""Abstract task (questions of one domain and their verifier) and abstract source of training traces."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ if TYPE_CHECKING:  # prompts imports torch, which grading does without
 
 
 class Task(ABC):
-    """One domain. Add a task by adding a file with a subclass; `class_path` is the registry."""
+    """Questions of one domain and their verifier. To add a task, add a file with a subclass: no registry."""
 
     @abstractmethod
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
-        """The first `num_questions` of a split, None: all of it; always the same ones in the same order.
+        """Return the first `num_questions` of a split (None: all), always the same ones in the same order.
 
-        Splits never share a question's identity, nor its text. An id begins with the task's name and a slash.
+        Splits share no question identity and no text. An id starts with the task's name and a slash.
 
         Raises:
-            ValueError: the split holds fewer questions than asked for, or has no end and was asked for all.
+            ValueError: the split has fewer questions than requested, or is endless and all were requested.
         """
 
-    def to_read(self, split: Split, num_questions: int | None) -> list[Question]:
-        """The questions for whom judges no answers: what only judging needs, and has to be fetched, is not."""
+    def ungraded_questions(self, split: Split, num_questions: int | None) -> list[Question]:
+        """Return `questions` for callers that do not grade: skips downloads only the verifier needs."""
         return self.questions(split, num_questions)
 
     @abstractmethod
     def verify(self, question: Question, response: str) -> Verdict:
-        """The verdict on a finished response's text (without its end-of-turn token).
+        """Grade the text of a finished response (without its end-of-turn token).
 
-        A fault of the machinery raises; it is never a reward of 0. Responses that were cut at the
-        token limit never get here: they are `truncated`.
+        Responses cut at the token limit are `truncated` and never get here. A failure of the grader itself raises;
+        it is never a reward of 0.
         """
 
     def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
-        """The verdicts on many (question, response), in order: override it where they can be had side by side."""
+        """Grade many (question, response) pairs, in order; override it to grade in parallel."""
         return [self.verify(question, response) for question, response in answers]
 
-    def left_out(self) -> dict[str, Any]:
-        """What a data set holds that the task does not ask, and why; empty for a task that makes its questions."""
+    def exclusions(self) -> dict[str, Any]:
+        """Return which rows of a data set the task does not use, and why; empty for generated questions."""
         return {}
 
     def statement(self, question: Question) -> str:
-        """What a question asks, without what the task adds to each of its questions: for comparing questions."""
+        """Return the question without the task's own instructions, for comparing questions between data sets."""
         return question.text
 
 
 class TraceSource(ABC):
-    """Where the traces of a cross-entropy phase come from: a file, demonstrations of a data set, a generator."""
+    """Source of traces for cross-entropy training: a file, demonstrations of a data set, a generator."""
 
     @abstractmethod
     def traces(self, builder: PromptBuilder) -> Sequence[Trace]:
-        """All traces, always the same ones in the same order.
+        """Return all traces, always the same ones in the same order.
 
         Raises:
-            FileNotFoundError, ValueError: there are none; the message names the field and the remedy.
+            FileNotFoundError, ValueError: there are none; the message names the key and the remedy.
         """

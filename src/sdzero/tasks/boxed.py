@@ -1,4 +1,4 @@
-r"""Where a final answer is read: the last balanced \boxed{...} of what a response says after its thought."""
+r"""Extraction of the final answer: the last balanced `\boxed{...}` after a response's thinking."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 
 
 def last_boxed(text: str, max_length: int = 1000) -> str | None:
-    r"""Content of the `\boxed{...}` that begins last among those whose braces balance, stripped.
+    r"""Return the stripped content of the last `\boxed{...}` whose braces balance.
 
-    One pass: a response full of open boxes takes no longer than another.
+    Linear time, also for a response full of unclosed boxes.
 
     Returns:
         None if there is none, or if its content is empty or longer than `max_length` characters.
     """
-    open_braces: list[int | None] = []  # where a box's content begins; None for a brace that opens no box
+    open_braces: list[int | None] = []  # start of a box's content; None for any other brace
     begin = end = 0
     for brace in re.finditer(r"\\boxed\{|[{}]", text):
         if brace[0] != "}":
@@ -26,8 +26,10 @@ def last_boxed(text: str, max_length: int = 1000) -> str | None:
     return content if 0 < len(content) <= max_length else None
 
 
-def after_thought(response: str) -> str:
-    """What stands behind the last `</think>`; empty where a thought was begun and not ended. Models that are prompted
-    with `<think>` do not write it themselves."""
+def strip_thinking(response: str) -> str:
+    """Return the text after the last `</think>`; empty if thinking started but did not end.
+
+    A response need not contain `<think>` itself: some chat templates put it into the prompt.
+    """
     rest = response.rpartition("</think>")[2]
     return "" if "<think>" in rest else rest

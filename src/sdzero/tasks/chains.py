@@ -1,4 +1,4 @@
-"""Left-to-right chains of digits modulo 10: the task of the quickstart, small enough for a 163K model on a CPU."""
+"""Left-to-right digit arithmetic modulo 10: the quickstart's task, small enough for a 163K-parameter model on a CPU."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Step = tuple[str, int]
 
 
 def apply(value: int, operator: str, operand: int) -> int:
-    """One step of a chain, modulo 10."""
+    """Compute one step of a chain, modulo 10."""
     results = {"+": value + operand, "-": value - operand, "*": value * operand}
     return results[operator] % 10
 
 
 def working(first: int, steps: list[Step], results: list[int]) -> str:
-    """The written answer, e.g. `6+3=9*9=1-4=7A7`; `results` need not be right."""
+    """Write out an answer, e.g. `6+3=9*9=1-4=7A7`; `results` may be wrong."""
     written = "".join(f"{op}{operand}={result}" for (op, operand), result in zip(steps, results, strict=True))
     return f"{first}{written}A{results[-1]}"
 
 
 def solve(first: int, steps: list[Step]) -> list[int]:
-    """The right result after every step."""
+    """Return the correct result after every step."""
     results: list[int] = []
     for operator, operand in steps:
         results.append(apply(results[-1] if results else first, operator, operand))
@@ -37,12 +37,12 @@ def solve(first: int, steps: list[Step]) -> list[int]:
 
 
 class Chains(Task):
-    """`6+3*9-4=`, worked from left to right, every result modulo 10; the answer is the digit after the last `A`.
+    """Chains such as `6+3*9-4=`, evaluated left to right, modulo 10; the answer is the digit after the last `A`.
 
     Args:
-        seed: of the stream of questions; the split of a question does not depend on it.
-        min_ops: fewest operations of a chain.
-        max_ops: most operations of a chain.
+        seed: seed of the question stream; the split of a question does not depend on it.
+        min_ops: minimum number of operations.
+        max_ops: maximum number of operations.
     """
 
     def __init__(self, seed: int = 0, min_ops: int = 4, max_ops: int = 8) -> None:
@@ -51,7 +51,7 @@ class Chains(Task):
         self.seed, self.min_ops, self.max_ops = seed, min_ops, max_ops
 
     def stream(self, name: str) -> Iterator[tuple[Question, int, list[Step]]]:
-        """Endless random questions, each with its first digit and its steps; repeats are possible."""
+        """Yield random questions endlessly, each with its first digit and its steps; they may repeat."""
         rng = random.Random(derive_seed(self.seed, "chains", name))
         while True:
             first = rng.randrange(10)
@@ -68,5 +68,5 @@ class Chains(Task):
         found = re.fullmatch(r"[0-9]", response.rpartition("A")[2].strip()) if "A" in response else None
         if found is None:
             return Verdict(0, "unparseable")
-        right = found[0] == question.answer
-        return Verdict(1, "correct", found[0]) if right else Verdict(0, "wrong", found[0])
+        correct = found[0] == question.answer
+        return Verdict(1, "correct", found[0]) if correct else Verdict(0, "wrong", found[0])

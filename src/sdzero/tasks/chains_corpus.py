@@ -1,8 +1,8 @@
-"""The documents on which the tiny base is pre-trained: noisy working of chains, with unverified second attempts.
+"""Pre-training corpus of the tiny base model: noisy solutions of chains, with unverified second attempts.
 
-No document holds a correction that was checked: an attempt after P_0 or P_1 is as noisy as the first and was made
-whatever the first one's answer. What the base learns is to write chains with errors, to copy, and what the control
-phrases look like; which revision is right is left for the method to find out.
+No document contains a verified correction: an attempt after P_0 or P_1 is as noisy as the first, whatever the first
+one's answer. The base model learns to write chains with errors, to copy, and the form of the control phrases, but not
+which revisions are correct.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sdzero.types import Question, Trace
 from sdzero.utils.seeds import derive_seed
 
 ERROR_RATES, ERROR_SHARES = (0.04, 0.25, 0.60), (0.75, 0.15, 0.10)
-HABIT = 0.8  # share of a fact's errors that are always the same wrong digit, so that greedy decoding fails too
+HABIT = 0.8  # share of a fact's errors that are the same wrong digit, so that greedy decoding fails too
 MORE_ATTEMPTS = 0.18
 PHRASES = ControlPhrases()
-COPY = {0: 0.5, 1: 0.95}  # probability of writing the previous attempt's step again, after P_0 and after P_1
+COPY = {0: 0.5, 1: 0.95}  # probability of repeating the previous attempt's step, after P_0 and after P_1
 
 
 class NoisyFacts:
-    """What the writers make of each of the 300 facts `value operator operand`: how often it is wrong, and how."""
+    """Error rate and habitual error of each of the 300 facts `value operator operand`."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(derive_seed(seed, "chains", "facts"))
@@ -41,7 +41,7 @@ class NoisyFacts:
         self.habit = {fact: (apply(*fact) + rng.randint(1, 9)) % 10 for fact in facts}
 
     def write(self, fact: tuple[int, str, int], rng: random.Random) -> int:
-        """A result for a fact, right or wrong."""
+        """Sample a result for a fact, correct or wrong."""
         if rng.random() >= self.error_rate[fact]:
             return apply(*fact)
         if rng.random() < HABIT:
@@ -52,7 +52,7 @@ class NoisyFacts:
 def _attempt(
     facts: NoisyFacts, first: int, steps: list[Step], rng: random.Random, previous: list[int], copy: float
 ) -> list[int]:
-    """Results of one attempt. A step is copied from `previous` only where it starts from the same value."""
+    """Sample the results of one attempt. A step is copied from `previous` only if it starts from the same value."""
     results: list[int] = []
     for i, step in enumerate(steps):
         value = results[-1] if results else first
@@ -64,9 +64,9 @@ def _attempt(
 def corpus(
     num_documents: int, seed: int, phrases: ControlPhrases = PHRASES, min_ops: int = 4, max_ops: int = 8
 ) -> Iterator[tuple[Question, str]]:
-    """Pairs for `PromptBuilder.demonstration`: a question outside the eval split, and a document that answers it.
+    """Yield pairs for `PromptBuilder.demonstration`: a question outside the eval split, and a document answering it.
 
-    82% of the documents are one attempt; the others are 2 to 4 attempts, joined by P_0 or P_1 at random.
+    82% of the documents are one attempt; the others are 2 to 4 attempts joined by P_0 or P_1 at random.
     """
     facts, rng = NoisyFacts(seed), random.Random(derive_seed(seed, "chains", "documents"))
     asked = (item for item in Chains(seed, min_ops, max_ops).stream("corpus") if split_of(item[0].text) != "eval")
@@ -81,13 +81,13 @@ def corpus(
 
 
 class ChainsCorpus(TraceSource):
-    """The corpus as demonstrations: what the tiny base is trained on before anything else.
+    """Corpus as demonstrations, for pre-training the tiny base model.
 
     Args:
-        num_documents: how many documents.
-        seed: seed of the corpus and of the facts its writers get wrong.
-        min_ops: fewest operations of a chain, as in the task `Chains`.
-        max_ops: most operations of a chain.
+        num_documents: number of documents.
+        seed: seed of the documents and of the facts' errors.
+        min_ops: minimum number of operations, as in the task `Chains`.
+        max_ops: maximum number of operations.
     """
 
     def __init__(self, num_documents: int, seed: int = 0, min_ops: int = 4, max_ops: int = 8) -> None:

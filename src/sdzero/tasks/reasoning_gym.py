@@ -1,4 +1,4 @@
-r"""Questions of the generators of the `reasoning-gym` package whose scorers are safe to run on a model's text."""
+r"""Generators of the `reasoning-gym` package whose scorers are safe to run on a model's text."""
 
 from __future__ import annotations
 
@@ -34,20 +34,19 @@ SAFE = (
 )
 """Generators whose scorers neither evaluate a response nor hang on one."""
 
-POOL = 200_000  # items of a generator that are looked at; gsm_symbolic allocates this many when it is made
+POOL = 200_000  # size of a generator; gsm_symbolic allocates this many items up front
 
 
 class ReasoningGym(Task):
-    r"""One generator of reasoning-gym, answered in `\boxed{}`.
+    r"""Questions of one reasoning-gym generator, answered in `\boxed{}`.
 
-    The reward is 1 only at a score of exactly 1: partial scores come as close to it as 0.9999999, which spell_backward
-    gives to the right word with a tail.
+    The reward is 1 only for a score of exactly 1: spell_backward gives 0.9999999 to the correct word with a suffix.
 
     Args:
         dataset: name of the generator, one of `SAFE`.
-        seed: of the generator; the split of a question does not depend on it.
-        options: settings of the generator, e.g. `{"min_terms": 2}` for chain_sum; its own defaults otherwise.
-        instruction: appended to every question after a blank line.
+        seed: seed of the generator; the split of a question does not depend on it.
+        options: settings of the generator, e.g. `{"min_terms": 2}` for chain_sum; null for its defaults.
+        instruction: text appended to every question after a blank line.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class ReasoningGym(Task):
     ) -> None:
         if dataset not in SAFE:
             raise ValueError(
-                f"dataset={dataset!r} is not one of reasoning-gym's generators whose scorer is safe on a model's text: "
+                f"task.dataset={dataset!r} is not a reasoning-gym generator with a scorer safe for model text: "
                 + ", ".join(SAFE)
             )
         try:
@@ -74,9 +73,9 @@ class ReasoningGym(Task):
     def _stream(self) -> Iterator[tuple[str, Question]]:
         for index in range(POOL):
             entry = self._generator[index]
-            asked = entry["question"]
-            identity = f"reasoning_gym/{self.dataset}/{hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}"
-            text = f"{asked}\n\n{self.instruction}"
+            statement = entry["question"]
+            identity = f"reasoning_gym/{self.dataset}/{hashlib.blake2b(statement.encode(), digest_size=8).hexdigest()}"
+            text = f"{statement}\n\n{self.instruction}"
             yield identity, Question(identity, text, entry["answer"], entry["metadata"])
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
@@ -88,6 +87,6 @@ class ReasoningGym(Task):
             return Verdict(0, "unparseable")
         try:
             score = self._generator.score_answer(answer, {"answer": question.answer, "metadata": question.meta})
-        except OverflowError:  # calendar_arithmetic divides the distance to the right number, whatever its length
+        except OverflowError:  # calendar_arithmetic divides the distance to the correct number, however long
             score = 0.0
         return Verdict(1, "correct", answer) if score == 1 else Verdict(0, "wrong", answer)

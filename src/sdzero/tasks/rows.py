@@ -1,4 +1,4 @@
-"""Questions of a file or of a data set of the hub: rows with columns of any names. The verifier is the subclass's."""
+"""Base class of tasks whose questions are rows of a file or of a Hub data set; subclasses add the verifier."""
 
 from __future__ import annotations
 
@@ -11,42 +11,39 @@ from functools import cached_property
 from typing import Any, get_args
 
 from sdzero.tasks.base import Task
-from sdzero.tasks.files import Row
-from sdzero.tasks.hub import HubDataset
-from sdzero.tasks.sources import read
-from sdzero.tasks.splits import Sizes, deal, split_of
+from sdzero.tasks.hub import Row
+from sdzero.tasks.sources import Source, read
+from sdzero.tasks.splits import Sizes, assign_splits, split_of
 from sdzero.types import Question, Split
 
 log = logging.getLogger(__name__)
 
-Source = str | HubDataset
-
 
 class SetAside(Exception):
-    """A row that a task leaves out on purpose, and by a rule: the row has no fault."""
+    """Raised for a valid row that a rule of the task excludes."""
 
 
 class Rows(Task):
-    """Questions from a file or a data set with columns of any names; a subclass adds `verify`.
+    """Questions from a file or a Hub data set with any column names; a subclass adds `verify`.
 
-    Every other column stands in the question's `meta`. Rows that repeat a question, that lack something, or that no
-    verifier could grade are left out, with a warning; `dropped` says of each of the latter where it stands, and why.
-    `set_aside` counts the rows that a task does not ask by a rule of its own.
+    Columns not named here become the question's `meta`. Duplicate, incomplete and ungradable rows are left out, with a
+    warning; `dropped` holds the location and the fault of the latter two. `set_aside` counts the rows a rule of the
+    task excludes.
 
     Args:
-        path: the file, JSONL, JSON or parquet, or a data set of the hub; its questions are dealt out by `sizes`, or,
-            without, by their hash: 40% phase1, 40% phase2, 20% eval. Or one for each split:
-            `{phase1: ..., phase2: ..., eval: ...}`, of which some may be left out.
+        path: JSONL, JSON or parquet file, or Hub data set, split by `sizes`, or without them by the hash of the
+            question: 40% phase1, 40% phase2, 20% eval. Or one source per split, some of which may be missing:
+            `{phase1: ..., phase2: ..., eval: ...}`.
         question_column: column of the question's text.
-        answer_column: column of the gold answer; a number becomes text. Null where the verifier needs none.
-        id_column: column that names the question; null takes a hash of its text.
-        max_dropped_share: share of the rows, between 0 and 1, that may be dropped before that is an error.
-        sizes: how many questions each split has.
+        answer_column: column of the gold answer; a number becomes text. Null if the verifier needs none.
+        id_column: column of the question's id; null for a hash of its text.
+        max_dropped_share: share of rows, between 0 and 1, that may be dropped before it is an error.
+        sizes: number of questions per split.
     """
 
     def __init__(
         self,
-        path: str | HubDataset | dict[Split, str | HubDataset],
+        path: Source | dict[Split, Source],
         question_column: str = "question",
         answer_column: str | None = "answer",
         id_column: str | None = None,
@@ -54,82 +51,78 @@ class Rows(Task):
         sizes: Sizes | None = None,
     ) -> None:
         if isinstance(path, Mapping) and not {*path} <= {*get_args(Split)}:
-            raise ValueError(f"task.path: needs one source, or one for each of {get_args(Split)}; got {[*path]}")
+            raise ValueError(f"task.path: expected one source, or one for each of {get_args(Split)}; got {[*path]}")
         if isinstance(path, Mapping) and sizes is not None:
-            raise ValueError("task.sizes deals out the questions of one source: leave it out, or give one path")
+            raise ValueError("task.sizes splits a single source: remove it, or give one path")
         if not 0 <= max_dropped_share <= 1:
             raise ValueError(f"task.max_dropped_share must lie in [0, 1], got {max_dropped_share}")
         self.path = path
         self.question_column, self.answer_column, self.id_column = question_column, answer_column, id_column
-        self.max_dropped_share = max_dropped_share
-        self.sizes = sizes
+        self.max_dropped_share, self.sizes = max_dropped_share, sizes
         self.dropped: list[tuple[str, str]] = []
         self.set_aside: Counter[str] = Counter()
-        self._where: dict[str, str] = {}  # question id -> where its row stands
-        self._problems: dict[str, str | None] = {}  # question id -> why it cannot be graded
+        self._locations: dict[str, str] = {}  # question id -> source and row
+        self._faults: dict[str, str | None] = {}  # question id -> why it cannot be graded
         self._statements: dict[str, str] = {}
 
     @property
     def name(self) -> str:
-        """Where its questions come from, for messages."""
+        """The source or sources, for messages."""
         return ", ".join(map(str, self.path.values())) if isinstance(self.path, Mapping) else str(self.path)
 
-    # --- what a task of rows may add ----------------------------------------------------------
+    # --- hooks for subclasses -----------------------------------------------------------------
 
-    def columns(self) -> dict[str, str]:
-        """The columns that the task cannot do without, by the key that names them."""
+    def required_columns(self) -> dict[str, str]:
+        """Return the columns the task needs, by the config key that names each."""
         keys = ("question_column", "answer_column", "id_column")
         return {f"task.{key}": column for key in keys if (column := getattr(self, key)) is not None}
 
-    def rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
-        """The rows of a source in order, as `read` says."""
+    def load_rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
+        """Return the rows of a source, in order."""
         return read(source, columns)
 
-    def prepare(self, row: Row) -> Sequence[Row]:
-        """The row as the task reads it, or as several questions.
+    def convert_row(self, row: Row) -> Sequence[Row]:
+        """Return the row as the task needs it, or as several questions.
 
         Raises:
-            ValueError: it lacks something; says what. The row is dropped.
-            SetAside: it is not one to be asked; says why.
+            ValueError: the row is incomplete or malformed, and is dropped.
+            SetAside: a rule of the task excludes it.
         """
         return [row]
 
-    def ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
-        """Why questions cannot be graded, by their ids: every response to them would be wrong.
-
-        Override it where a row may lack what the verifier compares with. It gets many questions at once.
-        """
+    def find_ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
+        """Return why questions cannot be graded, by id: any response would count as wrong. Called in large batches."""
         return {}
 
     def families(self, questions: Sequence[Question]) -> dict[str, str]:
-        """The family of questions, by their ids, for those that do not stand alone."""
+        """Return the family, by id, of the questions that belong to one."""
         return {}
 
-    def key(self, question: Question) -> str:
-        """What two rows have in common that ask the same question: one of them is left out."""
+    def dedup_key(self, question: Question) -> str:
+        """Return what duplicates have in common; only the first is kept."""
         return question.text
 
-    def asked(self, question: Question) -> str:
-        """The text as the model is to read it, made from the row's."""
+    def prompt_text(self, question: Question) -> str:
+        """Return the text for the model, made from the row's text."""
         return question.text
 
     # --- questions ----------------------------------------------------------------------------
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
-        there = [question for of, question in self._all if of == split]
-        questions = there[:num_questions]
+        available = [question for of, question in self._all if of == split]
+        questions = available[:num_questions]
         if num_questions is None or len(questions) == num_questions:
             return questions
         if self.sizes is not None and num_questions <= self.sizes.of(split):
-            log.warning("split %s of %s has %d questions, not %d", split, self.name, len(there), num_questions)
+            log.warning("split %s of %s has %d questions, not %d", split, self.name, len(available), num_questions)
             return questions
         raise ValueError(
-            f"num_questions={num_questions}, but split {split!r} of {self.name} holds only {len(there)}: "
-            "ask for fewer, or add rows"
+            f"num_questions={num_questions}, but split {split!r} of {self.name} holds only {len(available)}: "
+            "request fewer, or add rows"
         )
 
-    def left_out(self) -> dict[str, Any]:
-        """`dropped`: where a row stands -> its fault; `set_aside`: the rule -> number of rows."""
+    def exclusions(self) -> dict[str, Any]:
+        """Return `dropped` (location -> fault) and `set_aside` (rule -> number of rows)."""
         return {"dropped": dict(self.dropped), "set_aside": dict(self.set_aside)}
 
     def statement(self, question: Question) -> str:
@@ -142,102 +135,96 @@ class Rows(Task):
         Raises:
             ValueError: two questions share an id, or two sources a question; too many are dropped.
         """
-        splits = self._distinct()
-        families = self.families([question for _, question in splits])
-        all_ = [replace(question, family=families.get(question.id, "")) for _, question in splits]
-        dealt: list[tuple[Split, Question]]
+        given, distinct = self._deduplicate()
+        families = self.families(distinct)
+        questions = [replace(question, family=families.get(question.id, "")) for question in distinct]
         if self.sizes is not None:
-            dealt = deal(all_, self.sizes, self._gradable)
+            assigned = assign_splits(questions, self.sizes, self._keep_gradable)
         else:
-            kept = {question.id for question in self._gradable(all_)}
-            by_hash: list[tuple[Split | None, Question]] = [(of, q) for (of, _), q in zip(splits, all_, strict=True)]
-            dealt = [(of or split_of(q.family or q.text), q) for of, q in by_hash if q.id in kept]
-        reasons = {id: reason for id, reason in self._problems.items() if reason}
-        self._drop(
-            [(self._where[id], reason) for id, reason in reasons.items()],
-            len(self._problems),
-            "questions that cannot be graded",
-        )
-        self._statements = {question.id: question.text for _, question in dealt}
-        return [(of, replace(question, text=self.asked(question))) for of, question in dealt]
+            kept = self._keep_gradable(questions)
+            assigned = [(given[q.id] or split_of(q.family or q.text), q) for q in kept]
+        faults = [(self._locations[id], fault) for id, fault in self._faults.items() if fault]
+        self._drop(faults, len(self._faults), "questions that cannot be graded")
+        self._statements = {question.id: question.text for _, question in assigned}
+        return [(split, replace(question, text=self.prompt_text(question))) for split, question in assigned]
 
-    def _gradable(self, questions: Sequence[Question]) -> list[Question]:
-        new = [question for question in questions if question.id not in self._problems]
-        reasons = self.ungradable(new)
-        self._problems |= {question.id: reasons.get(question.id) for question in new}
-        return [question for question in questions if self._problems[question.id] is None]
+    def _keep_gradable(self, questions: Sequence[Question]) -> list[Question]:
+        new = [question for question in questions if question.id not in self._faults]
+        faults = self.find_ungradable(new)
+        self._faults |= {question.id: faults.get(question.id) for question in new}
+        return [question for question in questions if self._faults[question.id] is None]
 
-    def _distinct(self) -> list[tuple[Split | None, Question]]:
-        texts: dict[str, tuple[Split | None, str]] = {}
-        questions: list[tuple[Split | None, Question]] = []
+    def _deduplicate(self) -> tuple[dict[str, Split | None], list[Question]]:
+        """Return the split of each source's questions by id (None: not given), and the distinct questions."""
+        first_seen: dict[str, tuple[Split | None, str]] = {}
+        splits: dict[str, Split | None] = {}
+        questions: list[Question] = []
         repeats: list[str] = []
         sources: Mapping[Any, Source] = self.path if isinstance(self.path, Mapping) else {None: self.path}
         for split, source in sources.items():
-            for where, question in self._read(source):
-                of, first = texts.setdefault(self.key(question), (split, where))
-                if of != split:
-                    raise ValueError(f"{where} asks what {first} asks: a question belongs to one split only")
-                if first != where:
-                    repeats.append(f"{where} repeats {first}")
-                elif (first := self._where.setdefault(question.id, where)) != where:
-                    raise ValueError(f"{where} has the id of {first} ({question.id!r}), but asks another question")
+            for location, question in self._read_source(source):
+                other_split, first = first_seen.setdefault(self.dedup_key(question), (split, location))
+                if other_split != split:
+                    raise ValueError(f"{location} repeats {first} of another split: a question belongs to one split")
+                if first != location:
+                    repeats.append(f"{location} repeats {first}")
+                elif (first := self._locations.setdefault(question.id, location)) != location:
+                    raise ValueError(f"{location} has the id of {first} ({question.id!r}), but another question")
                 else:
-                    questions.append((split, question))
+                    splits[question.id] = split
+                    questions.append(question)
         if repeats:
-            log.warning("left out %d rows that repeat a question, e.g. %s", len(repeats), repeats[0])
-        return questions
+            log.warning("left out %d duplicate questions, e.g. %s", len(repeats), repeats[0])
+        return splits, questions
 
     def _drop(self, dropped: list[tuple[str, str]], num: int, what: str) -> None:
-        """Keeps and reports what was left out. Raises: ValueError if that is too much."""
+        """Record and log dropped rows. Raises: ValueError if they are too many."""
         self.dropped += dropped
         if not dropped:
             return
-        said = f"{len(dropped)} of {num} {what}, e.g. {': '.join(dropped[0])}"
+        summary = f"{len(dropped)} of {num} {what}, e.g. {': '.join(dropped[0])}"
         if len(dropped) > self.max_dropped_share * num:
             raise ValueError(
-                f"{self.name} has {said}: mend them, take them out, or allow more than "
+                f"{self.name} has {summary}: fix or remove them, or raise "
                 f"task.max_dropped_share={self.max_dropped_share}"
             )
-        log.warning("left out %s", said)
+        log.warning("left out %s", summary)
 
-    def _read(self, source: Source) -> Iterator[tuple[str, Question]]:
-        """(where it stands, question) of every row. Raises: ValueError naming the column, or too many faulty rows."""
-        columns = self.columns()
+    def _read_source(self, source: Source) -> Iterator[tuple[str, Question]]:
+        """Yield (location, question) for each row. Raises: ValueError naming the column, or too many bad rows."""
+        columns = self.required_columns()
         try:
-            rows = self.rows(source, [*columns.values()])
+            rows = self.load_rows(source, [*columns.values()])
         except ValueError as error:
             key = next((key for key, column in columns.items() if f"no column {column!r}" in str(error)), "task.path")
             raise ValueError(f"{key}: {error}") from None
         dropped: list[tuple[str, str]] = []
         questions: list[tuple[str, Question]] = []
         for number, row in enumerate(rows, 1):
-            where = f"{source}: row {number}"
+            location = f"{source}: row {number}"
             try:
-                questions += [(where, self._question(prepared)) for prepared in self.prepare(row)]
+                questions += [(location, self._question(converted)) for converted in self.convert_row(row)]
             except SetAside as rule:
                 self.set_aside[str(rule)] += 1
             except ValueError as error:
-                dropped.append((where, str(error)))
-        self._drop(dropped, len(rows), "rows that lack something")
+                dropped.append((location, str(error)))
+        self._drop(dropped, len(rows), "incomplete or malformed rows")
         yield from questions
 
     def _question(self, row: Row) -> Question:
-        """Raises: ValueError naming the column that has no value."""
+        """Build a question. Raises: ValueError naming the column that has no value."""
         named = [column for column in (self.question_column, self.answer_column, self.id_column) if column is not None]
-        cells = {column: _text(column, row.get(column)) for column in named}
+        cells = {column: _cell_text(column, row.get(column)) for column in named}
         text = cells[self.question_column]
-        name = cells[self.id_column] if self.id_column is not None else _hash(text)
-        answer = cells[self.answer_column] if self.answer_column is not None else ""
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        name = digest if self.id_column is None else cells[self.id_column]
+        answer = "" if self.answer_column is None else cells[self.answer_column]
         meta = {column: value for column, value in row.items() if column not in named}
         return Question(f"{type(self).__name__.lower()}/{name}", text, answer, meta)
 
 
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _text(column: str, value: Any) -> str:
-    """A cell without the white space around it. Raises: ValueError for none, as JSON and parquet write it."""
+def _cell_text(column: str, value: Any) -> str:
+    """Return a cell as stripped text. Raises: ValueError if it is missing, as in JSON (null) or parquet (NaN)."""
     if value is None or value != value or not str(value).strip():
         raise ValueError(f"column {column!r} is empty")
     if not isinstance(value, str | int | float):

@@ -1,7 +1,4 @@
-"""Which split a question belongs to: a hash of what makes it that question, or its place in a data set.
-
-Either way splits are disjoint by construction.
-"""
+"""Disjoint splits: by a hash of a question's identity, or by the number of questions each split should have."""
 
 from __future__ import annotations
 
@@ -11,29 +8,29 @@ from dataclasses import dataclass
 from sdzero.types import Question, Split
 from sdzero.utils.seeds import derive_seed
 
-_PATIENCE = 20_000  # draws without a new question after which a random stream counts as exhausted
+_MAX_REPEATS = 20_000  # consecutive duplicates after which a random stream counts as exhausted
 
 
 def split_of(identity: str) -> Split:
-    """eval (2/10), phase1 (4/10) or phase2 (4/10). No seed enters: a question keeps its split in every run."""
+    """Return eval (2/10), phase1 (4/10) or phase2 (4/10) by hash, without a seed: the same split in every run."""
     tenth = derive_seed("split", identity) % 10
     return "eval" if tenth < 2 else "phase1" if tenth < 6 else "phase2"
 
 
 def take(split: Split, num_questions: int | None, stream: Iterable[tuple[str, Question]], name: str) -> list[Question]:
-    """The first `num_questions` distinct questions of `split` in a stream of (identity, question).
+    """Return the first `num_questions` distinct questions of `split` in a stream of (identity, question).
 
     Args:
         split: phase1, phase2 or eval.
-        num_questions: how many; a longer list starts with the shorter ones.
-        stream: always the same questions in the same order; identity decides the split and what is a duplicate.
-        name: of the task, for the error message.
+        num_questions: number of questions; a longer list starts with the shorter ones.
+        stream: deterministic stream; the identity decides the split and what is a duplicate.
+        name: the task's, for the error message.
 
     Raises:
-        ValueError: the stream ends, or repeats itself only, before there are enough; `num_questions` is None.
+        ValueError: the stream ends, or only repeats itself, before there are enough; `num_questions` is None.
     """
     if num_questions is None:
-        raise ValueError(f"task {name!r} makes questions without an end: say how many, num_questions")
+        raise ValueError(f"task {name!r} generates questions endlessly: set num_questions")
     seen: set[str] = set()
     questions: list[Question] = []
     repeats = 0
@@ -43,29 +40,29 @@ def take(split: Split, num_questions: int | None, stream: Iterable[tuple[str, Qu
             questions.append(question)
             if len(questions) == num_questions:
                 break
-        if repeats == _PATIENCE:
+        if repeats == _MAX_REPEATS:
             break
         seen.add(identity)
     if len(questions) < num_questions:
         raise ValueError(
             f"num_questions={num_questions}, but split {split!r} of task {name!r} holds only {len(questions)}: "
-            "ask for fewer, or widen the task's settings"
+            "request fewer, or widen the task's settings"
         )
     return questions
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Splits by number, as in section 3.1 and appendix C.1: `eval` is drawn at random from the whole, the first of the
-    rest, in the order of the data set, are phase1, and those after them phase2.
+    """Split sizes (section 3.1, appendix C.1): `eval` is a random sample, phase1 the first of the rest in the order of
+    the data set, phase2 those after them.
 
-    Where there are too few, phase1 and phase2 shrink in proportion, with a warning.
+    If there are too few questions, phase1 and phase2 shrink in proportion, with a warning.
 
     Args:
         phase1: questions of phase 1.
         phase2: questions of phase 2.
         eval: held-out questions.
-        seed: of the draw of the held-out ones.
+        seed: seed of the held-out sample.
     """
 
     phase1: int = 10_000
@@ -76,7 +73,7 @@ class Sizes:
     def __post_init__(self) -> None:
         for name in ("phase1", "phase2", "eval"):
             if getattr(self, name) < 0:
-                raise ValueError(f"task.sizes.{name} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"task.sizes.{name} must be non-negative, got {getattr(self, name)}")
 
     def of(self, split: Split) -> int:
         return getattr(self, split)
@@ -86,23 +83,24 @@ Gradable = Callable[[Sequence[Question]], list[Question]]
 Families = dict[str, list[Question]]
 
 
-def deal(questions: Sequence[Question], sizes: Sizes, gradable: Gradable) -> list[tuple[Split, Question]]:
-    """The questions of each split, in their order. The questions of a family stay together, so a split may hold a few
-    more than its size.
+def assign_splits(questions: Sequence[Question], sizes: Sizes, gradable: Gradable) -> list[tuple[Split, Question]]:
+    """Return the questions of all splits, in their order.
+
+    The questions of a family stay together, so a split may exceed its size by a few.
 
     Args:
-        questions: all there are.
-        sizes: how many each split is to have.
-        gradable: those of some questions that can be graded, in order; few more are handed to it than are needed.
+        questions: all questions.
+        sizes: requested sizes.
+        gradable: filter that keeps the gradable ones, in order; called on few more questions than needed.
     """
     families: Families = {}
     for question in questions:
         families.setdefault(question.identity, []).append(question)
     shuffled = sorted(families, key=lambda family: derive_seed(sizes.seed, "held out", family))
-    held_out = _first(shuffled, families, sizes.eval, gradable)
+    held_out = _take_families(shuffled, families, sizes.eval, gradable)
     rest = [family for family in families if family not in held_out]
-    widest = max(map(len, families.values()), default=0)  # by so much may phase1 be larger than its size
-    training = _first(rest, families, sizes.phase1 + sizes.phase2 + widest, gradable)
+    largest = max(map(len, families.values()), default=0)  # phase1 may exceed its size by this much
+    training = _take_families(rest, families, sizes.phase1 + sizes.phase2 + largest, gradable)
     num, wanted = sum(map(len, training.values())), sizes.phase1 + sizes.phase2
     share = min(1.0, num / max(wanted, 1))
     splits: dict[str, Split] = dict.fromkeys(held_out, "eval")
@@ -112,12 +110,12 @@ def deal(questions: Sequence[Question], sizes: Sizes, gradable: Gradable) -> lis
         if room[split] > 0:
             splits[family] = split
             room[split] -= len(members)
-    dealt = {**held_out, **training}
-    return [(splits[family], question) for family in families if family in splits for question in dealt[family]]
+    chosen = {**held_out, **training}
+    return [(splits[family], question) for family in families if family in splits for question in chosen[family]]
 
 
-def _first(order: Sequence[str], families: Families, num: int, gradable: Gradable) -> Families:
-    """The first families, with their gradable questions, that together have at least `num` of these; all if too few."""
+def _take_families(order: Sequence[str], families: Families, num: int, gradable: Gradable) -> Families:
+    """Return the first families, reduced to gradable questions, with at least `num` of these in total; else all."""
     chosen: Families = {}
     start = found = 0
     while found < num and start < len(order):
