@@ -111,7 +111,10 @@ def test_dates_are_inclusive(repository: Path, since: str | None, until: str | N
         ({"until": "2024-02-30"}, "task.until must be a date"),
         ({"since": "2024-05-02", "until": "2024-05-01"}, "task.since=2024-05-02 is later than task.until=2024-05-01"),
         ({"version": "v7"}, "task.version must be one of .*'v6'.*got 'v7'"),
-        ({"path": "q.jsonl"}, "task.version selects files of the benchmark's own repository: set null for another path"),
+        (
+            {"path": "q.jsonl"},
+            "task.version selects files of the benchmark's own repository: set null for another path",
+        ),
         ({"path": HubDataset("a/b", config="c")}, "task.version selects files"),
         ({"path": {"eval": HubDataset("a/b")}}, "task.version selects files"),
     ],

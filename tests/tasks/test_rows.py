@@ -169,7 +169,7 @@ def test_ungradable_questions_are_left_out_and_counted(tmp_path: Path, caplog: p
 
 def test_too_many_ungradable_questions_are_an_error(tmp_path: Path) -> None:
     paths: Any = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(10, split)) for split in SPLITS}
-    said = r"has 3 of 30 questions that cannot be graded, e.g. .*phase1.jsonl: row 9: eights are odd: mend them.*=0.099"
+    said = r"has 3 of 30 questions that cannot be graded, e.g. .*phase1.jsonl: row 9: eights are odd: fix .*=0.099"
     with pytest.raises(ValueError, match=said):
         NoEights(paths, max_dropped_share=0.099).questions("eval", 1)
     with pytest.raises(ValueError, match=r"cannot be graded.*max_dropped_share=0.05"):
