@@ -84,7 +84,9 @@ class Code(Rows):
         self.tests_column, self.limits, self.allow_assertions = tests_column, limits, allow_assertions
         self._rows: dict[str, Mapping[str, Any]] = {}
         self._submissions: dict[str, Submission] = {}
-        self._sandbox = SandboxClient(backend, num_workers, python)  # now: it must not fork from a process that holds CUDA
+        self._sandbox = SandboxClient(
+            backend, num_workers, python
+        )  # now: it must not fork from a process that holds CUDA
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         questions = super().questions(split, num_questions)
