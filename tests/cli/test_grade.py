@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdzero.cli.main import grade
+from sdzero.cli import grade
 from sdzero.tasks import Countdown, Math, Task
 from sdzero.types import Question, Split, Verdict
 

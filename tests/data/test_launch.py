@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdzero.cli.main import _check
+from sdzero.cli.stage_commands import check_stage
 from sdzero.pipeline import run as pipeline
 from sdzero.pipeline.stages import stages
 from support.runs import ROOT, SMOKE, environment, read_json, scalars
@@ -116,6 +116,6 @@ def test_the_pages_commands_for_machines_that_are_not_here_parse() -> None:
                 wanted = {f"--{key}={options.devices}"} if options.devices else set()
                 assert wanted <= {*stage.arguments(Path("out"))}, line
         else:
-            _check(command, arguments)
+            check_stage(command, arguments)
         kinds.add(command)
     assert kinds >= {"bash", "sbatch", "run", "collect", "fit", "test"}

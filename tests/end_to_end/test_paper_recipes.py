@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sdzero.cli.main import _check
+from sdzero.cli.stage_commands import check_stage
 from sdzero.data.trace_file import write_traces
 from sdzero.pipeline.stages import resolved
 from sdzero.prompts import PromptBuilder
@@ -123,7 +123,7 @@ def test_an_overlay_parses_over_its_recipe(overlay: str) -> None:
     for file in (ROOT / "configs/ablations" / overlay).iterdir():
         config = ROOT / f"configs/recipes/{recipe}" / file.name
         command = {"collect": "collect", "eval": "test"}.get(file.stem, "fit")
-        _check(command, ["--config", str(config), "--config", str(file)])
+        check_stage(command, ["--config", str(config), "--config", str(file)])
         before, after = resolved(config), resolved(file)
         own = {key: value for key, value in after.items() if ".task." not in key}  # a task may be another one whole
         assert after and all(before.get(key) != value for key, value in own.items()), file

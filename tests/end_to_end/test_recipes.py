@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from sdzero.cli.main import _collect_parser
+from sdzero.cli.stage_commands import collect_parser
 from sdzero.pipeline.stages import stages
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -39,7 +39,7 @@ def test_recipe_is_whole_and_points_at_its_own_run(recipe: Path) -> None:
     ids=lambda p: p.name,
 )
 def test_collect_config(recipe: Path) -> None:
-    parser = _collect_parser()
+    parser = collect_parser()
     made = parser.instantiate(parser.parse_args(["--config", str(recipe / "collect.yaml")]))
     assert made.num_questions > 0 and made.task.questions("phase1", 2)
 

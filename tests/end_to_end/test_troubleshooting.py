@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from sdzero.cli.main import _own
+from sdzero.cli.main import find_own_error
 from support.runs import SMOKE, refusal
 
 ROOT = Path(__file__).parents[2]
@@ -57,4 +57,4 @@ def test_a_hub_that_is_out_of_reach(
 def test_a_cause_that_was_never_raised_is_passed_over() -> None:
     with pytest.raises(ValueError, match="last") as caught:
         raise ValueError("last") from KeyError("never raised")
-    assert _own(caught.value) is None
+    assert find_own_error(caught.value) is None

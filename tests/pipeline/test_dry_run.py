@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from sdzero.cli.main import _check
+from sdzero.cli.stage_commands import check_stage
 from sdzero.losses import Divergence, cross_entropy_head, divergence_head
 from sdzero.losses.soft_targets import HiddenTeacher
 from sdzero.methods import SRT, SelfDistill
@@ -48,7 +48,7 @@ Configs = dict[str, dict[str, Any]]
 def parsed(recipe: Path) -> Configs:
     """Whole configs by stage, as `sdzero run --dry-run` has them."""
     out = Path("runs") / recipe.name
-    return parse(stages(recipe, out), out, _check)
+    return parse(stages(recipe, out), out, check_stage)
 
 
 @pytest.fixture(scope="module")

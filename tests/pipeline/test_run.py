@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdzero.cli.main import _check
+from sdzero.cli.stage_commands import check_stage
 from sdzero.data import TraceDataModule, TraceFile
 from sdzero.data.trace_file import read_traces
 from sdzero.evaluation.keywords import count_keywords
@@ -151,7 +151,7 @@ def test_another_place_changes_nothing_and_is_told_to_every_stage(copy: Path, mo
     for stage in stages(SMOKE, copy, Choices(devices=4, num_nodes=2)):
         prefix = "" if stage.command == "collect" else "trainer."
         assert {f"--{prefix}devices=4", f"--{prefix}num_nodes=2"} <= {*stage.arguments(copy)}
-        _check(stage.command, stage.arguments(copy / stage.name))
+        check_stage(stage.command, stage.arguments(copy / stage.name))
 
 
 def test_changed_traces_stop_the_run(copy: Path, refuse: Callable[..., str]) -> None:
@@ -312,7 +312,7 @@ def test_overlays_are_laid_over_key_by_key_the_last_on_top(tmp_path: Path) -> No
         files = [arg for arg in stage.arguments(tmp_path / stage.name) if arg.endswith(".yaml")]
         names = [SMOKE, first, second]
         assert files == [str(folder / f"{stage.name}.yaml") for folder in names]
-        whole = _check(stage.command, stage.arguments(tmp_path / stage.name))
+        whole = check_stage(stage.command, stage.arguments(tmp_path / stage.name))
         for key, value in stage.resolved().items():
             if ".callbacks" in key or key in (*stage.inputs, "out", "trainer.default_root_dir"):
                 continue

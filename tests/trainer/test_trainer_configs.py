@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.distributed.fsdp import ShardingStrategy
 
-from sdzero.cli.main import _check
+from sdzero.cli.stage_commands import check_stage
 from sdzero.trainer.strategies import FSDP, FullShard
 from support.runs import ROOT
 
@@ -32,7 +32,7 @@ def strategy_of(name: str) -> Any:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_lies_over_a_recipe(name: str) -> None:
     recipe, config = ROOT / "configs/recipes/qwen3-4b-math/self_distill.yaml", ROOT / f"configs/trainer/{name}.yaml"
-    merged = _check("fit", ["--config", str(recipe), "--config", str(config)])
+    merged = check_stage("fit", ["--config", str(recipe), "--config", str(config)])
     own = yaml.safe_load(config.read_text())["trainer"]
     for key in ("accelerator", "devices", "precision"):
         assert key not in own or merged["trainer"][key] == own[key]

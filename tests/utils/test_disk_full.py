@@ -37,7 +37,7 @@ def test_journal_and_samples(
 ) -> None:
     full(tmp_path / file)
     said = fit(capsys, monkeypatch, tmp_path)
-    assert f"No space left on device: '{tmp_path}'. What is finished is kept: make room" in said
+    assert f"No space left on device: '{tmp_path}'. Finished work is kept: free some space" in said
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the writer's thread says it too

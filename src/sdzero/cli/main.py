@@ -1,4 +1,4 @@
-"""The command line. A thin dispatcher: fit, validate, test and predict are LightningCLI's."""
+"""Entry point of the command line: dispatches commands and turns expected errors into one line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import signal
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import NamedTuple
 
 from sdzero.graders.errors import GraderError
-from sdzero.utils.disk_full import add_path_to_errors, is_full
+from sdzero.utils.disk_full import is_full
 from sdzero.utils.process import (
     Stopped,
     enable_crash_stacks,
@@ -25,147 +23,55 @@ from sdzero.utils.process import (
     export_parent_id,
 )
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
-USAGE = """usage: sdzero COMMAND ...
+class Command(NamedTuple):
+    """A command, imported only when it is called.
 
-  run RECIPE_DIR             collect -> SRT -> SelfDistill -> evaluation, resumable
-  collect --config FILE      phase 1 data
-  fit --config FILE          train (SRT or SelfDistill); any LightningCLI override follows
-  validate|test|predict --config FILE
-                             sample and score held-out questions
-  judge PROGRAM --language L --tests FILE
-                             a program against its tests, in a sandbox; the verdict as JSON
-  grade --task NAME FILE     stored responses through a task's verifier: a verdict per row, a summary by reason
-  init [NAME]                a shipped recipe, written into this folder to be edited
-  import-gguf FILE FOLDER    a model folder out of a GGUF file
-  compare RUN RUN ...        avg@k per benchmark and averaged, with paired differences to the first
-  decontaminate RECIPE_DIR   which benchmark questions share text with the training's
-  report RUN_DIR             one HTML page about a run, finished or not
-  doctor                     what is installed here, what is missing, and what to do about it
-
-Each command says more with --help."""
-
-
-def _collect_parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    from sdzero.data.collect import Collect
-
-    parser = ArgumentParser(prog="sdzero collect", description=Collect.__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with these keys")
-    parser.add_argument("--seed_everything", type=int, default=0, help="the run's seed")
-    parser.add_class_arguments(Collect, sub_configs=True)  # a value may be a YAML file beside the config
-    return parser
-
-
-def collect(arguments: list[str]) -> None:
-    from sdzero.data.collect import Collect
-
-    parser = _collect_parser()
-    config = parser.parse_args(arguments)
-    # what seed_everything would set; every draw is seeded by its name, and Lightning takes seconds to import
-    os.environ["PL_GLOBAL_SEED"] = str(config.seed_everything)
-    values = parser.instantiate(config).as_dict()
-    collection = Collect(**{k: v for k, v in values.items() if k not in ("config", "seed_everything")})
-    with add_path_to_errors(collection.out):
-        collection.run()
-
-
-def lightning(_: list[str]) -> None:
-    from sdzero.cli.lightning import SDZeroCLI
-
-    SDZeroCLI.main()
-
-
-def run(arguments: list[str]) -> None:
-    from sdzero.pipeline.run import main
-
-    main(arguments, _check)
-
-
-def report(arguments: list[str]) -> None:
-    from sdzero.report import main
-
-    main(arguments)
-
-
-def compare(arguments: list[str]) -> None:
-    from sdzero.evaluation.compare import main
-
-    main(arguments)
-
-
-def decontaminate(arguments: list[str]) -> None:
-    from sdzero.evaluation.decontaminate import main
-
-    main(arguments)
-
-
-def doctor(arguments: list[str]) -> None:
-    from sdzero.cli.doctor import main
-
-    main(arguments)
-
-
-def judge(arguments: list[str]) -> None:
-    from sdzero.cli.judge import main
-
-    main(arguments)
-
-
-def grade(arguments: list[str]) -> None:
-    from sdzero.cli.grade import main
-
-    main(arguments)
-
-
-def init(arguments: list[str]) -> None:
-    from sdzero.cli.init import main
-
-    main(arguments)
-
-
-def import_gguf(arguments: list[str]) -> None:
-    from sdzero.models.gguf import main
-
-    main(arguments)
-
-
-def _check(command: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Parses a stage's arguments and builds nothing; returns its config with all defaults in it.
-
-    Raises:
-        ArgumentError: names the key that is wrong.
+    Args:
+        entry: `module:function` below `sdzero`; the function takes the arguments that follow the command.
+        arguments: placeholder in the usage message.
+        summary: one line of the usage message.
+        samples: samples or trains for a long time, so that signals have to end it cleanly.
     """
-    if command == "collect":
-        parser = _collect_parser()
-        return yaml.safe_load(parser.dump(parser.parse_args([*arguments]), skip_unset=False))
-    from sdzero.cli.lightning import SDZeroCLI
 
-    return SDZeroCLI.check([command, *arguments])
+    entry: str
+    arguments: str
+    summary: str
+    samples: bool = False
 
 
-SAMPLING = ("collect", "fit", "validate", "test", "predict")
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    **dict.fromkeys(("fit", "validate", "test", "predict"), lightning),
-    "run": run,
-    "collect": collect,
-    "compare": compare,
-    "decontaminate": decontaminate,
-    "report": report,
-    "doctor": doctor,
-    "judge": judge,
-    "grade": grade,
-    "init": init,
-    "import-gguf": import_gguf,
+CONFIG = "--config FILE"
+EVALUATE = "sample and score held-out questions"
+COMMANDS = {
+    "run": Command("cli.stage_commands:run", "RECIPE_DIR", "run all stages of a recipe; resumable"),
+    "collect": Command("cli.stage_commands:collect", CONFIG, "sample and verify revisions (phase 1 data)", True),
+    "fit": Command("cli.stage_commands:lightning", CONFIG, "train; any LightningCLI override may follow", True),
+    "validate": Command("cli.stage_commands:lightning", CONFIG, EVALUATE, True),
+    "test": Command("cli.stage_commands:lightning", CONFIG, f"{EVALUATE}, and write results.json", True),
+    "predict": Command("cli.stage_commands:lightning", CONFIG, f"{EVALUATE}, and write every response", True),
+    "judge": Command("cli.judge:main", "PROGRAM --language L --tests FILE", "run a program's tests in a sandbox"),
+    "grade": Command("cli.grade:main", "--task NAME FILE", "verify stored responses; count the reasons"),
+    "init": Command("cli.init:main", "[NAME]", "copy a shipped recipe into this folder for editing"),
+    "import-gguf": Command("models.gguf:main", "FILE FOLDER", "convert a GGUF file into a model folder"),
+    "compare": Command("evaluation.compare:main", "RUN RUN ...", "avg@k per benchmark, with paired differences"),
+    "decontaminate": Command(
+        "evaluation.decontaminate:main", "RECIPE_DIR", "find benchmark text in training questions"
+    ),
+    "report": Command("report:main", "RUN_DIR", "one HTML page about a run, finished or not"),
+    "doctor": Command("cli.doctor:main", "", "check this machine's installation and name remedies"),
 }
+USAGE = "\n".join(
+    [
+        "usage: sdzero COMMAND ...\n",
+        *(f"  {f'{name} {command.arguments}':40} {command.summary}" for name, command in COMMANDS.items()),
+        "\n`sdzero COMMAND --help` explains a command.",
+    ]
+)
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if (here := os.getcwd()) not in sys.path:  # a class_path may name a module of the user's; python -m has it already
+    if (here := os.getcwd()) not in sys.path:  # a class_path may name a user's module; `python -m` adds it already
         sys.path.append(here)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -176,11 +82,11 @@ def main() -> None:
     exit_with_parent()
     enable_crash_stacks()
     try:
-        if name in SAMPLING:
+        if COMMANDS[name].samples:
             with exit_on_signals(name), export_parent_id():
-                COMMANDS[name](arguments[1:])
+                _call(name, arguments[1:])
         else:
-            COMMANDS[name](arguments[1:])
+            _call(name, arguments[1:])
     except Stopped as stopped:
         exit_now(int(str(stopped.code)))
     except KeyboardInterrupt:
@@ -191,22 +97,27 @@ def main() -> None:
         sys.exit(2)
     except (ValueError, TypeError, OSError, ImportError, GraderError, RuntimeError) as error:
         if is_full(error):
-            sys.exit(f"sdzero {name}: error: {error}. What is finished is kept: make room, and go on with it")
-        own = _own(error)
+            sys.exit(f"sdzero {name}: error: {error}. Finished work is kept: free some space and run the command again")
+        own = find_own_error(error)
         if own is None or (isinstance(error, RuntimeError) and not type(error).__module__.startswith("sdzero.")):
-            raise  # the plain RuntimeErrors that our code runs into are torch's
+            raise  # a plain RuntimeError that passes through our code is torch's
         sys.exit(f"sdzero {name}: error: {own}")
 
 
-def _own(error: BaseException) -> BaseException | None:
-    """What the project itself says to its user, which needs no traceback; None for a library's own error.
+def _call(name: str, arguments: list[str]) -> None:
+    module, _, function = COMMANDS[name].entry.partition(":")
+    getattr(import_module(f"sdzero.{module}"), function)(arguments)
 
-    jsonargparse raises an error of its own from the one that a constructor raised.
+
+def find_own_error(error: BaseException) -> BaseException | None:
+    """Find the last error in the chain of causes that was raised by this package; it needs no traceback.
+
+    jsonargparse wraps the error that a constructor raised in one of its own.
     """
     package, found = Path(__file__).parents[1].resolve(), None
     link: BaseException | None = error
     while link is not None:
-        frames = traceback.extract_tb(link.__traceback__)  # a cause that was never raised has none
+        frames = traceback.extract_tb(link.__traceback__)  # empty for a cause that was never raised
         if frames and package in Path(frames[-1].filename).resolve().parents:
             found = link
         link = link.__cause__
@@ -214,7 +125,7 @@ def _own(error: BaseException) -> BaseException | None:
 
 
 def _one_line(message: str) -> str:
-    """jsonargparse's message without what it says about the types that were tried."""
+    """Strip jsonargparse's list of attempted types from its message."""
     boilerplate = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(boilerplate))

@@ -1,7 +1,6 @@
-"""What needs torch, asked in a child process: an import that fails, crashes or hangs is a finding.
+"""Imports of torch and its companions in a child process, where a failure, a crash or a hang is a finding.
 
-The child imports one thing after the other and writes a line when it begins and when it has ended each, so that the
-one at which it died or stood still is known.
+The child announces each check before it runs it, so that the parent knows at which one it died or hung.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from threading import Thread
 from typing import Any
 
 SECONDS = 120.0
-"""Cold imports from a slow disk take a minute."""
+"""Time limit; cold imports from a slow disk take a minute."""
 
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
-"""What vLLM brings along: needed by neither engine, and of another build than torch they break its imports."""
+"""Dependencies of vLLM that no engine needs; built for another torch, they break its imports."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one question gave, or the `fault` that kept it from an answer. seconds: wall clock."""
+    """Result of one check, or the `fault` that prevented it. seconds: wall time."""
 
     seconds: float = 0.0
     value: Any = None
@@ -39,18 +38,15 @@ class Finding:
 # --- in the child ---------------------------------------------------------------------------------
 
 
+def _import(name: str, attribute: str = "__name__") -> Callable[[], None]:
+    """Check that imports a package; `attribute` makes a lazy one load what an engine needs."""
+    return lambda: getattr(importlib.import_module(name), attribute) and None
+
+
 def _torch() -> dict[str, Any]:
     import torch
 
     return {"cuda": torch.version.cuda or torch.version.hip}
-
-
-def _transformers() -> None:
-    from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401 - lazy until a name is asked for
-
-
-def _vllm() -> None:
-    from vllm import LLM  # noqa: F401 - lazy until a name is asked for
 
 
 def _driver() -> str:
@@ -62,64 +58,59 @@ def _driver() -> str:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """Name and memory (bytes free, bytes in all) of each."""
+    """Name and memory (bytes free, bytes total) of each GPU."""
     import torch
 
     if not torch.cuda.is_available():
         if torch.version.cuda:
-            torch.cuda.init()  # says why
+            torch.cuda.init()  # raises the reason
         return []
     devices = range(torch.cuda.device_count())
     return [{"name": torch.cuda.get_device_name(d), "memory": torch.cuda.mem_get_info(d)} for d in devices]
 
 
-def _questions(is_installed: Callable[[str], bool]) -> dict[str, Callable[[], Any]]:
-    """The likeliest to hang or to crash come last."""
-    questions: dict[str, Callable[[], Any]] = {
-        "torch": _torch,
-        "transformers": _transformers,
-        "lightning": lambda: importlib.import_module("lightning") and None,
-    }
-    if is_installed("vllm"):
-        questions["vllm"] = _vllm
-    for name in filter(is_installed, COMPANIONS):
-        questions[name] = lambda name=name: importlib.import_module(name) and None
-    if shutil.which("nvidia-smi"):
-        questions["driver"] = _driver
-    return {**questions, "gpus": _gpus}
+def _checks() -> dict[str, Callable[[], Any]]:
+    """Checks by name; those most likely to hang or crash come last."""
+    checks: dict[str, Callable[[], Any]] = {"torch": _torch}
+    checks["transformers"] = _import("transformers", "AutoModelForCausalLM")
+    checks["lightning"] = _import("lightning")
+    checks |= {"vllm": _import("vllm", "LLM")} if find_spec("vllm") else {}
+    checks |= {name: _import(name) for name in COMPANIONS if find_spec(name)}
+    checks |= {"driver": _driver} if shutil.which("nvidia-smi") else {}
+    return {**checks, "gpus": _gpus}
 
 
-def _why(error: BaseException) -> str:
-    """In one line. transformers hides the error of another package's import behind one of its own."""
+def _describe(error: BaseException) -> str:
+    """The root cause on one line: transformers wraps errors of other packages' imports in its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def answer() -> None:
-    """The child's work: lines of JSON on what was its standard output; what libraries print goes nowhere."""
+def run_checks() -> None:
+    """Run all checks and write JSON lines to the original standard output; output of libraries is discarded."""
     with os.fdopen(os.dup(1), "w") as report:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        for name, question in _questions(lambda module: find_spec(module) is not None).items():
+        for name, check in _checks().items():
             print(json.dumps({"name": name}), file=report, flush=True)
             started, finding = time.monotonic(), {}
             try:
-                finding["value"] = question()
+                finding["value"] = check()
             except Exception as error:  # noqa: BLE001 - whatever an import raises is the finding
-                finding["fault"] = _why(error)
+                finding["fault"] = _describe(error)
             finding["seconds"] = time.monotonic() - started
             print(json.dumps({"name": name, **finding}), file=report, flush=True)
-    os._exit(0)  # what was imported may hang on its way out
+    os._exit(0)  # imported libraries may hang at exit
 
 
 # --- in the parent --------------------------------------------------------------------------------
 
 
 class Probe:
-    """The child, started at once; `findings` waits for it."""
+    """The child process, started immediately; `findings` waits for it."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-c", "from sdzero.cli.doctor.probe import answer; answer()"]
+        command = [sys.executable, "-c", "from sdzero.cli.doctor.probe import run_checks; run_checks()"]
         self._child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -134,12 +125,12 @@ class Probe:
             self._lines.append(json.loads(line))
 
     def findings(self) -> dict[str, Finding]:
-        """By name. One at which the child hung or died has a fault, and those after it are not there."""
+        """Findings by name. The check at which the child hung or died has a fault; later ones are absent."""
         self._reader.join(self._deadline - time.monotonic())
         hangs = self._reader.is_alive()
         if hangs:
             self._child.kill()
-        with suppress(subprocess.TimeoutExpired):  # one that waits for a driver does not even die
+        with suppress(subprocess.TimeoutExpired):  # a process that waits for a driver cannot be killed
             self._child.wait(1)
         found: dict[str, Finding] = {}
         for line in list(self._lines):
