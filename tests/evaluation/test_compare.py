@@ -1,4 +1,4 @@
-"""`sdzero compare`: its figures against a slow computation from the definitions, and what it refuses."""
+"""`sdzero compare`: its metrics against a slow computation from the definitions, and its refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.evaluation.compare import compare, find
+from sdzero.evaluation.compare import compare, find_evaluations
 from sdzero.evaluation.statistics import Estimate
 from support.made_up_run import write_json
 from support.runs import exit_code, read_json, refusal
@@ -24,18 +24,18 @@ def by_hand(values: list[float]) -> Estimate:
     return mean, math.sqrt(variance / len(values))
 
 
-def averaged_by_hand(estimates: list[Estimate]) -> Estimate:
+def average_by_hand(estimates: list[Estimate]) -> Estimate:
     n = len(estimates)
     return sum(value for value, _ in estimates) / n, math.sqrt(sum(error * error for _, error in estimates)) / n
 
 
 def made_up(rng: random.Random, questions: list[str], k: int) -> dict[str, list[int]]:
-    """Rewards of k answers to each question, in an order of their own."""
+    """Rewards of k answers to each question, in random order."""
     return {question: [rng.randrange(2) for _ in range(k)] for question in rng.sample(questions, len(questions))}
 
 
 @given(seed=st.integers(0, 10_000), sizes=st.lists(st.integers(2, 6), min_size=1, max_size=4), k=st.integers(1, 4))
-def test_figures_against_the_definitions(seed: int, sizes: list[int], k: int) -> None:
+def test_metrics_against_the_definitions(seed: int, sizes: list[int], k: int) -> None:
     rng = random.Random(seed)
     questions = {f"b{i}": [f"b{i}/task/{j}" for j in range(size)] for i, size in enumerate(sizes)}
     every = [question for of_one in questions.values() for question in of_one]
@@ -45,17 +45,17 @@ def test_figures_against_the_definitions(seed: int, sizes: list[int], k: int) ->
     for name, comparison in compared.items():
         assert comparison.benchmarks.keys() == questions.keys()
         accuracies, differences = [], []
-        for benchmark, figures in comparison.benchmarks.items():
+        for benchmark, metrics in comparison.benchmarks.items():
             means = [sum(runs[name][q]) / len(runs[name][q]) for q in questions[benchmark]]
             theirs = [sum(runs["first"][q]) / k for q in questions[benchmark]]
             accuracies.append(by_hand(means))
             differences.append(by_hand([a - b for a, b in zip(means, theirs, strict=True)]))
-            assert figures.questions == len(questions[benchmark])
-            assert figures.avg_at_k == pytest.approx(accuracies[-1])
-            assert figures.difference == (None if name == "first" else pytest.approx(differences[-1]))
+            assert metrics.questions == len(questions[benchmark])
+            assert metrics.avg_at_k == pytest.approx(accuracies[-1])
+            assert metrics.difference == (None if name == "first" else pytest.approx(differences[-1]))
         assert comparison.average.questions == sum(sizes)
-        assert comparison.average.avg_at_k == pytest.approx(averaged_by_hand(accuracies))
-        expected = None if name == "first" else pytest.approx(averaged_by_hand(differences))
+        assert comparison.average.avg_at_k == pytest.approx(average_by_hand(accuracies))
+        expected = None if name == "first" else pytest.approx(average_by_hand(differences))
         assert comparison.average.difference == expected
 
 
@@ -70,13 +70,13 @@ def test_runs_stages_and_evaluations_are_found(tmp_path: Path, monkeypatch: pyte
     base, srt = write_runs(tmp_path)
     monkeypatch.chdir(tmp_path)
     run = Path("run")
-    assert [*find(run).items()] == [("run/base", base), ("run/srt", srt)]
-    assert find(run / "srt") == {"run/srt": srt} and find(run / "srt/eval") == {"run/srt/eval": srt}
+    assert [*find_evaluations(run).items()] == [("run/base", base), ("run/srt", srt)]
+    assert find_evaluations(run / "srt") == {"run/srt": srt} and find_evaluations(run / "srt/eval") == {"run/srt/eval": srt}
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_runs(tmp_path)
-    file = tmp_path / "figures.json"
+    file = tmp_path / "metrics.json"
     assert exit_code(monkeypatch, "compare", "run", "--json", file, cwd=tmp_path) == 0
     base, srt = (read_json(file)[f"run/{model}"] for model in ("base", "srt"))
     assert base["benchmarks"]["x"] == {"questions": 2, "avg_at_k": [0.25, 0.25], "difference": None}
@@ -98,7 +98,7 @@ def test_one_benchmark_needs_no_average(
     assert "average" not in shown and "+0.000 ± 0.000" in shown
 
 
-def test_it_refuses_other_questions_other_folders_and_the_same_one_twice(
+def test_other_questions_other_folders_and_the_same_one_twice_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_json(tmp_path / "a/rewards.json", {"x/1": [1], "x/2": [0], "x/3": [0]})

@@ -1,4 +1,4 @@
-"""Keywords are found as whole words, whatever their case and apostrophes."""
+"""Keywords are found as whole words, in any case and with any apostrophe."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`sdzero compare RUN RUN ...`: evaluations side by side, with differences paired question by question.
+"""`sdzero compare RUN RUN ...`: evaluations side by side, with differences paired by question.
 
-It imports no torch, and starts in a moment.
+It imports no torch, so that it starts quickly.
 """
 
 from __future__ import annotations
@@ -8,27 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdzero.evaluation.statistics import Estimate, average, mean_and_error, mean_rewards, paired_differences
+from sdzero.evaluation.statistics import Estimate, Rewards, average, mean_and_error, mean_rewards, paired_differences
+from sdzero.utils.files import write_text
 
 MODELS = ("base", "srt", "self_distill")
 
-Rewards = dict[str, list[int]]
-
 
 @dataclass(frozen=True)
-class Figures:
-    """One benchmark's figures of one evaluation.
+class Metrics:
+    """Metrics of one evaluation on one benchmark.
 
     Attributes:
-        questions: how many.
+        questions: number of questions.
         avg_at_k: mean over questions of the mean reward of their answers, with its standard error.
         difference: mean over questions of that reward minus the first evaluation's, with its standard error; None for
-            the first itself.
+            the first evaluation.
     """
 
     questions: int
@@ -38,68 +37,62 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One evaluation's figures by benchmark, and averaged: the plain mean over the benchmarks."""
+    """Metrics of one evaluation by benchmark, and their plain mean over the benchmarks."""
 
-    benchmarks: dict[str, Figures]
-    average: Figures
+    benchmarks: dict[str, Metrics]
+    average: Metrics
 
 
-def find(folder: Path) -> dict[str, Rewards]:
-    """Name -> rewards by question of the evaluations in a folder: those of the models of `sdzero run`, in order, or
-    the only one of a stage's or an evaluation's folder.
+def find_evaluations(folder: Path) -> dict[str, Rewards]:
+    """Read the evaluations of a run, in the order of its models, or the only one of a stage's or evaluation's folder.
+
+    Returns:
+        Name -> question id -> rewards of its answers.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder holds no evaluation.
     """
-    of_models = {str(folder / model): folder / model / "eval/rewards.json" for model in MODELS}
-    of_stage = {str(folder): folder / "eval/rewards.json"}
-    of_itself = {str(folder): folder / "rewards.json"}
-    for files in (of_itself, of_stage, of_models):
-        if found := {name: file for name, file in files.items() if file.is_file()}:
-            return {name: json.loads(file.read_text()) for name, file in found.items()}
-    raise FileNotFoundError(
-        f"{folder} has no rewards.json, and is no run with an evaluated model: `sdzero test` and `sdzero run` write one"
-    )
+    for name in ("rewards.json", "eval/rewards.json"):
+        if (folder / name).is_file():
+            return {str(folder): json.loads((folder / name).read_text())}
+    found = {
+        str(folder / name): json.loads(file.read_text())
+        for name in MODELS
+        if (file := folder / name / "eval/rewards.json").is_file()
+    }
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no rewards.json and is not a run with an evaluated model: `sdzero test` and `sdzero run` "
+            "write one"
+        )
+    return found
 
 
 def compare(evaluations: Mapping[str, Rewards]) -> dict[str, Comparison]:
-    """The figures of each evaluation.
+    """Compute avg@k of each evaluation, and its paired difference to the first.
 
     Args:
-        evaluations: name -> question id -> rewards of its answers. All are compared with the first.
+        evaluations: name -> question id -> rewards of its answers.
 
     Raises:
-        ValueError: two of them were asked different questions.
+        ValueError: two of them answered different questions.
     """
     baseline, *_ = evaluations
     compared: dict[str, Comparison] = {}
     for name, rewards in evaluations.items():
-        _check_questions(baseline, evaluations[baseline], name, rewards)
-        differences = {} if name == baseline else paired_differences(rewards, evaluations[baseline])
-        figures = {
-            benchmark: Figures(len(means), mean_and_error([*means.values()]), differences.get(benchmark))
+        is_baseline = name == baseline
+        differences = {} if is_baseline else paired_differences(rewards, evaluations[baseline], (name, baseline))
+        metrics = {
+            benchmark: Metrics(len(means), mean_and_error([*means.values()]), differences.get(benchmark))
             for benchmark, means in mean_rewards(rewards).items()
         }
-        compared[name] = Comparison(figures, _averaged([*figures.values()]))
-    return compared
-
-
-def _averaged(figures: Sequence[Figures]) -> Figures:
-    differences = [f.difference for f in figures if f.difference is not None]
-    return Figures(
-        sum(f.questions for f in figures),
-        average(f.avg_at_k for f in figures),
-        average(differences) if differences else None,
-    )
-
-
-def _check_questions(baseline: str, first: Rewards, name: str, rewards: Rewards) -> None:
-    only_first, only_this = len(first.keys() - rewards.keys()), len(rewards.keys() - first.keys())
-    if only_first or only_this:
-        raise ValueError(
-            f"{only_this} questions are only in {name} and {only_first} only in {baseline}: "
-            "evaluate both on the same questions"
+        of_average = Metrics(
+            len(rewards),
+            average(m.avg_at_k for m in metrics.values()),
+            None if is_baseline else average(differences.values()),
         )
+        compared[name] = Comparison(metrics, of_average)
+    return compared
 
 
 def print_table(compared: Mapping[str, Comparison]) -> None:
@@ -116,14 +109,14 @@ def print_table(compared: Mapping[str, Comparison]) -> None:
     rows = [(benchmark, [c.benchmarks[benchmark] for c in compared.values()]) for benchmark in benchmarks]
     if len(rows) > 1:
         rows.append(("average", [c.average for c in compared.values()]))
-    for heading, figures in rows:
-        table.add_row(heading, str(figures[0].questions), *map(_cell, figures), end_section=True)
+    for heading, cells in rows:
+        table.add_row(heading, str(cells[0].questions), *map(_cell, cells), end_section=True)
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
-def _cell(figures: Figures) -> str:
-    cell = _plus_minus(figures.avg_at_k, ".3f")
-    return cell if figures.difference is None else f"{cell}\n{_plus_minus(figures.difference, '+.3f')}"
+def _cell(metrics: Metrics) -> str:
+    cell = _plus_minus(metrics.avg_at_k, ".3f")
+    return cell if metrics.difference is None else f"{cell}\n{_plus_minus(metrics.difference, '+.3f')}"
 
 
 def _plus_minus(estimate: Estimate, form: str) -> str:
@@ -132,8 +125,7 @@ def _plus_minus(estimate: Estimate, form: str) -> str:
 
 
 def as_json(compared: Mapping[str, Comparison]) -> str:
-    """The figures by evaluation; a figure with its error is a list of two, an error that a single question leaves
-    undefined null."""
+    """Serialize the metrics by evaluation: an estimate is [value, standard error], an undefined error null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -152,15 +144,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder of `sdzero run`, of a stage, or of an evaluation"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     given = parser.parse_args(arguments)
     evaluations: dict[str, Rewards] = {}
     for run in given.runs:
-        found = find(run)
+        found = find_evaluations(run)
         if twice := found.keys() & evaluations.keys():
             raise ValueError(f"{sorted(twice)[0]} is named twice: compare different evaluations")
         evaluations |= found
     compared = compare(evaluations)
     print_table(compared)
     if given.json is not None:
-        given.json.write_text(as_json(compared))
+        write_text(given.json, as_json(compared))

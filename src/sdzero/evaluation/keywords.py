@@ -1,4 +1,4 @@
-"""The paper's self-revision keywords (appendix E.1), and where a text has them."""
+"""Self-revision keywords of the paper (appendix E.1), and their places in a text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ KEYWORDS = (
     "let me try again",
     "oops",
 )
-"""Self-revision keywords, appendix E.1."""
 
 
 _PATTERNS = [
@@ -43,8 +42,11 @@ _PATTERNS = [
 
 
 def keyword_spans(text: str) -> list[tuple[int, int]]:
-    """Where a text has keywords, the longest first: any case, straight and curly apostrophes, whole words; of two that
-    overlap, the longer."""
+    """Find keywords as whole words, in any case, with straight or curly apostrophes.
+
+    Returns:
+        (begin, end) of each, the longest first; of two that overlap, only the longer.
+    """
     plain = text.replace("’", "'").replace("‘", "'")
     spans = [match.span() for pattern in _PATTERNS for match in pattern.finditer(plain)]
     kept: list[tuple[int, int]] = []
@@ -55,5 +57,5 @@ def keyword_spans(text: str) -> list[tuple[int, int]]:
 
 
 def count_keywords(text: str) -> int:
-    """Number of keywords in a text."""
+    """Count the keywords of a text."""
     return len(keyword_spans(text))

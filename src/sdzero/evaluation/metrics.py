@@ -1,4 +1,4 @@
-"""Figures of an evaluation as torchmetrics classes: every state is a sum, so ranks and halves add up exactly.
+"""Evaluation metrics as torchmetrics classes. Every state is a sum, so that ranks and partial results add up exactly.
 
 Standard errors are over questions; they are nan where a single question (or none) leaves them undefined.
 """
@@ -14,24 +14,26 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sdzero.evaluation.keywords import count_keywords
-from sdzero.evaluation.statistics import pass_at_k
+from sdzero.evaluation.statistics import average, pass_at_k
 from sdzero.types import Reason
 
 Scalars = dict[str, Tensor]
 
 
-def averaged(figures: Sequence[Scalars]) -> Scalars:
-    """The plain mean over benchmarks of each figure (table 1's last column); of a standard error (`_se`) the error of
-    that mean, sqrt(sum of se^2) / n: benchmarks are independent.
+def averaged(metrics: Sequence[Scalars]) -> Scalars:
+    """Average each metric over benchmarks, and its standard error `NAME_se` where it has one.
 
     Args:
-        figures: the same names for each benchmark.
+        metrics: the same names for each benchmark.
     """
-    columns = {name: torch.stack([of_one[name] for of_one in figures]) for name in figures[0]}
-    return {
-        name: values.square().sum().sqrt() / len(figures) if name.endswith("_se") else values.mean()
-        for name, values in columns.items()
-    }
+    averages: Scalars = {}
+    for name in (name for name in metrics[0] if not name.endswith("_se")):
+        error = f"{name}_se"
+        value, value_se = average((m[name].item(), m[error].item() if error in m else math.nan) for m in metrics)
+        averages[name] = metrics[0][name].new_tensor(value)
+        if error in metrics[0]:
+            averages[error] = metrics[0][name].new_tensor(value_se)
+    return averages
 
 
 class _QuestionMean(Metric):
@@ -66,7 +68,7 @@ class AvgAtK(_QuestionMean):
     """
 
     def update(self, groups: Sequence[Sequence[int]]) -> None:
-        """Adds one list of rewards per question."""
+        """Add one list of rewards per question."""
         if not all(groups):
             raise ValueError("groups holds a question without rewards: every question needs at least one response")
         self._add([sum(group) / len(group) for group in groups])
@@ -81,7 +83,7 @@ class PassAtK(_QuestionMean):
     `compute` returns `pass_at_{k}` and `pass_at_{k}_se`.
 
     Args:
-        k: number of tries that count; every question needs at least as many responses.
+        k: number of attempts; every question needs at least as many responses.
     """
 
     def __init__(self, k: int) -> None:
@@ -91,7 +93,7 @@ class PassAtK(_QuestionMean):
         self.k = k
 
     def update(self, groups: Sequence[Sequence[int]]) -> None:
-        """Adds one list of rewards per question."""
+        """Add one list of rewards per question."""
         fewest = min(map(len, groups), default=self.k)
         if fewest < self.k:
             raise ValueError(
@@ -118,13 +120,13 @@ class _Sums(Metric):
 
 
 class ResponseLength(_Sums):
-    """`response_tokens`: mean tokens of a response."""
+    """Mean number of tokens of a response: `response_tokens`."""
 
     def __init__(self) -> None:
         super().__init__(2)
 
     def update(self, lengths: Sequence[int]) -> None:
-        """Adds responses by their number of tokens."""
+        """Add responses by their number of tokens."""
         self._add(len(lengths), sum(lengths))
 
     def compute(self) -> Scalars:
@@ -133,13 +135,13 @@ class ResponseLength(_Sums):
 
 
 class ReasonShares(_Sums):
-    """The share of responses with each `Reason`, under the reason's name; they add up to 1."""
+    """Share of responses with each `Reason`, under the reason's name; the shares add up to 1."""
 
     def __init__(self) -> None:
         super().__init__(len(get_args(Reason)))
 
     def update(self, reasons: Sequence[Reason]) -> None:
-        """Adds responses by the reason of their verdict."""
+        """Add responses by the reason of their verdict."""
         self._add(*(reasons.count(reason) for reason in get_args(Reason)))
 
     def compute(self) -> Scalars:
@@ -147,7 +149,7 @@ class ReasonShares(_Sums):
 
 
 class Ratio(_Sums):
-    """One sum over another; nan where nothing was counted."""
+    """Quotient of two sums; nan where nothing was counted."""
 
     def __init__(self) -> None:
         super().__init__(2)
@@ -160,8 +162,11 @@ class Ratio(_Sums):
 
 
 class LengthDistribution(Metric):
-    """Lengths in tokens, exact up to `MAX_LENGTH`: `length_r0` and `length_r1`, their means by reward, `length_p50` and
-    `length_p90`, the least lengths that half and nine tenths of the responses do not exceed, and `length_max`."""
+    """Distribution of response lengths in tokens, exact up to `MAX_LENGTH`.
+
+    `compute` returns `length_r0` and `length_r1`, the means by reward; `length_p50` and `length_p90`, the smallest
+    lengths that half and nine tenths of the responses do not exceed; and `length_max`.
+    """
 
     full_state_update = False
     counts: Tensor  # [2, MAX_LENGTH + 1], responses by reward and length
@@ -173,7 +178,7 @@ class LengthDistribution(Metric):
         self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(self, lengths: Sequence[int], rewards: Sequence[int]) -> None:
-        """Adds responses by number of tokens and reward."""
+        """Add responses by number of tokens and reward."""
         for length, reward in zip(lengths, rewards, strict=True):
             self.counts[reward, min(length, self.MAX_LENGTH)] += 1
 
@@ -187,13 +192,13 @@ class LengthDistribution(Metric):
 
 
 class KeywordRate(_Sums):
-    """`keywords_per_response` and `keywords_per_1k_tokens`: how often responses speak of revising (figure 6)."""
+    """Frequency of revision keywords (figure 6): `keywords_per_response` and `keywords_per_1k_tokens`."""
 
     def __init__(self) -> None:
         super().__init__(3)
 
     def update(self, texts: Sequence[str], lengths: Sequence[int]) -> None:
-        """Adds responses by text and number of tokens."""
+        """Add responses by text and number of tokens."""
         assert len(texts) == len(lengths)
         self._add(len(texts), sum(lengths), sum(map(count_keywords, texts)))
 
@@ -203,19 +208,19 @@ class KeywordRate(_Sums):
 
 
 class CorrectionRate(Metric):
-    """Generate-then-Revise: what one revision does to first attempts.
+    """Effect of one revision on first attempts (Generate-then-Revise).
 
     `compute` returns `acc1`, `acc2`, `correction_rate` = (acc2 - acc1) / (1 - acc1), `wrong_to_right_rate` of the wrong
     and `right_to_wrong_rate` of the right first attempts, each with its `_se`, and the counts `wrong_to_right` and
-    `right_to_wrong`. A rate with nothing to count from (no wrong, or no right first attempts) is 0, its error nan.
+    `right_to_wrong`. A rate with an empty denominator (no wrong, or no right first attempts) is 0, its error nan.
 
-    Every figure is a ratio of two sums over questions; its standard error is the ratio estimator's, with the pairs of a
-    question as one cluster. Figures of clusters: pairs, first right, second right, wrong to right.
+    Every rate is a ratio of two sums over questions; its standard error is the ratio estimator's, with the pairs of a
+    question as one cluster. Counts of a cluster: pairs, first right, second right, wrong to right.
     """
 
     full_state_update = False
     clusters: Tensor  # number of clusters
-    sums: Tensor  # [4], sums of the clusters' figures
+    sums: Tensor  # [4], sums of the clusters' counts
     products: Tensor  # [4, 4], sums of their outer products
 
     def __init__(self) -> None:
@@ -225,42 +230,42 @@ class CorrectionRate(Metric):
         self.add_state("products", torch.zeros(4, 4, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, first: Sequence[int], second: Sequence[int], questions: Sequence[int | str] | None = None) -> None:
-        """Adds pairs of rewards.
+        """Add pairs of rewards.
 
         Args:
             first: rewards of the first attempts.
             second: rewards of their revisions, in the same order.
-            questions: the question of each pair; all pairs of a question belong into one call. None: all differ.
+            questions: the question of each pair; all pairs of a question belong to one call. None: all differ.
         """
         keys = range(len(first)) if questions is None else questions
         assert len(first) == len(second) == len(keys)
-        figures: dict[int | str, list[int]] = {}
+        clusters: dict[int | str, list[int]] = {}
         for key, a, b in zip(keys, first, second, strict=True):
-            cluster = figures.setdefault(key, [0, 0, 0, 0])
+            cluster = clusters.setdefault(key, [0, 0, 0, 0])
             for i, value in enumerate((1, a, b, int(b > a))):
                 cluster[i] += value
-        rows = torch.tensor(list(figures.values()), dtype=self.sums.dtype, device=self.sums.device).reshape(-1, 4)
+        rows = torch.tensor(list(clusters.values()), dtype=self.sums.dtype, device=self.sums.device).reshape(-1, 4)
         self.clusters += len(rows)
         self.sums += rows.sum(0)
         self.products += rows.T @ rows
 
     def compute(self) -> Scalars:
-        pairs, right, revised, mended = torch.eye(4, dtype=self.sums.dtype, device=self.sums.device)
-        wrong, broken = pairs - right, right + mended - revised
+        pairs, right, revised, fixed = torch.eye(4, dtype=self.sums.dtype, device=self.sums.device)
+        wrong, broken = pairs - right, right + fixed - revised
         ratios = {
             "acc1": (right, pairs),
             "acc2": (revised, pairs),
             "correction_rate": (revised - right, wrong),
-            "wrong_to_right_rate": (mended, wrong),
+            "wrong_to_right_rate": (fixed, wrong),
             "right_to_wrong_rate": (broken, right),
         }
-        scalars = {"wrong_to_right": mended @ self.sums, "right_to_wrong": broken @ self.sums}
+        scalars = {"wrong_to_right": fixed @ self.sums, "right_to_wrong": broken @ self.sums}
         for name, (numerator, denominator) in ratios.items():
             scalars[name], scalars[f"{name}_se"] = self._ratio(numerator, denominator)
         return scalars
 
     def _ratio(self, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
-        """A ratio of two sums, both given by their weights [4] on a cluster's figures, and its standard error."""
+        """Return a ratio of two sums, each given by its weights [4] on a cluster's counts, and its standard error."""
         below = denominator @ self.sums
         if below == 0:
             return below / self.sums[0], torch.full_like(below, torch.nan)  # nan without any pairs

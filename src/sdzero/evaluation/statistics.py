@@ -1,4 +1,4 @@
-"""Means with their standard errors, in plain Python.
+"""Means with standard errors, pass@k and paired differences, in plain Python.
 
 Standard errors are over questions; they are nan where a single question (or none) leaves them undefined.
 """
@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from sdzero.types import benchmark_of
 
 Estimate = tuple[float, float]
-"""A figure and its standard error."""
+"""A value and its standard error."""
+
+Rewards = Mapping[str, Sequence[int]]
+"""Question id -> rewards of its answers."""
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (sample standard deviation / sqrt(n)); nan where undefined."""
+def mean_and_error(values: Sequence[float]) -> Estimate:
+    """Return the mean and its standard error (sample standard deviation / sqrt(n)); nan where undefined."""
     n = len(values)
     if n == 0:
         return math.nan, math.nan
@@ -25,56 +28,51 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
-def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[float, float]:
-    """Mean of a - b over the questions of two runs, and its standard error.
-
-    Args:
-        a: mean reward by question id.
-        b: the same for the run to compare with: the same questions.
-    """
-    assert a.keys() == b.keys()
-    return mean_and_error([a[key] - b[key] for key in a])
-
-
-def mean_rewards(rewards: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
-    """The mean reward of each question's answers, by benchmark and question id."""
+def mean_rewards(rewards: Rewards) -> dict[str, dict[str, float]]:
+    """Return the mean reward of each question's answers, by benchmark and question id."""
     means: dict[str, dict[str, float]] = {}
     for question, answers in rewards.items():
         means.setdefault(benchmark_of(question), {})[question] = math.fsum(answers) / len(answers)
     return means
 
 
-def paired_differences(a: Mapping[str, Sequence[int]], b: Mapping[str, Sequence[int]]) -> dict[str, Estimate]:
-    """`paired_difference` of two runs by benchmark.
+def paired_differences(
+    a: Rewards, b: Rewards, names: tuple[str, str] = ("the first evaluation", "the second")
+) -> dict[str, Estimate]:
+    """Return the mean over questions of a - b by benchmark, with its standard error.
 
     Args:
-        a: the rewards of its answers by question id.
-        b: the same for the run to compare with.
+        a: rewards of an evaluation.
+        b: rewards of the evaluation to compare with.
+        names: what an error message calls the two.
 
     Raises:
-        ValueError: the runs answered different questions.
+        ValueError: the two answered different questions.
     """
     if a.keys() != b.keys():
         raise ValueError(
-            f"{len(a.keys() - b.keys())} questions are only in the first of two runs and {len(b.keys() - a.keys())} "
-            "only in the second: evaluate both on the same questions"
+            f"{len(a.keys() - b.keys())} questions are only in {names[0]} and {len(b.keys() - a.keys())} only in "
+            f"{names[1]}: evaluate both on the same questions"
         )
-    theirs = mean_rewards(b)
-    return {benchmark: paired_difference(means, theirs[benchmark]) for benchmark, means in mean_rewards(a).items()}
+    others = mean_rewards(b)
+    return {
+        benchmark: mean_and_error([mean - others[benchmark][question] for question, mean in means.items()])
+        for benchmark, means in mean_rewards(a).items()
+    }
 
 
 def average(estimates: Iterable[Estimate]) -> Estimate:
-    """The plain mean of independent figures (table 1's last column), its standard error sqrt(sum of se^2) / n."""
+    """Return the plain mean of independent values (table 1's last column) and its error, sqrt(sum of se^2) / n."""
     values, errors = zip(*estimates, strict=True)
     return math.fsum(values) / len(values), math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that k of the n samples, drawn without replacement, hold a correct one."""
+    """Return 1 - C(n-c, k) / C(n, k): the chance that k of n samples, taken without replacement, hold a correct one."""
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def top_share(values: Sequence[float], share: float = 0.1) -> float:
-    """What the largest values hold of the sum of all: of 10 tokens' KL with share 0.1, the largest one's part."""
+    """Return the part of the sum that the largest `share` of the values hold; at least one value counts."""
     ordered = sorted(values, reverse=True)
     return math.fsum(ordered[: max(1, round(share * len(ordered)))]) / (math.fsum(ordered) or math.nan)
