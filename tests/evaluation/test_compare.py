@@ -71,7 +71,9 @@ def test_runs_stages_and_evaluations_are_found(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     run = Path("run")
     assert [*find_evaluations(run).items()] == [("run/base", base), ("run/srt", srt)]
-    assert find_evaluations(run / "srt") == {"run/srt": srt} and find_evaluations(run / "srt/eval") == {"run/srt/eval": srt}
+    assert find_evaluations(run / "srt") == {"run/srt": srt} and find_evaluations(run / "srt/eval") == {
+        "run/srt/eval": srt
+    }
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
