@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdzero.losses import Divergence, cross_entropy_head, divergence_head
-from sdzero.losses.soft_targets import hidden_teacher
+from sdzero.losses.soft_targets import hidden_targets
 
 VOCAB, CHUNK = 151_936, 256
 Side = Callable[[], Any]
@@ -82,7 +82,7 @@ def ours_kl(case: Case, divergence: Divergence, with_targets: bool = True) -> Si
     targets = case.targets if with_targets else None
 
     def loss() -> Tensor:
-        teacher = hidden_teacher(case.teacher_hidden, case.teacher_weight)
+        teacher = hidden_targets(case.teacher_hidden, case.teacher_weight)
         return divergence_head(
             case.hidden, case.weight, teacher, case.ones, case.num_tokens, divergence, targets=targets
         ).loss

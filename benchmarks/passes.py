@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from sdzero.losses import Divergence, divergence_head
-from sdzero.losses.soft_targets import hidden_teacher
+from sdzero.losses.soft_targets import hidden_targets
 from sdzero.methods.batching import collate
 from sdzero.models.language_model import LanguageModel
 
@@ -86,7 +86,7 @@ def passes(model: LanguageModel, rows: int, length: int) -> dict[str, Callable[[
     @torch.no_grad()
     def teacher() -> Any:
         with loops.autocast():
-            return model(batch.input_ids, batch.predicts, hidden_teacher, batch.position_ids)
+            return model(batch.input_ids, batch.predicts, hidden_targets, batch.position_ids)
 
     states = teacher()
     states = dataclasses.replace(states, weight=states.weight.detach().clone())

@@ -15,7 +15,7 @@ from sdzero.callbacks.base import EvaluationReader, drop_nan, rank_file
 from sdzero.evaluation.metrics import Ratio
 from sdzero.evaluation.statistics import top_share
 from sdzero.losses import Divergence, divergence_head
-from sdzero.losses.soft_targets import HiddenTeacher, hidden_teacher, top_k_teacher
+from sdzero.losses.soft_targets import HiddenTargets, hidden_targets, top_k_targets
 from sdzero.methods import Method
 from sdzero.methods.batching import collate, micro_batches
 from sdzero.types import EvalBatch, Example, RolloutBatch, ScoredRollout
@@ -134,14 +134,14 @@ def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Ro
         ones = torch.ones(len(hidden), device=hidden.device)
         targets = student_batch.targets
         values = divergence_head(hidden, weight, teacher, ones, 1.0, Divergence(), targets=targets).metrics
-        for who, states in (("student", HiddenTeacher(hidden, weight)), ("teacher", teacher)):
-            top = top_k_teacher(states.hidden, states.weight, targets, top_k)
+        for who, states in (("student", HiddenTargets(hidden, weight)), ("teacher", teacher)):
+            top = top_k_targets(states.hidden, states.weight, targets, top_k)
             logprobs, order = top.logprobs.sort(descending=True)
             values[f"{who}_top_ids"], values[f"{who}_top_probs"] = top.ids.gather(1, order), logprobs.exp()
         return values
 
     with method.trainer.precision_plugin.forward_context():
-        teacher = method.reviser()[0](teacher_batch.input_ids, teacher_batch.predicts, hidden_teacher)
+        teacher = method.reviser()[0](teacher_batch.input_ids, teacher_batch.predicts, hidden_targets)
         values = method.student(student_batch.input_ids, student_batch.predicts, head)
     lengths = [len(target) for target in targets]
     columns = {name: [part.tolist() for part in value.cpu().split(lengths)] for name, value in values.items()}

@@ -211,7 +211,7 @@ def test_an_evaluation_without_questions(refuse: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ({"model__divergence__top_k": 38}, "divergence.top_k=38 is above the vocabulary of 37 tokens"),
+        ({"model__divergence__top_k": 38}, "divergence.top_k=38: must be from 1 to 37, the size of the vocabulary"),
         ({"model__student__dtype": "bfloat16"}, "student.dtype: trained weights must be float32"),
         ({"trainer__precision": "bf16-true"}, "trainer.precision=bf16-true"),
         ({"model__schedule__warmup_ratio": 0.5}, "schedule: set warmup_steps or warmup_ratio, not both"),

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from sdzero.losses import Divergence, Kind, Outside, Support, cross_entropy_head, divergence_head, matmul
-from sdzero.losses.soft_targets import HiddenTeacher, TopKTeacher, top_k_teacher
+from sdzero.losses.soft_targets import HiddenTargets, TopKTargets, top_k_targets
 from support.loss_cases import DIVERGENCES, FORMS, KINDS, OUTSIDES, SUPPORTS, Case, Recorder, name_of, reference
 
 
@@ -136,7 +136,7 @@ def test_no_tokens_give_a_zero_that_is_still_attached(divergence: Divergence) ->
 @pytest.mark.parametrize("form", [form for form in FORMS if form.get("outside") != "student_full"], ids=str)
 def test_a_student_equal_to_its_teacher_is_at_zero_and_stays_there(kind: Kind, form: dict[str, Any]) -> None:
     case = Case(dtype=torch.float32)
-    out = case.head(Divergence(kind, **form), HiddenTeacher(case.hidden, case.weight))
+    out = case.head(Divergence(kind, **form), HiddenTargets(case.hidden, case.weight))
     torch.testing.assert_close(out.metrics["divergence"], torch.zeros(7), atol=1e-6, rtol=0)
     for grad in case.grads(out.loss):
         torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-6, rtol=0)
@@ -181,8 +181,8 @@ def test_a_stored_top_k_teacher_equals_the_hidden_one(kind: Kind, outside: Outsi
     assert top_k.metrics.keys() == {"divergence", "top_k_mass"} | student
 
 
-def kept_teacher(case: Case, top_k: int, chunk_size: int | None = 3) -> TopKTeacher:
-    return top_k_teacher(case.teacher.hidden, case.teacher.weight, case.targets, top_k, chunk_size)
+def kept_teacher(case: Case, top_k: int, chunk_size: int | None = 3) -> TopKTargets:
+    return top_k_targets(case.teacher.hidden, case.teacher.weight, case.targets, top_k, chunk_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -211,9 +211,9 @@ def test_a_teacher_kept_as_its_top_k_is_the_hidden_one_to_the_last_bit(
 
 def test_a_kept_teacher_is_made_chunk_by_chunk_without_a_gradient() -> None:
     case = Case(n=96, vocab=200, hidden=8)
-    teacher = HiddenTeacher(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
+    teacher = HiddenTargets(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
     with Recorder() as recorder:
-        kept = top_k_teacher(teacher.hidden, teacher.weight, case.targets, 5, 16)
+        kept = top_k_targets(teacher.hidden, teacher.weight, case.targets, 5, 16)
     assert recorder.largest <= 16 * 200
     log_probs = case.logits[1].log_softmax(-1).detach()
     torch.testing.assert_close(kept.logprobs.sort(descending=True).values, log_probs.topk(5).values)
@@ -237,7 +237,7 @@ def test_a_kept_teacher_of_no_tokens_and_of_too_many() -> None:
 
 def test_no_gradient_reaches_the_teacher() -> None:
     case = Case()
-    teacher = HiddenTeacher(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
+    teacher = HiddenTargets(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
     case.head(Divergence(), teacher).loss.backward()
     assert case.hidden.grad is not None
     assert teacher.hidden.grad is None
@@ -271,7 +271,7 @@ def test_tied_weights_get_both_gradients_and_micro_batches_add_up(head: Callable
 def test_autocast_and_bfloat16_inputs_still_compute_in_float32(head: Callable[..., Tensor]) -> None:
     case = Case(dtype=torch.bfloat16)
     exact = Case(dtype=torch.bfloat16)
-    exact.teacher = HiddenTeacher(exact.teacher.hidden.double(), exact.teacher.weight.double())
+    exact.teacher = HiddenTargets(exact.teacher.hidden.double(), exact.teacher.weight.double())
     expected = head(exact, exact.hidden.double(), exact.weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         for hidden, weight in ((case.hidden, case.weight), (case.hidden, case.weight.float())):
@@ -397,7 +397,7 @@ def test_wrong_arguments_of_the_heads_are_named() -> None:
     with pytest.raises(ValueError, match="chunk_size"):
         cross_entropy_head(*args, 5.0, 0)
     with pytest.raises(ValueError, match="vocabulary"):
-        case.head(Divergence(), HiddenTeacher(case.teacher.hidden, case.teacher.weight[:-1]))
+        case.head(Divergence(), HiddenTargets(case.teacher.hidden, case.teacher.weight[:-1]))
 
 
 def test_the_command_line_builds_and_checks_a_divergence() -> None:

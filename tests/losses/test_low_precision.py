@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdzero.losses import Divergence, cross_entropy_head, divergence_head, fused_linear, matmul
-from sdzero.losses.soft_targets import HiddenTeacher, top_k_teacher
+from sdzero.losses.soft_targets import HiddenTargets, top_k_targets
 from support.loss_cases import DIVERGENCES, Case, Recorder, name_of, reference
 
 HEADS = [None, *DIVERGENCES]
@@ -49,7 +49,7 @@ def exact(case: Case, divergence: Divergence | None, num_tokens: float = 5.0) ->
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "accelerated", lambda device: True)
+    monkeypatch.setattr(matmul, "uses_cuda_matmul", lambda device: True)
     monkeypatch.setattr(matmul, "BLOCK_ELEMENTS", 48)
 
 
@@ -141,7 +141,7 @@ def test_logits_of_low_precision_would_cancel_where_student_and_teacher_agree() 
     case = Case(n=8, vocab=500, hidden=32, dtype=torch.bfloat16)
     near = case.hidden.detach().clone()
     near[:, :4] *= 1 + 2**-7  # one step of bfloat16 in four places
-    case.teacher = HiddenTeacher(near, case.weight.detach())
+    case.teacher = HiddenTargets(near, case.weight.detach())
     student, teacher = (h.detach().double() @ case.weight.detach().double().T for h in (case.hidden, near))
     expected = reference(student, teacher, Divergence())
     ours = apply(case, Divergence()).metrics["divergence"]
@@ -155,7 +155,7 @@ def test_logits_of_low_precision_would_cancel_where_student_and_teacher_agree() 
 @pytest.mark.usefixtures("as_on_cuda")
 def test_a_kept_teacher_of_low_precision_is_the_hidden_one() -> None:
     case = Case(dtype=torch.bfloat16)
-    kept = top_k_teacher(case.teacher.hidden, case.teacher.weight, case.targets, 4, 3)
+    kept = top_k_targets(case.teacher.hidden, case.teacher.weight, case.targets, 4, 3)
     hidden = apply(case, Divergence(top_k=4), chunk_size=3)
     stored = case.head(Divergence(top_k=4), kept, chunk_size=3)
     assert kept.logprobs.dtype == torch.float32
@@ -173,7 +173,7 @@ def test_float32_on_cuda_takes_other_products_to_the_same_values(divergence: Div
 
 
 def test_columns_are_gathered_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "accelerated", lambda device: True)
+    monkeypatch.setattr(matmul, "uses_cuda_matmul", lambda device: True)
     monkeypatch.setattr(matmul, "BLOCK_ELEMENTS", 4 * 8 * 2)  # two rows of four columns
     case = Case(n=32, vocab=40, hidden=8, dtype=torch.float32)
     teacher = case.stored(4)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdzero.losses import Divergence, Kind, cross_entropy_head, divergence_head, matmul, row_ops
-from sdzero.losses.soft_targets import top_k_teacher
+from sdzero.losses.soft_targets import top_k_targets
 from support.loss_cases import KINDS, Case, reference
 
 SHARE = 0.3
@@ -89,9 +89,9 @@ def expected_of(case: Rows) -> Result:
     """By the definitions, in float64."""
     double = {name: x.double() if x.is_floating_point() else x for name, x in case.tensors.items()}
     student, teacher, targets = double["student"].requires_grad_(), double["teacher"], double["targets"]
-    log_s, log_t = (row_ops.of_targets(x.log_softmax(-1), targets).detach() for x in (student, teacher))
+    log_s, log_t = (row_ops.gather_targets(x.log_softmax(-1), targets).detach() for x in (student, teacher))
     if case.kind is None:
-        values = -row_ops.of_targets(student.log_softmax(-1), targets)
+        values = -row_ops.gather_targets(student.log_softmax(-1), targets)
     else:
         values = reference(student, teacher, Divergence(case.kind, SHARE))
     (gradient,) = torch.autograd.grad((values * double["scale"]).sum(), student)
@@ -125,7 +125,7 @@ def run_head(divergence: Divergence | None, dtype: torch.dtype, device: str = "c
     else:
         weights = (case.token_weights, 5.0)
         out = divergence_head(*args, case.teacher, *weights, divergence, targets=case.targets, chunk_size=3)
-    kept = top_k_teacher(case.teacher.hidden, case.teacher.weight, case.targets, 4, 3)
+    kept = top_k_targets(case.teacher.hidden, case.teacher.weight, case.targets, 4, 3)
     hidden, weight = case.grads(out.loss)
     logprobs = kept.logprobs.sort().values
     made = {"loss": out.loss.detach(), "hidden": hidden, "weight": weight, "kept": logprobs, **out.metrics}
@@ -137,7 +137,8 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result],
     """What the interpreter made of CASES, and of HEADS in float32 and bfloat16."""
     need_triton()
     out = tmp_path_factory.mktemp("kernels") / "results.pt"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])  # finds tests/support
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, __file__, str(out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -152,7 +153,7 @@ def interpret(out: str) -> None:
         triton_kernels.BLOCK = case.block
         rows.append(case.run(triton_kernels))
     row_ops.kernels_for = lambda logits: triton_kernels if logits.dtype == torch.float32 else None
-    matmul.accelerated = lambda device: True
+    matmul.uses_cuda_matmul = lambda device: True
     heads = [run_head(head, dtype) for head in HEADS for dtype in (torch.float32, torch.bfloat16)]
     torch.save((rows, heads), out)
 

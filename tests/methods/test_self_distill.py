@@ -317,9 +317,7 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_read(
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
     with pytest.raises(ValueError, match=rf"teacher\.path: its vocabulary has 100 tokens, the student's {vocab_size}"):
         SelfDistill(ModelConfig(str(path)), teacher=ModelConfig(str(narrow)))
-    with pytest.raises(
-        ValueError, match=rf"divergence\.top_k={vocab_size + 1} is above the vocabulary of {vocab_size}"
-    ):
+    with pytest.raises(ValueError, match=rf"divergence\.top_k={vocab_size + 1}: must be from 1 to {vocab_size}"):
         SelfDistill(ModelConfig(str(path)), divergence=Divergence(top_k=vocab_size + 1))
     SelfDistill(ModelConfig(str(path)), divergence=Divergence(top_k=vocab_size))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdzero.losses import Divergence
-from sdzero.losses.soft_targets import HiddenTeacher, Teacher, TopKTeacher
+from sdzero.losses.soft_targets import HiddenTargets, SoftTargets, TopKTargets
 from sdzero.methods import SelfDistill
 from sdzero.models.language_model import LanguageModel, ModelConfig
 from sdzero.prompts import PromptBuilder
@@ -77,16 +77,16 @@ def test_what_waits_is_the_top_k_where_that_is_exact_else_hidden_states(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, divergence: Divergence
 ) -> None:
     """A tail is known from its own sum, not from what the top_k leave of 1; the student's choice comes later."""
-    seen: list[Teacher] = []
+    seen: list[SoftTargets] = []
     prepare = SelfDistill.prepare
 
-    def watched(self: SelfDistill, batches: Any) -> list[Teacher]:
+    def watched(self: SelfDistill, batches: Any) -> list[SoftTargets]:
         seen.extend(prepare(self, batches))
         return seen
 
     monkeypatch.setattr(SelfDistill, "prepare", watched)
     run(path, tmp_path, divergence=divergence, teacher_first=True)
-    kind = TopKTeacher if divergence == TOP_K else HiddenTeacher
+    kind = TopKTargets if divergence == TOP_K else HiddenTargets
     assert [type(teacher) for teacher in seen] == [kind] * 3
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from sdzero.cli.stage_commands import check_stage
 from sdzero.losses import Divergence, cross_entropy_head, divergence_head
-from sdzero.losses.soft_targets import HiddenTeacher
+from sdzero.losses.soft_targets import HiddenTargets
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models.language_model import LanguageModel
 from sdzero.models.lora import AdaptersOff, Lora, add_adapters, num_adapter_parameters
@@ -299,7 +299,7 @@ class Step:
             if not self.with_teacher:
                 return cross_entropy_head(hidden, weight, targets, weights, self.num_tokens)
             with torch.no_grad():
-                teacher = self.teacher(ids, predicts, HiddenTeacher)
+                teacher = self.teacher(ids, predicts, HiddenTargets)
             return divergence_head(hidden, weight, teacher, weights, self.num_tokens, Divergence(), targets=targets)
 
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):

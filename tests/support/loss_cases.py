@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdzero.losses import LOG_ZERO, Divergence, Kind, Outside, Support, divergence_head
-from sdzero.losses.soft_targets import HiddenTeacher, Teacher, TopKTeacher
+from sdzero.losses.soft_targets import HiddenTargets, SoftTargets, TopKTargets
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SUPPORTS: tuple[Support, ...] = get_args(Support)
@@ -68,7 +68,7 @@ class Case:
 
         self.hidden = (normal(n, hidden) * scale).requires_grad_()
         self.weight = normal(vocab, hidden).requires_grad_()
-        self.teacher = HiddenTeacher(normal(n, hidden + 1) * scale, normal(vocab, hidden + 1))
+        self.teacher = HiddenTargets(normal(n, hidden + 1) * scale, normal(vocab, hidden + 1))
         self.targets = torch.randint(vocab, (n,), generator=rng).to(device)
         token_weights = torch.rand(n, generator=rng).to(dtype) * (torch.rand(n, generator=rng) > 0.3)
         self.token_weights = token_weights.to(device)
@@ -77,15 +77,15 @@ class Case:
     def logits(self) -> tuple[Tensor, Tensor]:
         return self.hidden @ self.weight.T, self.teacher.hidden @ self.teacher.weight.T
 
-    def stored(self, top_k: int) -> TopKTeacher:
+    def stored(self, top_k: int) -> TopKTargets:
         logprobs, ids = self.logits[1].log_softmax(-1).topk(top_k)
         order = torch.randperm(top_k)  # any order may be stored
-        return TopKTeacher(ids[:, order], logprobs[:, order])
+        return TopKTargets(ids[:, order], logprobs[:, order])
 
     def grads(self, loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, [self.hidden, self.weight]))
 
-    def head(self, divergence: Divergence, teacher: Teacher | None = None, **kwargs: Any) -> Any:
+    def head(self, divergence: Divergence, teacher: SoftTargets | None = None, **kwargs: Any) -> Any:
         teacher = teacher or self.teacher
         return divergence_head(self.hidden, self.weight, teacher, self.token_weights, 5.0, divergence, **kwargs)
 

@@ -1,5 +1,15 @@
-"""Losses from hidden states: cross-entropy and divergences, without the logits of a whole batch in memory."""
+"""Losses on hidden states: cross-entropy and divergences that never hold the logits of a whole batch."""
 
-from sdzero.losses.divergence import LOG_ZERO, Divergence, Kind, Outside, Support, cross_entropy_head, divergence_head
+from sdzero.losses.cross_entropy import cross_entropy_head
+from sdzero.losses.divergence import LOG_ZERO, Divergence, Kind, Outside, Support, check_top_k, divergence_head
 
-__all__ = ["LOG_ZERO", "Divergence", "Kind", "Outside", "Support", "cross_entropy_head", "divergence_head"]
+__all__ = [
+    "LOG_ZERO",
+    "Divergence",
+    "Kind",
+    "Outside",
+    "Support",
+    "check_top_k",
+    "cross_entropy_head",
+    "divergence_head",
+]

@@ -1,7 +1,7 @@
-"""The machinery of the loss heads: a vocabulary projection differentiated chunk by chunk in the forward pass.
+"""Chunked LM head fused with its loss: the vocabulary projection is differentiated in the forward pass.
 
-A head's gradient with respect to its logits has a closed form, so it is made while the chunk's logits are still
-there: no [N, V] tensor is ever held and nothing is projected twice (4 matrix products with a teacher, 3 without).
+A loss's gradient with respect to its logits has a closed form, so it is computed while the chunk's logits are still
+in memory: no [N, V] tensor is ever held and nothing is projected twice (4 matmuls with a teacher, 3 without).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from sdzero.losses import matmul, row_ops
 
 @dataclass(frozen=True)
 class Columns:
-    """A gradient [C, V] that is zero outside a few columns a row: `ids` [C, K], distinct in a row; `values` [C, K]."""
+    """Gradient [C, V] that is zero outside K columns of each row: `ids` [C, K], distinct in a row; `values` [C, K]."""
 
     ids: Tensor
     values: Tensor
 
 
 class Projection:
-    """Logits `hidden @ weight.T` of some rows, in `dtype` whatever the inputs are, in one reused workspace.
+    """Logits `hidden @ weight.T` of a slice of rows, in one reused workspace.
 
-    Under autocast to be made where autocast is on: the operands are what it would take on CUDA.
+    Construct it inside the caller's autocast context, which decides the operands' dtype on CUDA.
 
     Args:
         hidden: [N, H].
         weight: [V, H].
-        chunk_size: the most rows asked for at once.
-        dtype: of the product and of all work on it. Products of bfloat16 cancel badly where student and teacher agree.
+        chunk_size: maximum number of rows per call.
+        dtype: dtype of the logits. Logits rounded to bfloat16 cancel badly where student and teacher agree.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunk_size: int, dtype: torch.dtype) -> None:
@@ -47,22 +47,22 @@ class Projection:
         self._workspace: Tensor | None = None
 
     def inputs(self, rows: slice) -> Tensor:
-        """The hidden states of `rows`, [C, H]."""
+        """Return the hidden states of `rows`, [C, H]."""
         return self.hidden[rows].to(self.operands)
 
     def logits(self, rows: slice) -> Tensor:
-        """[C, V], valid until the next call; the caller may write into it."""
+        """Compute the logits [C, V], valid until the next call; the caller may overwrite them."""
         if self._workspace is None:
             self._workspace = self.weight.new_empty(self._chunk, len(self.weight), dtype=self.dtype)
         inputs = self.inputs(rows)
         return matmul.mm(inputs, self.weight.t(), self._workspace[: len(inputs)])
 
     def log_probs(self, rows: slice) -> Tensor:
-        """`logits`, normalised over the vocabulary, in the same workspace."""
+        """Compute the log-probabilities [C, V] in the workspace of `logits`."""
         return row_ops.log_softmax_(self.logits(rows))
 
     def columns(self, rows: slice, ids: Tensor) -> Tensor:
-        """The logits [C, K] of the columns `ids` [C, K] alone."""
+        """Compute only the logits [C, K] of the columns `ids` [C, K]."""
         inputs = self.inputs(rows)
         out = inputs.new_empty(ids.shape, dtype=self.dtype)
         for block in matmul.row_blocks(ids, ids.shape[1] * inputs.shape[1]):
@@ -70,29 +70,45 @@ class Projection:
         return out
 
 
-# A chunk's body: (the student's projection, the rows, d loss / d value of each row, or None where no gradient is
-# wanted) -> (the rows' values [C], the gradient with respect to the logits).
+# Body of a chunk: (the student's projection, the rows, d loss / d value of each row, or None if no gradient is needed)
+# -> (values [C], gradient with respect to the logits).
 Body = Callable[[Projection, slice, Tensor | None], tuple[Tensor, Tensor | Columns | None]]
 
 
 def chunked_head(
-    hidden: Tensor, weight: Tensor, scale: Tensor, body: Body, chunk_size: int, dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    token_weights: Tensor,
+    num_tokens: float | Tensor,
+    body: Body,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """sum(scale * value), differentiable once in `hidden` and `weight`, and the detached values [N].
+    """Compute sum(token_weights * value) / num_tokens, differentiable once in `hidden` and `weight`.
 
     Args:
         hidden: [N, H].
         weight: [V, H].
-        scale: [N] in `dtype`, the weight of each row in the sum.
-        body: makes the values and the gradients of a chunk.
-        chunk_size: rows a chunk.
-        dtype: of the computation.
+        token_weights: [N].
+        num_tokens: divisor of the sum.
+        body: computes values and gradients of a chunk.
+        chunk_size: rows of a chunk, None for the device's default.
+
+    Returns:
+        The loss and the detached values [N].
+
+    Raises:
+        ValueError: chunk_size or num_tokens is not positive.
     """
-    values = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+    dtype, chunk_size = matmul.result_dtype(hidden, weight), matmul.chunk_size(chunk_size, hidden)
+    count = float(num_tokens)
+    if len(hidden) and not count > 0:
+        raise ValueError(f"num_tokens must be positive if there are tokens, got {count}: count the global batch")
+    scale = token_weights.detach().to(dtype) / count
+    values = torch.zeros_like(scale)
     grad_on = torch.is_grad_enabled()
-    wanted = (grad_on and hidden.requires_grad, grad_on and weight.requires_grad)
+    needs_grad = (grad_on and hidden.requires_grad, grad_on and weight.requires_grad)
     student = Projection(hidden, weight, chunk_size, dtype)
-    loss = _ChunkedHead.apply(hidden, weight, student, scale, body, chunk_size, wanted, values)
+    loss = _ChunkedHead.apply(hidden, weight, student, scale, body, chunk_size, needs_grad, values)
     return loss, values  # pyright: ignore[reportReturnType]  (apply is untyped)
 
 
@@ -106,17 +122,17 @@ class _ChunkedHead(torch.autograd.Function):
         scale: Tensor,
         body: Body,
         chunk_size: int,
-        wanted: tuple[bool, bool],
+        needs_grad: tuple[bool, bool],
         values: Tensor,
     ) -> Tensor:
-        grad_hidden = torch.empty_like(hidden, dtype=values.dtype) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=values.dtype) if wanted[1] else None
+        grad_hidden = torch.empty_like(hidden, dtype=values.dtype) if needs_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=values.dtype) if needs_grad[1] else None
         ctx.unit = _unit(scale, student.operands)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk_size):
                 rows = slice(start, start + chunk_size)
                 row_scale = scale[rows] if ctx.unit is None else scale[rows] / ctx.unit
-                values[rows], grad = body(student, rows, row_scale if any(wanted) else None)
+                values[rows], grad = body(student, rows, row_scale if any(needs_grad) else None)
                 if grad is not None:
                     out = None if grad_hidden is None else grad_hidden[rows]
                     _project_back(grad, student.inputs(rows), student.weight, out, grad_weight)
@@ -129,7 +145,7 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("a loss head can be differentiated once: call the head again for a second backward")
-        # Scaled in place and given away: a copy of the weight's gradient is the largest tensor of the whole head.
+        # Scaled in place and released: the weight's gradient is the largest tensor of the head, so it is not copied.
         grads, ctx.grads = ctx.grads, None
         factor = grad_outputs[0] if ctx.unit is None else grad_outputs[0] * ctx.unit
         scaled = [None if g is None else g.mul_(factor).to(dt) for g, dt in zip(grads, ctx.dtypes, strict=True)]
@@ -137,8 +153,7 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 def _unit(scale: Tensor, operands: torch.dtype) -> Tensor | None:
-    """What the rows' scales are divided by until backward multiplies with it: one over the tokens of a batch, times a
-    probability, is below what float16 can hold."""
+    """Compute the factor that backward puts back for float16 operands, which underflow at probability / num_tokens."""
     if operands != torch.float16 or not len(scale):
         return None
     largest = scale.abs().max()
@@ -148,8 +163,8 @@ def _unit(scale: Tensor, operands: torch.dtype) -> Tensor | None:
 def _project_back(
     grad: Tensor | Columns, inputs: Tensor, weight: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
 ) -> None:
-    """Writes grad @ weight into `grad_hidden` [C, H] and adds grad.T @ inputs to `grad_weight` [V, H], the gradient
-    rounded to the operands' precision."""
+    """Write grad @ weight to `grad_hidden` [C, H] and add grad.T @ inputs to `grad_weight` [V, H], with `grad` rounded
+    to the operands' dtype."""
     if isinstance(grad, Tensor):
         grad = grad.to(weight.dtype)
         if grad_hidden is not None:

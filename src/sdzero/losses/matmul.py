@@ -1,7 +1,7 @@
-"""What depends on the device: how low-precision operands are multiplied, and how much is worked on at once.
+"""Device-dependent choices: matmuls of low-precision operands, chunk and block sizes.
 
-CUDA's matrix units take bfloat16 and float16 operands and add up in float32: there the operands stay as they are and
-the float32 sums are handed out. Elsewhere a product's operands are brought to float32 first, which gives the same sums.
+CUDA's matrix units multiply bfloat16 and float16 operands and accumulate in float32: there the operands stay as they
+are and the float32 result is kept. Elsewhere operands are cast to float32 first, which gives the same sums.
 """
 
 from __future__ import annotations
@@ -12,45 +12,45 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 256
-CUDA_CHUNK_SIZE = 2048  # fewer rows leave its matrix units idle
+CUDA_CHUNK_SIZE = 2048  # fewer rows leave the matrix units idle
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-# Elementwise work goes over this many elements at a time, so that its temporaries stay in a CPU's cache.
+# Elements per block of elementwise work: on a CPU its temporaries stay in the cache, on an accelerator they stay small
+# against a chunk's logits.
 BLOCK_ELEMENTS = 2**17
-# An accelerator has no such cache: there the limit keeps temporaries small against a chunk's logits.
 ACCELERATOR_BLOCK_ELEMENTS = 2**26
 
 
-def accelerated(device: torch.device) -> bool:
-    """Whether the products of CUDA are to be made."""
+def uses_cuda_matmul(device: torch.device) -> bool:
+    """Decide whether to use the CUDA matmul paths."""
     return device.type == "cuda"
 
 
-def chunk_size(chosen: int | None, hidden: Tensor) -> int:
-    """Tokens whose logits exist at once: `chosen`, or by the device of `hidden`."""
-    if chosen is None:
+def chunk_size(requested: int | None, hidden: Tensor) -> int:
+    """Return the number of tokens whose logits exist at once; None takes the default of the device of `hidden`."""
+    if requested is None:
         return CUDA_CHUNK_SIZE if hidden.is_cuda else CHUNK_SIZE
-    if chosen < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chosen}")
-    return chosen
+    if requested < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {requested}")
+    return requested
 
 
 def result_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What logits and gradients are made in: float32, or float64 where an input is."""
+    """Return the dtype of logits and gradients: float32, or float64 if an input is."""
     return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What `hidden` and `weight` are multiplied in: `dtype`, the result's, or on CUDA the low precision that autocast
-    sets or, without it, the hidden states have."""
-    if dtype != torch.float32 or not accelerated(hidden.device):
+    """Return the dtype in which `hidden` and `weight` are multiplied: on CUDA the low precision of autocast or else of
+    `hidden`, in all other cases `dtype`, that of the result."""
+    if dtype != torch.float32 or not uses_cuda_matmul(hidden.device):
         return dtype
     device = hidden.device.type
-    chosen = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return chosen if chosen in LOW_PRECISION else dtype
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return low if low in LOW_PRECISION else dtype
 
 
 def row_blocks(rows: Tensor, width: int | None = None) -> Iterator[slice]:
-    """Slices of `rows` that are small enough to work on at once, at `width` elements a row (its own by default)."""
+    """Split `rows` into slices of one block each, at `width` elements per row (its own by default)."""
     limit = BLOCK_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
     count, step = len(rows), max(1, limit // (width or rows.shape[1]))
     for start in range(0, count, step):
@@ -58,14 +58,14 @@ def row_blocks(rows: Tensor, width: int | None = None) -> Iterator[slice]:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b in the precision of `out`, written there."""
+    """Compute out = a @ b in the dtype of `out`."""
     if a.is_cuda and a.dtype != out.dtype:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def addmm_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b in the precision of `out`."""
+    """Compute out += a @ b in the dtype of `out`."""
     if a.is_cuda and a.dtype != out.dtype:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
@@ -73,16 +73,16 @@ def addmm_(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b of each batch in the precision of `out`, written there."""
+    """Compute out = a @ b of each batch in the dtype of `out`."""
     if a.is_cuda and a.dtype != out.dtype:
         return torch.bmm(a, b, out_dtype=out.dtype, out=out)
     return torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def add_outer_(out: Tensor, ids: Tensor, values: Tensor, inputs: Tensor) -> None:
-    """out[ids[c, k]] += values[c, k] * inputs[c] for `out` [V, H], `ids` and `values` [C, K], `inputs` [C, H]."""
+    """Compute out[ids[c, k]] += values[c, k] * inputs[c]: `out` [V, H], `ids` and `values` [C, K], `inputs` [C, H]."""
     values, inputs = values.to(out.dtype), inputs.to(out.dtype)
-    if accelerated(out.device):  # its sparse product would first copy the whole of `out`
+    if uses_cuda_matmul(out.device):  # CUDA's sparse matmul first copies the whole of `out`
         for block in row_blocks(ids, ids.shape[1] * inputs.shape[1]):
             rows = values[block, :, None] * inputs[block, None]
             out.index_add_(0, ids[block].flatten(), rows.flatten(0, 1))

@@ -1,7 +1,7 @@
-"""The arithmetic on rows of logits: divergences and cross-entropy with their gradients, in place.
+"""Divergences and cross-entropy of rows of logits with their gradients, in place.
 
-Rows of the whole vocabulary have Triton kernels on CUDA (triton_kernels.py), which go over each row two or three times;
-this file is what the CPU does, and what the kernels are tested against.
+On CUDA, rows of the whole vocabulary go through Triton kernels (triton_kernels.py), which read each row two or three
+times; these eager versions are the CPU path, and the kernels are tested against them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sdzero.losses.matmul import row_blocks
 
-# Stands for -inf in a masked column: exp() gives the same 0 but 0 * MASKED is 0, not NaN.
+# Replaces -inf in a masked column: exp() gives the same 0 but 0 * MASKED is 0, not NaN.
 MASKED = -1e30
 
 
 def kernels_for(logits: Tensor) -> ModuleType | None:
-    """The Triton kernels, for float32 on CUDA where Triton is installed. torch.compile is no substitute: its CUDA
-    code is Triton's too."""
+    """Return the Triton kernels for float32 on CUDA, else or without Triton None. torch.compile is no fallback: its
+    CUDA code is Triton's too."""
     return _kernels() if logits.is_cuda and logits.dtype == torch.float32 else None
 
 
@@ -36,7 +36,7 @@ def _kernels() -> ModuleType | None:
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
-    """`logits` [C, V] normalised in their own place."""
+    """Normalise `logits` [C, V] in place."""
     if (kernels := kernels_for(logits)) is not None:
         return kernels.log_softmax_(logits)
     for block in row_blocks(logits):
@@ -47,13 +47,13 @@ def log_softmax_(logits: Tensor) -> Tensor:
 def cross_entropy(
     logits: Tensor, targets: Tensor, scale: Tensor | None, grad_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """-log p(targets) [C] and scale times its gradient [C, V], which may take the place of `logits`.
+    """Compute -log p(targets) [C] and scale times its gradient [C, V].
 
     Args:
-        logits: [C, V], overwritten.
+        logits: [C, V], overwritten, possibly by the gradient.
         targets: [C] int64.
-        scale: [C], or None where no gradient is wanted.
-        grad_dtype: what the gradient is going to be used in. It is not rounded to it before it is whole.
+        scale: [C], or None for no gradient.
+        grad_dtype: dtype in which the gradient will be used; only the kernels round to it, after its last operation.
     """
     if (kernels := kernels_for(logits)) is not None:
         return kernels.cross_entropy(logits, targets, scale, grad_dtype)
@@ -77,45 +77,47 @@ def divergence(
     scale: Tensor | None,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """The divergence [C] over the whole vocabulary, scale times its gradient [C, V], and the log-probabilities [C] of
-    `targets`, the student's and the teacher's (none without targets).
+    """Compute the divergence [C] over the whole vocabulary, scale times its gradient [C, V], and the log-probabilities
+    [C] of `targets` of student and teacher (an empty list without targets).
 
     Args:
         kind: reverse, forward, mixed or jsd.
-        share: as in `compare`.
-        logits: [C, V], the student; its place may be taken by the gradient.
+        share: as in `divergence_of_log_probs`.
+        logits: [C, V] of the student, overwritten, possibly by the gradient.
         teacher_logits: [C, V].
         targets: [C] int64, or None.
-        scale: [C], or None where no gradient is wanted.
-        grad_dtype: what the gradient is going to be used in.
+        scale: [C], or None for no gradient.
+        grad_dtype: as in `cross_entropy`.
     """
     if (kernels := kernels_for(logits)) is not None:
         return kernels.divergence(kind, share, logits, teacher_logits, targets, scale, grad_dtype)
     values = logits.new_empty(len(logits))
-    of_target = [] if targets is None else [torch.empty_like(values), torch.empty_like(values)]
+    target_logprobs = [] if targets is None else [torch.empty_like(values), torch.empty_like(values)]
     for block in row_blocks(logits):
         log_s, log_t = logits[block].log_softmax(-1), teacher_logits[block].log_softmax(-1)
         if targets is not None:
-            for into, log_probs in zip(of_target, (log_s, log_t), strict=True):
-                into[block] = of_targets(log_probs, targets[block])
-        values[block], grad = compare(kind, share, log_s, log_t, scale is not None)
+            for out, log_probs in zip(target_logprobs, (log_s, log_t), strict=True):
+                out[block] = gather_targets(log_probs, targets[block])
+        values[block], grad = divergence_of_log_probs(kind, share, log_s, log_t, scale is not None)
         if grad is not None and scale is not None:
             torch.mul(grad, scale[block, None], out=logits[block])
-    return values, None if scale is None else logits, of_target
+    return values, None if scale is None else logits, target_logprobs
 
 
-def compare(kind: str, share: float, log_s: Tensor, log_t: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The divergence [C] between normalised rows and its gradient [C, W] with respect to the logits behind `log_s`.
+def divergence_of_log_probs(
+    kind: str, share: float, log_s: Tensor, log_t: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the divergence [C] of normalised rows and its gradient [C, W] with respect to the logits of `log_s`.
 
     With ratio = log s - log t: reverse gives s * (ratio - KL), forward s - t; JSD gives
     (1 - share) * s * (log s - log m - KL(s||m)). Every log is finite, so no 0 * inf can arise.
 
     Args:
         kind: reverse, forward, mixed or jsd.
-        share: the forward KL's share in mixed, the teacher's in jsd.
-        log_s: [C, W], the student; overwritten.
-        log_t: [C, W], the teacher.
-        with_grad: whether the gradient is wanted.
+        share: share of the forward KL in mixed, of the teacher in jsd.
+        log_s: [C, W] of the student, overwritten.
+        log_t: [C, W] of the teacher.
+        with_grad: compute the gradient.
     """
     probs = log_s.exp()
     if kind == "jsd":
@@ -137,29 +139,32 @@ def compare(kind: str, share: float, log_s: Tensor, log_t: Tensor, with_grad: bo
     return value, grad if teacher_probs is None else grad.sub_(teacher_probs, alpha=forward)
 
 
-def of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """The entries [C] of `log_probs` [C, V] at `targets` [C]."""
+def gather_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Gather the entries [C] of `log_probs` [C, V] at `targets` [C]."""
     return log_probs.gather(1, targets[:, None]).squeeze(1)
 
 
-def compare_with_rest(
+def divergence_with_rest(
     kind: str, share: float, log_s: Tensor, ids: Tensor, buckets_t: Tensor, per_token: bool, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The divergence [C] over the columns `ids` and one bucket of all the others, and scale times its gradient [C, V].
+    """Compute the divergence [C] over the columns `ids` and one bucket of the others, and scale times its gradient.
 
     Args:
         kind: reverse, forward, mixed or jsd.
-        share: as in `compare`.
-        log_s: [C, V], the student's log-probabilities; its place is taken by the gradient.
+        share: as in `divergence_of_log_probs`.
+        log_s: [C, V], the student's log-probabilities, overwritten by the gradient.
         ids: [C, K].
-        buckets_t: [C, K + 1], the teacher's log-probabilities, the others' bucket last.
-        per_token: whether the bucket stands for a teacher that gives EVERY token outside the bucket's log-probability.
-        scale: [C], or None where no gradient is wanted.
+        buckets_t: [C, K + 1], the teacher's log-probabilities, the bucket of the others last.
+        per_token: the teacher's value of that bucket is the log-probability of EACH token outside, not of their sum.
+        scale: [C], or None for no gradient.
+
+    Returns:
+        The divergence and the gradient [C, V].
     """
-    inside_s, rest_s = log_s.gather(1, ids), split_off(log_s, ids)
+    inside_s, rest_s = log_s.gather(1, ids), split_rest(log_s, ids)
     buckets_s = torch.cat([inside_s, rest_s], -1).log_softmax(-1)
     probs_s = buckets_s.exp()
-    values, grad = compare(kind, share, buckets_s, buckets_t, scale is not None)
+    values, grad = divergence_of_log_probs(kind, share, buckets_s, buckets_t, scale is not None)
     entropy = slope = torch.zeros_like(rest_s)
     if per_token and kind in ("reverse", "mixed"):
         # The bucket's reverse KL lacks the student's own entropy among the tokens outside.
@@ -170,11 +175,12 @@ def compare_with_rest(
         return values, None
     grad += slope * entropy * probs_s
     grad[:, -1:] -= slope * entropy
-    return values, spread(log_s, ids, grad * scale[:, None], slope * scale[:, None], entropy)
+    return values, spread_gradient(log_s, ids, grad * scale[:, None], slope * scale[:, None], entropy)
 
 
-def split_off(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """Log of the mass outside the columns `ids`, [C, 1]; `log_probs` is left normalised outside them, 0 mass inside."""
+def split_rest(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Compute the log of the mass outside the columns `ids`, [C, 1]; in place, `log_probs` loses them and is normalised
+    over the others."""
     log_probs.scatter_(1, ids, MASKED)
     rest = log_probs.new_empty(len(log_probs), 1)
     for block in row_blocks(log_probs):
@@ -184,17 +190,18 @@ def split_off(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def row_entropy(log_probs: Tensor) -> Tensor:
-    """Entropy of each row, [C, 1]."""
+    """Compute the entropy of each row, [C, 1]."""
     entropy = log_probs.new_empty(len(log_probs))
     for block in row_blocks(log_probs):
         entropy[block] = -torch.linalg.vecdot(log_probs[block].exp(), log_probs[block])
     return entropy[:, None]
 
 
-def spread(log_outside: Tensor, ids: Tensor, grad: Tensor, slope: Tensor, entropy: Tensor) -> Tensor:
-    """The gradient [C, V] of all logits, in `log_outside`'s place, from that of the top-k's and the rest's [C, K + 1].
+def spread_gradient(log_outside: Tensor, ids: Tensor, grad: Tensor, slope: Tensor, entropy: Tensor) -> Tensor:
+    """Compute the gradient [C, V] of all logits, in place of `log_outside`, from that of top-k and rest [C, K + 1].
 
-    The rest's goes to the tokens outside in proportion q to their mass; entropy's is -q * (log q + entropy).
+    The gradient of the rest is distributed over the tokens outside in proportion to their mass q; that of the entropy
+    is -q * (log q + entropy).
     """
     for block in row_blocks(log_outside):
         log_q = log_outside[block]

@@ -1,10 +1,10 @@
-"""Triton kernels for rows of the whole vocabulary: the twins of row_ops.py, one program a row.
+"""Triton versions of row_ops.py for rows of the whole vocabulary, one program per row.
 
-A first pass over a row keeps a running maximum, so that it needs no other for the log-sum-exp and the two KL; a second
-one writes the gradient. Only jsd, whose mixture needs both log-sum-exp, reads the row once more in between.
+A first pass over a row keeps a running maximum, which gives log-sum-exp and both KL at once; a second pass writes the
+gradient. Only jsd, whose mixture needs both log-sum-exp, reads the row once more in between.
 """
 
-# ruff: noqa: ANN001, ANN202 (what a kernel takes are Triton's own values)
+# ruff: noqa: ANN001, ANN202 (arguments of kernels are Triton's own values)
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 BLOCK = 4096  # columns at a time
 WARPS = 8
-# Stands for -inf outside the row: its exp() is 0 too, but 0 times a difference of two of them is 0, not NaN.
+# Replaces -inf outside the row: its exp() is 0 too, but 0 times a difference of two of them is 0, not NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
 
 def log_softmax_(logits: Tensor) -> Tensor:
-    """`row_ops.log_softmax_` of float32 `logits` [C, V]."""
+    """Run `row_ops.log_softmax_` on float32 `logits` [C, V]."""
     _launch(_log_softmax, logits, logits, logits.shape[1], logits.stride(0))
     return logits
 
@@ -30,7 +30,7 @@ def log_softmax_(logits: Tensor) -> Tensor:
 def cross_entropy(
     logits: Tensor, targets: Tensor, scale: Tensor | None, grad_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """`row_ops.cross_entropy` of float32 `logits` [C, V]; a gradient of another dtype has its own memory."""
+    """Run `row_ops.cross_entropy` on float32 `logits` [C, V]; a gradient of another dtype gets its own memory."""
     values, grad = logits.new_empty(len(logits)), _gradient(logits, scale, grad_dtype)
     _launch(
         _cross_entropy,
@@ -56,10 +56,10 @@ def divergence(
     scale: Tensor | None,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """`row_ops.divergence` of float32 `logits` and `teacher_logits` [C, V]; a gradient of another dtype has its own
+    """Run `row_ops.divergence` on float32 `logits` and `teacher_logits` [C, V]; a gradient of another dtype has its own
     memory."""
     values, grad = logits.new_empty(len(logits)), _gradient(logits, scale, grad_dtype)
-    of_targets = [] if targets is None else [torch.empty_like(values), torch.empty_like(values)]
+    target_logprobs = [] if targets is None else [torch.empty_like(values), torch.empty_like(values)]
     assert teacher_logits.stride() == logits.stride()
     _launch(
         _divergence,
@@ -69,7 +69,7 @@ def divergence(
         _or(targets, values),
         _or(scale, values),
         values,
-        *(of_targets or (values, values)),
+        *(target_logprobs or (values, values)),
         _or(grad, logits),
         logits.shape[1],
         logits.stride(0),
@@ -80,7 +80,7 @@ def divergence(
         WITH_TARGETS=targets is not None,
         WITH_GRAD=grad is not None,
     )
-    return values, grad, of_targets
+    return values, grad, target_logprobs
 
 
 def _gradient(logits: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -90,7 +90,7 @@ def _gradient(logits: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
-    """`tensor`, or one that the kernel takes in its place and leaves alone."""
+    """Return `tensor`, or for None a placeholder that the kernel does not touch."""
     return unused if tensor is None else tensor
 
 
@@ -102,7 +102,7 @@ def _launch(kernel: Any, rows: Tensor, *args: Any, **constants: bool) -> None:
 
 @triton.jit
 def _log_sum_exp(row, vocab, BLOCK: tl.constexpr):
-    """The row's maximum and log(sum(exp(x - maximum)))."""
+    """Compute the row's maximum and log(sum(exp(x - maximum)))."""
     top, total = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -143,10 +143,10 @@ def _cross_entropy(logits, targets, scale, values, grad, vocab, stride, WITH_GRA
 
 @triton.jit
 def _two_kl(student, teacher, vocab, REVERSE: tl.constexpr, FORWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum and log-sum-exp beyond it of both rows, KL(S||T) and KL(T||S), each 0 where it is not asked for.
+    """Compute maximum and log(sum(exp(x - maximum))) of both rows, KL(S||T) and KL(T||S), each KL 0 if not requested.
 
-    The sums of probability times (s - top_s) - (t - top_t) move with the maxima. All their terms are of the size of
-    the difference between the two rows, so nothing cancels where the rows are close.
+    The sums of probability times (s - top_s) - (t - top_t) are rescaled as the maxima move. All their terms are of the
+    size of the difference between the two rows, so nothing cancels where the rows are close.
     """
     zero, lowest = tl.full((), 0.0, tl.float32), tl.full((), LOWEST, tl.float32)
     top_s, top_t, total_s, total_t, reverse, forward = lowest, lowest, zero, zero, zero, zero
@@ -175,7 +175,7 @@ def _two_kl(student, teacher, vocab, REVERSE: tl.constexpr, FORWARD: tl.constexp
 
 @triton.jit
 def _to_mixture(log_s, log_t, share):
-    """log s - log m and log t - log m of m = share * t + (1 - share) * s, each from the two's difference alone."""
+    """Compute log s - log m and log t - log m of m = share * t + (1 - share) * s from log s - log t alone."""
     ratio = log_s - log_t
     less = tl.exp(-tl.abs(ratio))  # the smaller of the two over the larger
     above = ratio >= 0.0

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
-from sdzero.losses import Divergence, divergence_head
-from sdzero.losses.soft_targets import HiddenTeacher, Teacher, TopKTeacher, hidden_teacher, top_k_teacher
+from sdzero.losses import Divergence, check_top_k, divergence_head
+from sdzero.losses.soft_targets import HiddenTargets, SoftTargets, TopKTargets, hidden_targets, top_k_targets
 from sdzero.methods.base import Method
 from sdzero.methods.batching import collate
 from sdzero.models.language_model import ModelConfig, load
@@ -63,8 +63,7 @@ class SelfDistill(Method):
         theirs = self.teacher_config.hf_config()
         self.max_positions = min(self.max_positions, getattr(theirs, "max_position_embeddings", None) or 2**31)
         vocab_size = self.hf_config.vocab_size
-        if divergence.top_k is not None and divergence.top_k > vocab_size:
-            raise ValueError(f"divergence.top_k={divergence.top_k} is above the vocabulary of {vocab_size} tokens")
+        check_top_k(divergence.top_k, vocab_size)
         if theirs.vocab_size != vocab_size:
             raise ValueError(f"teacher.path: its vocabulary has {theirs.vocab_size} tokens, the student's {vocab_size}")
 
@@ -148,22 +147,22 @@ class SelfDistill(Method):
     def packed(self) -> bool:
         return super().packed and self.teacher_config.packs
 
-    def prepare(self, batches: Sequence[Sequence[Example]]) -> Iterable[Teacher]:
+    def prepare(self, batches: Sequence[Sequence[Example]]) -> Iterable[SoftTargets]:
         """The teacher at every target token of each micro batch."""
         if self.teacher_first:
             return self._teach_first(batches)
         return map(self._teach, batches)
 
     @torch.no_grad()
-    def _teach(self, examples: Sequence[Example]) -> Teacher:
+    def _teach(self, examples: Sequence[Example]) -> SoftTargets:
         contexts, targets = [e.teacher_context for e in examples], [e.target for e in examples]
         batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
 
-        def head(hidden: Tensor, weight: Tensor) -> Teacher:
+        def head(hidden: Tensor, weight: Tensor) -> SoftTargets:
             if self._keeps_top_k:
                 assert self.divergence.top_k is not None
-                return top_k_teacher(hidden, weight, batch.targets, self.divergence.top_k)
-            return hidden_teacher(hidden, weight)
+                return top_k_targets(hidden, weight, batch.targets, self.divergence.top_k)
+            return hidden_targets(hidden, weight)
 
         return self.teacher(batch.input_ids, batch.predicts, head, batch.position_ids)
 
@@ -173,15 +172,15 @@ class SelfDistill(Method):
         exact = self.divergence.support == "teacher" and self.divergence.outside != "tail"
         return self.teacher_first and self.divergence.top_k is not None and exact
 
-    def _teach_first(self, batches: Sequence[Sequence[Example]]) -> Iterator[Teacher]:
+    def _teach_first(self, batches: Sequence[Sequence[Example]]) -> Iterator[SoftTargets]:
         self._move_teacher(self.device)
-        waiting: list[Teacher] = []
+        waiting: list[SoftTargets] = []
         weight: Tensor | None = None
         for examples in batches:
             teacher = self._teach(examples)
-            if isinstance(teacher, HiddenTeacher) and self._teacher_moves:
+            if isinstance(teacher, HiddenTargets) and self._teacher_moves:
                 weight = teacher.weight.clone() if weight is None else weight  # the head stays when the rest goes
-                teacher = HiddenTeacher(teacher.hidden, weight)
+                teacher = HiddenTargets(teacher.hidden, weight)
             waiting.append(_to_host(teacher))
         self._move_teacher(torch.device("cpu"))
         return (_to_device(teacher, self.device) for teacher in waiting)
@@ -198,7 +197,9 @@ class SelfDistill(Method):
         if self._teacher_moves:
             self.teacher.to(device)
 
-    def loss(self, examples: Sequence[Example], counts: Sequence[float], prepared: Teacher | None = None) -> LossOutput:
+    def loss(
+        self, examples: Sequence[Example], counts: Sequence[float], prepared: SoftTargets | None = None
+    ) -> LossOutput:
         teacher = self._teach(examples) if prepared is None else prepared
         contexts, targets = [e.context for e in examples], [e.target for e in examples]
         batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
@@ -234,7 +235,7 @@ class SelfDistill(Method):
         return metrics
 
 
-def _to_host(teacher: Teacher) -> Teacher:
+def _to_host(teacher: SoftTargets) -> SoftTargets:
     """All but the head in pinned host memory."""
 
     def moved(tensor: Tensor) -> Tensor:
@@ -244,12 +245,12 @@ def _to_host(teacher: Teacher) -> Teacher:
     return _mapped(teacher, lambda tensor: moved(tensor) if tensor.is_cuda else tensor)
 
 
-def _to_device(teacher: Teacher, device: torch.device) -> Teacher:
+def _to_device(teacher: SoftTargets, device: torch.device) -> SoftTargets:
     return _mapped(teacher, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _mapped(teacher: Teacher, move: Callable[[Tensor], Tensor]) -> Teacher:
-    if isinstance(teacher, HiddenTeacher):
-        return HiddenTeacher(move(teacher.hidden), teacher.weight)
+def _mapped(teacher: SoftTargets, move: Callable[[Tensor], Tensor]) -> SoftTargets:
+    if isinstance(teacher, HiddenTargets):
+        return HiddenTargets(move(teacher.hidden), teacher.weight)
     logprobs = None if teacher.target_logprobs is None else move(teacher.target_logprobs)
-    return TopKTeacher(move(teacher.ids), move(teacher.logprobs), logprobs)
+    return TopKTargets(move(teacher.ids), move(teacher.logprobs), logprobs)

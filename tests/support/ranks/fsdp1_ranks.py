@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.spawn import spawn
 
 from sdzero.losses import Divergence, divergence_head
-from sdzero.losses.soft_targets import hidden_teacher
+from sdzero.losses.soft_targets import hidden_targets
 from sdzero.methods.batching import collate
 from sdzero.models.language_model import ModelConfig, load
 from sdzero.models.parallelize import shard_fsdp1
@@ -36,7 +36,7 @@ def work(rank: int, num_ranks: int, folder: str, out: str) -> None:
         batch = collate([c for c, _ in rows], [t for _, t in rows], 0)
         shifted = collate([(*c, 9) for c, _ in rows], [t for _, t in rows], 0)
         with torch.no_grad():
-            guide = teacher(shifted.input_ids, shifted.predicts, hidden_teacher)
+            guide = teacher(shifted.input_ids, shifted.predicts, hidden_targets)
         count = sum(len(t) for _, t in ROWS)
         ones = torch.ones(len(batch.targets))
         output = student(

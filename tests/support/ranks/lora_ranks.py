@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 
 from sdzero.data.base import stream_loader
-from sdzero.losses.soft_targets import hidden_teacher
+from sdzero.losses.soft_targets import hidden_targets
 from sdzero.methods import SelfDistill
 from sdzero.methods.batching import collate
 from sdzero.models.language_model import ModelConfig, load
@@ -116,8 +116,8 @@ def fsdp1(model: str, root: Path, rank: int) -> None:
             (loss * (1 if student is alone else dist.get_world_size())).backward()
             optimizer.step()
             optimizer.zero_grad()
-        off = AdaptersOff(student)(batch.input_ids, batch.predicts, hidden_teacher).hidden
-        base = load(ModelConfig(model), 0)(batch.input_ids, batch.predicts, hidden_teacher).hidden
+        off = AdaptersOff(student)(batch.input_ids, batch.predicts, hidden_targets).hidden
+        base = load(ModelConfig(model), 0)(batch.input_ids, batch.predicts, hidden_targets).hidden
         weights = {name: tensor.clone() for name, tensor in full_weights(student)}
         figures.append({"weights": weights, "off": off, "base": base.detach()})
     if rank == 0:
