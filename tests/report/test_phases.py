@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from support.made_up_curves import write_curves
 
 from sdzero.report import RunFolder, phases, revision
 from sdzero.report import text_samples as samples
+from support.made_up_curves import write_curves
 from support.made_up_run import MODELS, sample_row, write_evaluation, write_samples
 
 

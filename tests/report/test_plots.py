@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from support.made_up_curves import write_curves
 
 from sdzero.report import RunFolder, first_wrong, localization, plots
+from support.made_up_curves import write_curves
 from support.made_up_run import MODELS, token_kl_row, write_evaluation
 
 FLIPS = ("acc1", "acc2", "wrong_to_right_rate", "right_to_wrong_rate")
