@@ -1,4 +1,4 @@
-"""`sdzero judge` as it is called."""
+"""`sdzero judge` on the command line."""
 
 import json
 import os
@@ -45,12 +45,12 @@ def test_calls_and_the_time_limit(tmp_path: Path) -> None:
     ("tests", "message"),
     [
         ("[]", "must hold a list of tests"),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ('[{"input": "1"}]', "test 1: a test is"),
         ('[{"input": "1", "output": "1"}, {"call": "f", "args": [], "expected": 1}]', "needs tests of one kind"),
     ],
 )
-def test_tests_that_are_none_are_named(tmp_path: Path, tests: str, message: str) -> None:
+def test_invalid_tests_are_named(tmp_path: Path, tests: str, message: str) -> None:
     (tmp_path / "p.py").write_text("")
     (tmp_path / "tests.json").write_text(tests)
     done = judge(tmp_path / "p.py", "--language", "python", "--tests", tmp_path / "tests.json")

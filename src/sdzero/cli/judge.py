@@ -1,4 +1,4 @@
-"""`sdzero judge`: one program against its tests, the verdict as JSON."""
+"""`sdzero judge`: run one program against its tests in the sandbox and print the verdict as JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sdzero.graders.sandbox.types import Language, Limits, Submission, Test, rea
 
 
 def read_tests(path: Path) -> tuple[Test, ...]:
-    """The tests of a TESTS.json.
+    """Read the tests of a TESTS.json.
 
     Raises:
-        ValueError: names the file, and the test that cannot be read.
+        ValueError: names the file and the invalid test.
     """
     try:
         rows = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f'{path} must hold a list of tests such as [{{"input": "1 2", "output": "3"}}]')
     tests: list[Test] = []
@@ -45,23 +45,25 @@ def main(arguments: list[str]) -> None:
         type=Path,
         help='JSON list of {"input", "output"}, {"call", "args", "expected"} or {"program"}',
     )
-    parser.add_argument("--time-limit", type=float, default=defaults.time, metavar="S", help="CPU seconds a test")
-    parser.add_argument("--memory-limit", type=float, default=defaults.memory_mb, metavar="MB", help="MiB a test")
-    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS], help="the sandbox; unsafe is none")
-    parser.add_argument("--python", help="interpreter in the sandbox, below /usr; the system's python3 without")
+    parser.add_argument("--time-limit", type=float, default=defaults.time, metavar="S", help="CPU seconds per test")
+    parser.add_argument("--memory-limit", type=float, default=defaults.memory_mb, metavar="MB", help="MiB per test")
+    parser.add_argument(
+        "--backend", default="auto", choices=["auto", *BACKENDS], help="sandbox; unsafe: none"
+    )
+    parser.add_argument("--python", help="interpreter in the sandbox, below /usr; default: the system's python3")
     given = parser.parse_args(arguments)
     limits = Limits(time=given.time_limit, memory_mb=given.memory_limit)
     source = given.program.read_text(errors="surrogateescape")
     submission = Submission(given.language, source, read_tests(given.tests), limits)
     with SandboxClient(given.backend, 1, given.python) as client:
         verdict = client.grade([submission])[0]
-    print(json.dumps(_shown(dataclasses.asdict(verdict)), indent=2))
+    print(json.dumps(_rounded(dataclasses.asdict(verdict)), indent=2))
 
 
-def _shown(value: Any) -> Any:
-    """Seconds and MiB to three places."""
+def _rounded(value: Any) -> Any:
+    """Round floats, recursively, to three decimals."""
     if isinstance(value, float):
         return round(value, 3)
     if isinstance(value, dict):
-        return {key: _shown(item) for key, item in value.items()}
-    return [_shown(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

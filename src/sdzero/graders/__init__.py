@@ -1,1 +1,1 @@
-"""Rewards that can be trusted: programs run in a sandbox, mathematics is compared in processes that can be killed."""
+"""Graders: programs run in a sandbox; mathematics and instructions are checked in killable worker processes."""

@@ -1,6 +1,6 @@
-"""Whether a response follows verifiable instructions, by the verifiers of IFEval and IFBench that if-verifiable keeps.
+"""Verifiable instructions (IFEval, IFBench), checked by the verifiers of the package if-verifiable.
 
-Runs in a worker that can be killed: the verifiers search model text with regular expressions.
+Run it in a killable worker: the verifiers search model text with regular expressions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NLTK_DATA = ("punkt", "punkt_tab", "averaged_perceptron_tagger_eng", "stopwords"
 
 @dataclass(frozen=True)
 class Job:
-    """`response` None asks whether the question can be verified at all."""
+    """A response and the instructions of its question; `response` None tests whether the question is verifiable."""
 
     benchmark: Benchmark
     prompt: str
@@ -28,7 +28,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Followed:
-    """The instructions that a response did not follow; `problem` says why there is no telling."""
+    """Instructions that a response did not follow, or the `problem` that prevents checking."""
 
     missed: tuple[str, ...] = ()
     problem: str = ""
@@ -37,8 +37,8 @@ class Followed:
 WARM_UP = (Job("ifeval", "", ("punctuation:no_comma",), ({},), False, "warm"), Followed())
 
 
-def needs_if_verifiable() -> None:
-    """Raises: ModuleNotFoundError naming the extra."""
+def require_if_verifiable() -> None:
+    """Raise ModuleNotFoundError, naming the extra, where if-verifiable is not installed."""
     if not find_spec("if_verifiable"):
         raise ModuleNotFoundError(
             'IFEval and IFBench need the package if-verifiable: pip install "sdzero[instructions]"',
@@ -47,21 +47,21 @@ def needs_if_verifiable() -> None:
 
 
 def work(job: Job) -> Followed:
-    """Checks one response against every instruction of its question.
+    """Check one response against every instruction of its question.
 
     Raises:
-        RuntimeError: NLTK's data is missing; names the remedy.
+        RuntimeError: NLTK's data is missing; names the command that installs it.
     """
     registry = _registry(job.benchmark)
     if unknown := [id for id in job.instruction_ids if id not in registry]:
         return Followed(problem=f"{job.benchmark} has no instruction {unknown[0]!r}")
     if not job.instruction_ids:
-        return Followed(problem="it has no instructions")
+        return Followed(problem="the question has no instructions")
     if len(job.kwargs) != len(job.instruction_ids):
         return Followed(problem=f"{len(job.instruction_ids)} instructions, but kwargs for {len(job.kwargs)}")
     from if_verifiable.common import evaluate_instructions
 
-    random.seed(0)  # what a question leaves open is drawn: the same every time
+    random.seed(0)  # verifiers sample parameters that the question leaves open
     kwargs = [dict(row) for row in job.kwargs]
     response = "A sentence. Another one." if job.response is None else job.response
     try:
@@ -70,7 +70,7 @@ def work(job: Job) -> Followed:
         if "nltk" not in str(error).lower():
             raise
         remedy = f"python -m nltk.downloader {' '.join(NLTK_DATA)}"
-        raise RuntimeError(f"verifiers need data of NLTK that is not there: {remedy}") from error
+        raise RuntimeError(f"the verifiers need NLTK data that is not installed: {remedy}") from error
     if len(results) != len(job.instruction_ids):  # a blank response
         return Followed(job.instruction_ids)
     return Followed(tuple(r.instruction_id for r in results if not (r.loose_pass if job.loose else r.strict_pass)))

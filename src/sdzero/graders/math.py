@@ -1,7 +1,7 @@
-"""Whether a mathematical answer equals the gold answer: exactly where both are numbers or words, else by math-verify.
+"""Comparison of a mathematical answer with the gold answer: exact for numbers and words, else by math-verify.
 
-math-verify parses LaTeX into sympy, which may take for ever, or all memory, on what a model writes. So `compare` and
-`check` belong into a `GraderPool`; `decide` is safe anywhere and settles most answers.
+math-verify parses LaTeX into sympy, which may take unbounded time or memory on model output. Run `compare` and `check`
+in a `GraderPool`; `decide` is safe anywhere and settles most answers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any, cast
 
 from sdzero.types import Verdict
 
-Job = tuple[str | None, str]  # (answer, gold): compare them; (None, gold): can it be graded?
+Job = tuple[str | None, str]  # (answer, gold) is a comparison; (None, gold) checks that gold is gradable
 _ANSWER = r"\frac{x+1}{2}"
-# a pair that loads what grading loads, and its verdict
+# loads everything that grading needs; and the verdict to expect
 WARM_UP: tuple[Job, Verdict] = ((_ANSWER, r"\frac{1}{2}(1+x)"), Verdict(1, "correct", _ANSWER))
 
 _SPACE = r"(?:\\[,;:! ]|~|\{,\}|\\thinspace\b|\\quad\b)"
 _REPLACED = (
     (re.compile(r"(?<!\\)\$"), " "),
-    (re.compile(rf"(?<=\d){_SPACE}+(?=\d)"), ""),  # 12\,000 is one number, which math-verify reads as a product
+    (re.compile(rf"(?<=\d){_SPACE}+(?=\d)"), ""),  # math-verify reads 12\,000 as a product
     (re.compile(r"\\[!,;:]|\\displaystyle\b|~"), " "),
     (re.compile(r"\\(?:boldsymbol|bm|mathsf|emph|underline|textstyle)\b"), r"\\mathbf"),
     (re.compile(r"\\varnothing\b"), r"\\emptyset "),
@@ -46,18 +46,18 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z'’ -]*")
 _PROSE = re.compile(r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}[:;.]?\s+){2}[A-Za-z]{3,}\b(?!\()")
 _BASE = re.compile(r"\d+_(?:\{(\d+)\}|(\d))")
 
-_HOPELESS = re.compile(
-    r"\d{400}"  # more digits than any answer has
-    r"|\^\s*\{?\s*\(?-?\d{6}"  # powers of more digits than memory holds
+_REJECTED = re.compile(
+    r"\d{400}"  # far more digits than a real answer has
+    r"|\^\s*\{?\s*\(?-?\d{6}"  # powers too large for memory
     r"|(?:\^[\s{(]*[\w.!\\]*[\s]*){4}"  # towers
-    r"|\d{5,}\s*\)?!|!\s*\)?!"  # factorials of large numbers, or of factorials
+    r"|\d{5,}\s*\)?!|!\s*\)?!"  # factorials of large numbers or of factorials
 )
-_MAX_DEPTH = 12  # the parser takes seconds at 14, and for ever at 20
+_MAX_DEPTH = 12  # parsing takes seconds at depth 14 and does not end at 20
 MAX_LENGTH = 1000  # characters of an answer
 
 
-def plain(text: str) -> str:
-    """A LaTeX answer without its dollar signs and spacing, in the forms that math-verify reads."""
+def normalize(text: str) -> str:
+    """Normalize a LaTeX answer: strip delimiters and spacing, and use the forms that math-verify parses."""
     text = text.strip()
     text = text.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
     for pattern, replacement in _REPLACED:
@@ -69,7 +69,7 @@ def plain(text: str) -> str:
 
 
 def _repeating(match: re.Match[str]) -> str:
-    r"""0.1\overline{6} as the fraction that it is; math-verify cuts it off at the bar."""
+    r"""Convert a repeating decimal such as 0.1\overline{6} to a fraction; math-verify truncates it at the bar."""
     sign, whole, fixed, *repeated = match.groups()
     cycle = next(part for part in repeated if part)
     scale = 10 ** len(fixed)
@@ -78,7 +78,7 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    r"""The value of an integer, a decimal, a/b or \frac{a}{b} in ASCII digits; None for anything else."""
+    r"""Parse an integer, a decimal, a/b or \frac{a}{b} in ASCII digits; None for anything else."""
     if not text.isascii():
         return None
     if re.fullmatch(_NUMBER, text):
@@ -92,38 +92,36 @@ def number(text: str) -> Fraction | None:
 
 
 def words(text: str) -> str | None:
-    r"""What an answer in words says: `\text{Yes}` and `no solution`, in lower case; None where it may be a formula.
+    r"""Normalize an answer in words such as `\text{Yes}` or `no solution` to lower case; None if it may be a formula.
 
-    Three letters and fewer, not marked as text, are a product of variables.
+    Up to three letters outside \text count as a product of variables.
     """
     marked = _WRAPPED.fullmatch(text)
-    said = " ".join((marked[1] if marked else text).split()).strip("().")
-    if not _WORDS.fullmatch(said) or len(said) < (2 if marked else 4):
+    phrase = " ".join((marked[1] if marked else text).split()).strip("().")
+    if not _WORDS.fullmatch(phrase) or len(phrase) < (2 if marked else 4):
         return None
-    return said.lower()
+    return phrase.lower()
 
 
-def hopeless(text: str) -> bool:
-    """Whether a text is turned away unread: nobody's answer, and the deadline's worth of work for a worker."""
+def rejectable(text: str) -> bool:
+    """Detect text to reject without parsing: no real answer looks so, and parsing would run into the deadline."""
     depth = deepest = 0
     for sign in text:
         depth += (sign in "({[") - (sign in ")}]")
         deepest = max(deepest, depth)
-    return deepest > _MAX_DEPTH or bool(_HOPELESS.search(text))
+    return deepest > _MAX_DEPTH or bool(_REJECTED.search(text))
 
 
 def decide(answer: str | None, gold: str) -> Verdict | None:
-    """The verdict that needs no algebra; None where `compare` must say.
+    """Grade without algebra; None where `compare` must decide.
 
     Args:
-        answer: the final answer's LaTeX; None where a response states none.
-        gold: the gold answer's LaTeX.
+        answer: LaTeX of the final answer; None if the response has none.
+        gold: LaTeX of the gold answer.
     """
-    if answer is None:
+    if answer is None or len(answer) > MAX_LENGTH:
         return Verdict(0, "unparseable")
-    if len(answer) > MAX_LENGTH:
-        return Verdict(0, "unparseable")
-    read, expected = plain(answer), plain(gold)
+    read, expected = normalize(answer), normalize(gold)
     if not read:
         return Verdict(0, "unparseable")
     if read == expected:
@@ -134,66 +132,66 @@ def decide(answer: str | None, gold: str) -> Verdict | None:
             return Verdict(1, "correct", answer)
         if "." not in read + expected:  # decimals may be rounded, which math-verify allows for
             return Verdict(0, "wrong", answer)
-    if hopeless(read):
+    if rejectable(read):
         return Verdict(0, "unparseable")
-    if (said := words(expected)) is not None:
-        return Verdict(1, "correct", answer) if words(_marked(read)) == said else Verdict(0, "wrong", answer)
+    if (phrase := words(expected)) is not None:
+        return Verdict(1, "correct", answer) if words(_marked(read)) == phrase else Verdict(0, "wrong", answer)
     return None
 
 
 def _marked(text: str) -> str:
-    """Marks an answer as text, so that it is held against a gold answer that is."""
+    """Wrap an answer in \\text, so that it is compared with a gold answer in words."""
     return text if _WRAPPED.fullmatch(text) else rf"\text{{{text}}}"
 
 
 def compare(pair: tuple[str, str]) -> Verdict:
-    """The verdict on an (answer, gold) by math-verify. May take for ever: run it where it can be killed."""
+    """Grade an (answer, gold) pair by math-verify. May never return: run it in a killable process."""
     answer, gold = pair
-    read, expected = plain(answer), plain(gold)
+    read, expected = normalize(answer), normalize(gold)
     parsed, right = _parse(read), _parse(expected)
     if not parsed:
         return Verdict(0, "unparseable")
-    same = bool(right) and _alike(read, expected) and _fits(parsed[0], right[0]) and _equal(right, parsed)
+    same = bool(right) and _same_form(read, expected) and _equation_fits(parsed[0], right[0]) and _equal(right, parsed)
     return Verdict(1, "correct", answer) if same else Verdict(0, "wrong", answer)
 
 
 def check(gold: str) -> str | None:
-    """Why a gold answer cannot be graded; None if it can. May take for ever: run it where it can be killed."""
+    """Return why a gold answer is not gradable, or None. May never return: run it in a killable process."""
     if (known := check_quickly(gold)) is not None:
         return known or None
-    parsed = _parse(plain(gold))
+    parsed = _parse(normalize(gold))
     if not parsed:
         return "math-verify cannot parse it"
     return None if _equal(parsed, parsed) else "math-verify finds it unequal to itself"
 
 
 def check_quickly(gold: str) -> str | None:
-    """What `check` says without algebra: a reason, "" for a gold answer that can be graded; None where `check` must."""
+    """Check a gold answer without algebra: a reason, "" if it is gradable, None where `check` must decide."""
     if len(gold) > MAX_LENGTH:
         return f"it has more than {MAX_LENGTH} characters"
-    expected = plain(gold)
+    expected = normalize(gold)
     if not expected:
         return "it is empty"
-    if expected.lower() in ("proof", "notfound"):  # how data sets mark a question without an answer
+    if expected.lower() in ("proof", "notfound"):  # markers of data sets for a question without an answer
         return f"it is {gold!r}"
     if number(expected) is not None or words(expected) is not None:
         return ""
     if _PROSE.search(re.sub(r"\{[^{}]*\}", "{}", expected)):  # math-verify reads a product of letters
         return "it is a sentence"
-    return "it is nested too deep, or a number beyond reckoning" if hopeless(expected) else None
+    return "it is nested too deeply, or too large a number" if rejectable(expected) else None
 
 
 def work(job: Job) -> Any:
-    """What a worker does: the `compare` or the `check` that a job asks for."""
+    """Run the `compare` or `check` of one job; the function of the worker pool."""
     from sympy.core.random import seed
 
     answer, gold = job
-    seed(0)  # sympy tries identities at random points; the verdict must not depend on what came before
+    seed(0)  # sympy tests identities at random points; verdicts must not depend on earlier items
     return check(gold) if answer is None else compare((answer, gold))
 
 
-def needs_math_verify() -> None:
-    """Raises: ModuleNotFoundError naming the extra, where math-verify is not installed."""
+def require_math_verify() -> None:
+    """Raise ModuleNotFoundError, naming the extra, where math-verify is not installed."""
     try:
         import math_verify  # noqa: F401
     except ModuleNotFoundError as error:
@@ -203,9 +201,9 @@ def needs_math_verify() -> None:
 
 
 def _parse(text: str) -> list[Any]:
-    """math-verify's reading of a LaTeX text as a whole; empty if it has none.
+    """Parse a whole LaTeX text by math-verify; empty if it cannot be parsed.
 
-    Its other way, which picks the first number out of a text, would read 2 in `2**3` and 0 in `0.(3)`.
+    Its fallback, which extracts the first number, would read 2 from `2**3` and 0 from `0.(3)`.
     """
     from math_verify import LatexExtractionConfig, parse
 
@@ -214,9 +212,9 @@ def _parse(text: str) -> list[Any]:
         return parse(
             f"${text}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=cast(Any, None), raise_on_error=True
         )
-    except (MemoryError, ImportError):  # nothing of the text's
+    except (MemoryError, ImportError):  # not caused by the text
         raise
-    except Exception:  # noqa: BLE001 - ANTLR and sympy raise nearly everything on a text that they cannot read
+    except Exception:  # noqa: BLE001 - ANTLR and sympy raise nearly any exception on such text
         return []
 
 
@@ -225,14 +223,14 @@ def _equal(gold: list[Any], answer: list[Any]) -> bool:
 
     try:
         return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
-    except (MemoryError, ImportError):  # nothing of the text's
+    except (MemoryError, ImportError):  # not caused by the text
         raise
     except Exception:  # noqa: BLE001 - as in _parse
         return False
 
 
-def _alike(read: str, expected: str) -> bool:
-    r"""What math-verify forgives and should not: a set \{1,2\} for the pair (1,2), 12_5 for 12_3."""
+def _same_form(read: str, expected: str) -> bool:
+    r"""Reject pairs that math-verify wrongly accepts: the set \{1,2\} for the pair (1,2), 12_5 for 12_3."""
     base, right_base = (_BASE.fullmatch(text) for text in (read, expected))
     if base and right_base and base.groups() != right_base.groups():
         return False
@@ -243,11 +241,10 @@ def _alike(read: str, expected: str) -> bool:
     return not ((pair[0] and braced[1]) or (braced[0] and pair[1]))
 
 
-def _fits(answer: Any, gold: Any) -> bool:
-    """Whether an answer that is an equation may stand for a gold answer that is none.
+def _equation_fits(answer: Any, gold: Any) -> bool:
+    """Accept an equation for a gold answer that is a number only if each numeric side equals it.
 
-    `x = 5` and `3 + 2 = 5` may stand for 5. `6 = 5` may not: math-verify looks at its last side only. So of an
-    equation's sides, each that is a number must be the gold answer.
+    `x = 5` and `3 + 2 = 5` count as 5. `6 = 5` does not; math-verify would compare its last side only.
     """
     from sympy import Eq
 

@@ -1,4 +1,4 @@
-"""Worker processes that begin with nothing of this process: neither its main script, nor its modules."""
+"""multiprocessing context whose workers inherit neither the main script nor the modules of this process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, cast
 
 
 class _Popen(cast(Any, popen_spawn_posix).Popen):
-    """multiprocessing's spawn without its second run of the main script, which may lack a guard and import torch.
+    """Spawn without re-running the main script, which may lack a guard and import torch.
 
-    Strings hash alike in all workers: sympy's choices follow the order of sets.
+    All workers hash strings alike, since sympy depends on the order of sets.
     """
 
     def _launch(self, process_obj: Any) -> None:
@@ -48,10 +48,10 @@ class _Process(SpawnProcess):
         return _Popen(process_obj)
 
 
-class Context(SpawnContext):
-    """What pebble starts workers by."""
+class CleanSpawnContext(SpawnContext):
+    """multiprocessing context for pebble's workers."""
 
-    launches = 0  # workers started since something came back
+    launches = 0  # workers started since the last result
 
     def Process(self, *args: Any, **kwargs: Any) -> _Process:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.launches += 1

@@ -1,7 +1,7 @@
-"""Grading in processes that can be killed: a deadline and a memory limit for every item, the same outcome each time.
+"""Pool of killable grading workers, with a deadline and a memory limit for every item.
 
-An item that overruns its deadline, or whose worker dies twice, has an outcome of its own (`Failed`). What goes wrong
-without an item being to blame is a `GraderError`.
+An item that exceeds its deadline, or whose worker dies twice, yields `Failed`. A failure that no item caused raises
+`GraderError`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from sdzero.graders.errors import GraderError
-from sdzero.graders.spawn_context import Context
+from sdzero.graders.spawn_context import CleanSpawnContext
 
 if TYPE_CHECKING:
     from pebble import ProcessPool
@@ -29,16 +29,16 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-STARTS = 5  # pools that are started for one batch without any outcome in between
-SPARE_LAUNCHES = 6  # workers, beyond a full set, that may die one after the other before one is ready
-WALL = 10  # deadlines on the clock after which the parent ends a worker that does not compute, or not alone
-STALL = 30.0  # seconds beyond that in which something must come back, a fresh worker's imports included
-_NO_MEMORY = 77  # exit status of a worker that met its memory limit
+MAX_POOLS = 5  # pools started in a row without any outcome
+SPARE_LAUNCHES = 6  # workers, beyond a full set, that may die in a row before one is ready
+WALL_FACTOR = 10  # wall-clock deadline of an item, as a multiple of its CPU deadline
+STALL_SECONDS = 30.0  # beyond that, without any outcome: the pool hangs; covers a new worker's imports
+_NO_MEMORY = 77  # exit status of a worker that reached its memory limit
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An item without a result: it overran the deadline, or needs more memory than a worker has."""
+    """Outcome of an item that exceeded its deadline or the memory of a worker."""
 
     reason: Literal["timeout", "memory"]
 
@@ -46,25 +46,24 @@ class Failed:
 @dataclass(frozen=True)
 class _Died:
     code: int
-    overdue: bool = False  # ended by the parent
+    overdue: bool = False  # killed by the parent
 
 
-class _Fault(Exception):
-    """A worker could not be made ready; the message is the error's."""
+class _WarmUpError(Exception):
+    """A worker failed its warm-up."""
 
 
 class GraderPool(Generic[Item, Result]):
-    """A function, run on items side by side in worker processes.
+    """Parallel map of a function over items in killable worker processes.
 
-    The workers start at the first use and end with the pool, or with this process. They neither run this process'
-    main script again nor inherit its modules. May be used from any thread; batches take turns.
+    The workers start at the first use and end with the pool or with this process. They neither re-run its main script
+    nor inherit its modules. Thread-safe; batches run one after the other.
 
     Args:
-        function: importable by its name from any module but `__main__`; items and results are pickled.
-        warm_up: an item that every worker runs before it takes any other, and the result that it must have; a worker
-            that fails at it is a `GraderError`.
-        num_workers: processes.
-        deadline: seconds of CPU time for one item, from when it begins to run; then its worker is killed.
+        function: importable function of any module but `__main__`; items and results are pickled.
+        warm_up: first item of every worker and its expected result; a worker that fails it raises `GraderError`.
+        num_workers: number of processes.
+        deadline: CPU seconds per item, after which its worker is killed.
         memory_mb: address space of a worker, in MiB.
 
     Raises:
@@ -81,51 +80,49 @@ class GraderPool(Generic[Item, Result]):
     ) -> None:
         if num_workers < 1 or deadline <= 0 or memory_mb <= 0:
             raise ValueError(f"num_workers={num_workers}, deadline={deadline}, memory_mb={memory_mb}: must be above 0")
-        _needs_pebble()
+        _require_pebble()
         self.function, self.warm_up = function, warm_up
         self.num_workers, self.deadline, self.memory_mb = num_workers, deadline, memory_mb
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
-        self._context, self._owner, self._progress = Context(), os.getpid(), 0.0
+        self._context, self._owner, self._progress = CleanSpawnContext(), os.getpid(), 0.0
         self._finalizer: Callable[[], None] | None = None
 
     def map(self, items: Sequence[Item]) -> list[Result | Failed]:
-        """The outcome of every item, in order.
+        """Return the outcome of every item, in order.
 
         Raises:
-            GraderError: workers cannot start or die without an item, or `function` raised, which it must not.
+            GraderError: the workers cannot start, die whatever they grade, or `function` raised.
         """
         with self._lock:
             try:
                 outcomes = self._run(items)
                 return [
-                    self._again(item, outcome) if isinstance(outcome, _Died) else outcome
+                    self._retry(item, outcome) if isinstance(outcome, _Died) else outcome
                     for item, outcome in zip(items, outcomes, strict=True)
                 ]
-            except BaseException:  # the rest of the batch must not run ahead of the next one
+            except BaseException:  # the rest of this batch must not delay the next one
                 self.close()
                 raise
 
     def close(self) -> None:
-        """Ends the workers; the next use starts new ones."""
+        """Stop the workers; the next use starts new ones."""
         if self._finalizer:
             self._finalizer()
         self._pool = self._finalizer = None
 
-    def _again(self, item: Item, first: _Died) -> Result | Failed:
-        """An item whose worker died, with nothing beside it now: a stray signal is not its fault."""
+    def _retry(self, item: Item, first: _Died) -> Result | Failed:
+        """Rerun an item whose worker died, alone: the cause may have been a stray signal."""
         (outcome,) = self._run([item])
         if not isinstance(outcome, _Died):
             return outcome
         (healthy,) = self._run([self.warm_up[0]])
         if isinstance(healthy, _Died | Failed):
-            raise GraderError(
-                f"grading workers die (exit status {first.code}, then {outcome.code}) whatever they grade"
-            )
+            raise GraderError(f"grading workers die on every item (exit status {first.code}, then {outcome.code})")
         return Failed("timeout" if outcome.overdue else "memory")
 
     def _run(self, items: Sequence[Item]) -> list[Any]:
-        """Results, `Failed` and `_Died`. A pool that breaks or stalls is replaced; what was outstanding runs again."""
+        """Return results, `Failed` and `_Died`. Replaces a pool that breaks or stalls and reruns unfinished items."""
         outcomes: dict[int, Any] = {}
         starts = 0
         while len(outcomes) < len(items):
@@ -136,28 +133,28 @@ class GraderPool(Generic[Item, Result]):
             if len(outcomes) < len(items):
                 self.close()
                 starts = starts + 1 if len(outcomes) == before else 0
-                if starts == STARTS:
-                    raise GraderError(f"grading: {starts} pools of workers, one after the other, brought no result")
-                log.warning("grading: the workers came to a halt; starting others")
+                if starts == MAX_POOLS:
+                    raise GraderError(f"grading: {starts} worker pools in a row returned no result")
+                log.warning("grading: the workers stopped responding; starting new ones")
         return [outcomes[number] for number in range(len(items))]
 
     def _outcomes(self, items: Sequence[Item]) -> Iterator[Any]:
-        """Outcomes in order, until the pool breaks."""
+        """Yield outcomes in order, until the pool breaks."""
         try:
-            pool = self._started()
-            futures = [pool.schedule(_work, (item,), timeout=WALL * self.deadline) for item in items]
-        except RuntimeError as error:  # pebble's own, where a pool has broken meanwhile
+            pool = self._ensure_pool()
+            futures = [pool.schedule(_work, (item,), timeout=WALL_FACTOR * self.deadline) for item in items]
+        except RuntimeError as error:  # pebble's, if the pool has broken meanwhile
             log.warning("grading: %s", error)
             return
-        self._note()
+        self._record_progress()
         for future in futures:
-            future.add_done_callback(self._note)
+            future.add_done_callback(self._record_progress)
         for future in futures:
-            if not self._arrives(future, pool):
+            if not self._wait_for(future, pool):
                 return
             error = None if future.cancelled() else future.exception()
             name = type(error).__name__
-            if isinstance(error, TimeoutError):  # so also where pebble has missed that the worker died
+            if isinstance(error, TimeoutError):  # also if pebble missed that the worker died
                 yield _Died(-signal.SIGKILL, overdue=True)
             elif name == "ProcessExpired":
                 code = getattr(error, "exitcode", 0)
@@ -169,23 +166,23 @@ class GraderPool(Generic[Item, Result]):
             else:
                 yield future.result()
 
-    def _arrives(self, future: Future[Any], pool: ProcessPool) -> bool:
-        """Waits for it. False: the pool has broken, or nothing at all has come back for too long."""
+    def _wait_for(self, future: Future[Any], pool: ProcessPool) -> bool:
+        """Wait for a future. False: the pool broke, or returned nothing at all for too long."""
         while not wait([future], timeout=0.5).done:
-            if not pool.active:  # pebble forgets what stood in line
+            if not pool.active:  # pebble drops the queued items
                 return future.done()
             if self._context.launches > self.num_workers + SPARE_LAUNCHES:
                 self.close()
-                raise GraderError("grading workers die before they are ready: see their messages above")
-            if time.monotonic() - self._progress > WALL * self.deadline + STALL:
+                raise GraderError("grading workers die during start-up: see their messages above")
+            if time.monotonic() - self._progress > WALL_FACTOR * self.deadline + STALL_SECONDS:
                 return False
         return True
 
-    def _note(self, _: object = None) -> None:
+    def _record_progress(self, _: object = None) -> None:
         self._progress, self._context.launches = time.monotonic(), 0
 
-    def _started(self) -> ProcessPool:
-        if self._owner != os.getpid():  # a fork has the pool's object, but not its threads
+    def _ensure_pool(self) -> ProcessPool:
+        if self._owner != os.getpid():  # a fork inherits the pool object but not its threads
             self._pool, self._owner = None, os.getpid()
         if self._pool is None or not self._pool.active:
             self.close()
@@ -193,13 +190,13 @@ class GraderPool(Generic[Item, Result]):
 
             _fill_standard_descriptors()
             arguments = (self.function, self.warm_up, self.memory_mb * 2**20, self.deadline)
-            self._context = context = Context()
-            self._pool = ProcessPool(self.num_workers, 0, _begin, arguments, cast(Any, context))
+            self._context = context = CleanSpawnContext()
+            self._pool = ProcessPool(self.num_workers, 0, _init_worker, arguments, cast(Any, context))
             self._finalizer = weakref.finalize(self, _stop, self._pool, os.getpid())
         return self._pool
 
 
-def _needs_pebble() -> None:
+def _require_pebble() -> None:
     try:
         import pebble  # noqa: F401
     except ModuleNotFoundError as error:
@@ -215,7 +212,7 @@ def _stop(pool: ProcessPool, owner: int) -> None:
 
 
 def _fill_standard_descriptors() -> None:
-    """A pipe to a worker must not become descriptor 0, 1 or 2 where this process has one of them closed."""
+    """Open closed standard descriptors, so that no pipe to a worker becomes 0, 1 or 2."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -228,30 +225,30 @@ _fault = ""
 _deadline = 0.0
 
 
-def _begin(function: Callable[[Any], Any], warm_up: tuple[Any, Any], memory: int, deadline: float) -> None:
+def _init_worker(function: Callable[[Any], Any], warm_up: tuple[Any, Any], memory: int, deadline: float) -> None:
     global _function, _fault, _deadline
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it inside one long multiplication too
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it even inside one long multiplication
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _function, _deadline = function, deadline
     item, expected = warm_up
     try:
-        if (result := function(item)) != expected:  # e.g. a library that reads nothing here would fail every answer
-            _fault = f"a grading worker makes {result!r} of {item!r}, which is {expected!r}"
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        _fault = f"a grading worker cannot be made ready: {type(error).__name__}: {error}"
+        if (result := function(item)) != expected:  # a broken library would mark every answer wrong
+            _fault = f"warm-up of a grading worker: {item!r} gave {result!r}, expected {expected!r}"
+    except Exception as error:  # noqa: BLE001 - the parent reports it
+        _fault = f"warm-up of a grading worker failed: {type(error).__name__}: {error}"
 
 
 def _work(item: Any) -> Any:
     if _fault or _function is None:
-        raise _Fault(_fault)
-    # The kernel ends this process, inside one long multiplication too, and where the parent is gone. It counts the
-    # process's own CPU time: on a busy machine, a deadline on the clock would make a wrong answer of a slow one.
+        raise _WarmUpError(_fault)
+    # The kernel ends this process even inside one long multiplication, or if the parent is gone. It counts CPU time:
+    # on a busy machine, a wall-clock deadline would turn a slow answer into a wrong one.
     signal.setitimer(signal.ITIMER_PROF, _deadline)
     try:
         return _function(item)
     except MemoryError:
-        os._exit(_NO_MEMORY)  # the next item gets a worker with all of its memory
+        os._exit(_NO_MEMORY)  # the next item gets a fresh worker
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

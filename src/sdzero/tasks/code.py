@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdzero.graders.sandbox.client import SandboxClient, check
+from sdzero.graders.sandbox.client import SandboxClient, check_submission
 from sdzero.graders.sandbox.types import (
     AssertTest,
     Checker,
@@ -192,7 +192,7 @@ class Code(Rows):
         if self.tests_column not in row:
             raise ValueError(f"it has no column {self.tests_column!r}")
         submission = replace(self._template(row), tests=parse_tests(row[self.tests_column]))
-        check(submission)
+        check_submission(submission)
         return submission
 
     def _template(self, row: Mapping[str, Any]) -> Submission:

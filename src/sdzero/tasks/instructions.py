@@ -47,7 +47,7 @@ class Instructions(Rows):
         **kwargs: Any,
     ) -> None:
         super().__init__(path, "prompt", None, id_column, **kwargs)
-        instructions.needs_if_verifiable()
+        instructions.require_if_verifiable()
         self.benchmark: instructions.Benchmark = benchmark
         self.loose = loose
         self._pool = _shared_pool(num_workers, deadline)

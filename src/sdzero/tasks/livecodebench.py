@@ -8,7 +8,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from sdzero.graders.sandbox.client import check
+from sdzero.graders.sandbox.client import check_submission
 from sdzero.graders.sandbox.livecodebench_tests import read_tests
 from sdzero.graders.sandbox.types import Limits, Submission, Test
 from sdzero.tasks.code import Code, with_preamble
@@ -142,7 +142,7 @@ class LiveCodeBench(Code):
             if not isinstance(cell, str):
                 raise ValueError(f"{column} is not a string")
         submission = self._template(row)
-        check(replace(submission, tests=read_tests(*row["tests"])))
+        check_submission(replace(submission, tests=read_tests(*row["tests"])))
         self._packed[question.id] = row["tests"]
         return submission
 

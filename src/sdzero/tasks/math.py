@@ -46,7 +46,7 @@ class Math(Rows):
         **kwargs: Any,
     ) -> None:
         super().__init__(path, question_column, answer_column, **kwargs)
-        math_grader.needs_math_verify()
+        math_grader.require_math_verify()
         self.instruction = instruction
         self._pool = _shared_pool(num_workers, deadline)
 

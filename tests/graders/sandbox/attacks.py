@@ -1,8 +1,7 @@
-"""Hostile programs, as data. One says HARM where it got what it must not get; the test looks from outside as well.
+"""Hostile programs, as data. They print HARM when they succeed; the test also checks from outside.
 
-@NAMES@ are filled in by the test: SECRET a file, TARGET one that must not come to be, PORT and UDP of its listeners,
-ABSTRACT its unix socket, VICTIM a process of the judge's user, JUDGE and TEST processes, SOCKET the judge's, VENV the
-trainer's.
+The test fills in @NAMES@: SECRET a file, TARGET a file that must not be created, PORT and UDP of its listeners, ABSTRACT
+its unix socket, VICTIM a process of the server's user, SERVER and TEST processes, SOCKET the server's, VENV the trainer's.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ COMPILING: tuple[Reason, ...] = ("compile_error",)
 
 @dataclass(frozen=True)
 class Attack:
-    """`reasons` are the verdicts that will do; `files` runs it in file mode."""
+    """Hostile program: `reasons` are the acceptable verdicts, `files` runs it in file mode."""
 
     name: str
     source: str
@@ -94,14 +93,14 @@ for _ in range(3):
     ),
     # --- other processes
     python("kills all", "os.kill(-1, signal.SIGKILL)"),
-    python("kills by number", "for pid in (@VICTIM@, @JUDGE@, @TEST@): attempt(os.kill, pid, signal.SIGKILL)"),
+    python("kills by number", "for pid in (@VICTIM@, @SERVER@, @TEST@): attempt(os.kill, pid, signal.SIGKILL)"),
     python("kills its parents", "attempt_ = [os.kill(pid, signal.SIGKILL) for pid in (os.getppid(),) if pid > 1]"),
     python("stops its parents", "os.kill(os.getppid(), signal.SIGSTOP)", ("timeout", *FAILED)),
-    python("ptraces", "for pid in (@VICTIM@, @JUDGE@, os.getppid()): attempt(call, 101, 16, pid, 0, 0)"),
-    python("reads memory", "for pid in (@VICTIM@, @JUDGE@): attempt(read, f'/proc/{pid}/mem')"),
+    python("ptraces", "for pid in (@VICTIM@, @SERVER@, os.getppid()): attempt(call, 101, 16, pid, 0, 0)"),
+    python("reads memory", "for pid in (@VICTIM@, @SERVER@): attempt(read, f'/proc/{pid}/mem')"),
     python(
         "signals through a descriptor",
-        "for pid in (@VICTIM@, @JUDGE@): attempt(call, 424, libc.syscall(434, pid, 0), signal.SIGKILL, 0, 0)",
+        "for pid in (@VICTIM@, @SERVER@): attempt(call, 424, libc.syscall(434, pid, 0), signal.SIGKILL, 0, 0)",
     ),
     # --- memory
     python("memory", "held = []\nwhile True: held.append(bytearray(b'x') * (8 << 20))", ("memory",)),
@@ -172,7 +171,7 @@ except OSError:
     python("UDP", "s = socket.socket(type=socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', @UDP@))"),
     python("an abstract socket", "s = socket.socket(socket.AF_UNIX); attempt(s.connect, '\\0@ABSTRACT@')"),
     python("a socket to the virtual machine's host", "attempt(socket.socket, 40, socket.SOCK_STREAM)"),
-    python("the judge's socket", "s = socket.socket(socket.AF_UNIX); attempt(s.connect, '@SOCKET@')"),
+    python("the server's socket", "s = socket.socket(socket.AF_UNIX); attempt(s.connect, '@SOCKET@')"),
     # --- files
     python("reads a file", "attempt(read, '@SECRET@')"),
     python(
@@ -182,7 +181,7 @@ except OSError:
         "reads environments",
         """
 print(os.environ)
-for pid in (1, os.getppid(), os.getpid(), @JUDGE@, @TEST@):
+for pid in (1, os.getppid(), os.getpid(), @SERVER@, @TEST@):
     try: print(read(f"/proc/{pid}/environ"))
     except OSError: pass
 """,

@@ -1,4 +1,4 @@
-"""Hostile programs on every sandbox of this machine: the harm does not happen, whatever the verdict says."""
+"""Hostile programs on every sandbox of this machine do no harm, whatever the verdict."""
 
 import os
 import socket
@@ -15,14 +15,14 @@ import pytest
 from graders.sandbox.attacks import ATTACKS, FORGED, LEGAL
 from sdzero.graders.sandbox.backends import BACKENDS, SANDBOXES
 from sdzero.graders.sandbox.client import SandboxClient
-from sdzero.graders.sandbox.procfs import tree
+from sdzero.graders.sandbox.procfs import process_tree
 from sdzero.graders.sandbox.server import UID
 from sdzero.graders.sandbox.types import AssertTest, CallTest, Limits, StdioTest, Submission
 
 pytestmark = pytest.mark.sandbox
 CANARY = "canary-5bd1c0"
 LIMITS = Limits(time=1, memory_mb=160, processes=24, files_mb=16, output_mb=2, wall=2)
-JUDGE_USER = UID if os.getuid() == 0 else os.getuid()
+SERVER_USER = UID if os.getuid() == 0 else os.getuid()
 # where a sandbox holds less by its design: (backend, attack) -> what it does
 WEAKER = {
     ("sandlock", "fills its folder"): "its folder is on disk: each file is limited, not their sum",
@@ -31,7 +31,7 @@ WEAKER = {
 
 
 def backends() -> list[str]:
-    """Every kind that is here; the default one also where it must be and is not, to fail."""
+    """Installed sandboxes, and bubblewrap without a cgroup; also where required but missing, to fail."""
     there = [kind.name for kind in SANDBOXES if kind().missing() is None]
     required = "sandbox" in os.environ.get("SDZERO_TEST_REQUIRE", "").split(",")
     return [*there, "bubblewrap, no cgroup"] if required or "bubblewrap" in there else there
@@ -51,7 +51,7 @@ def process_of(client: SandboxClient) -> int:
 
 @pytest.fixture
 def listeners() -> Iterator[dict[str, socket.socket]]:
-    """What attacks could reach on this machine."""
+    """Sockets that attacks could reach on this machine."""
     tcp, udp, unix = (
         socket.create_server(("127.0.0.1", 0)),
         socket.socket(type=socket.SOCK_DGRAM),
@@ -68,22 +68,22 @@ def listeners() -> Iterator[dict[str, socket.socket]]:
 
 @pytest.fixture
 def victim() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the user that programs run as."""
-    with subprocess.Popen(["/bin/sleep", "600"], user=JUDGE_USER if os.getuid() == 0 else None) as process:
+    """Process of the user that programs run as."""
+    with subprocess.Popen(["/bin/sleep", "600"], user=SERVER_USER if os.getuid() == 0 else None) as process:
         yield process
         process.kill()
 
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that only a sandbox keeps programs from: pytest's own are closed to other users."""
+    """World-writable folder: only the sandbox keeps programs out of it, unlike pytest's folders."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)
 
 
 def heard(listeners: dict[str, socket.socket]) -> list[str]:
-    """Which of them anything came to."""
+    """Names of the listeners that received anything."""
     found = []
     for name, listener in listeners.items():
         try:
@@ -107,7 +107,7 @@ def test_attacks_do_no_harm(
     open_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All of them, two at a time, so that they are each other's neighbours too; then what can be seen from outside."""
+    """All attacks, two at a time, so that they are also each other's neighbours; then checks from outside."""
     monkeypatch.setenv("CANARY", CANARY)
     secret = open_folder / "canary.h"
     secret.write_text(f'"{CANARY}"\n')
@@ -118,7 +118,7 @@ def test_attacks_do_no_harm(
         "UDP": listeners["UDP"].getsockname()[1],
         "ABSTRACT": f"sdzero-{os.getpid()}",
         "VICTIM": victim.pid,
-        "JUDGE": process_of(client),
+        "SERVER": process_of(client),
         "TEST": os.getpid(),
         "SOCKET": client._connection.folder / "socket",
         "VENV": sys.prefix,
@@ -137,7 +137,7 @@ def test_attacks_do_no_harm(
 
     def watch() -> None:
         while not ended.wait(0.02):
-            most[0] = max(most[0], len([*tree(process_of(client))]))
+            most[0] = max(most[0], len([*process_tree(process_of(client))]))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -160,10 +160,10 @@ def test_attacks_do_no_harm(
     if client.backend != "sandlock":  # its limit lets bombs pass it for moments; memory and time still hold them
         assert most[0] <= 2 * (LIMITS.processes + 8) + 1
     time.sleep(2)  # a daemon would write now
-    assert {*tree(process_of(client))} == {process_of(client)}, "processes outlived their runs"
+    assert {*process_tree(process_of(client))} == {process_of(client)}, "processes outlived their runs"
     assert [path.name for path in open_folder.iterdir()] == [secret.name] and secret.read_text() == f'"{CANARY}"\n'
     assert not any(Path(path).exists() for path in ("/usr/x", "/usr/bin/x", "/etc/x"))
-    assert victim.poll() is None, "a process of the judge's user was killed"
+    assert victim.poll() is None, "a process of the server's user was killed"
     assert client.grade([Submission("python", "print('right')", (StdioTest("", "right"),), LIMITS)])[0].reward == 1
 
 

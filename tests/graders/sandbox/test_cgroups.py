@@ -22,31 +22,31 @@ def test_version_2_takes_the_nearest_folder_that_shares_memory(tmp_path: Path) -
     }
     root, own = tree(tmp_path, "0::/user/app/me\n", files)
     (root / "user/app/me").mkdir()
-    made = Cgroups.delegated(os.getuid(), root, own)
+    made = Cgroups.delegate(os.getuid(), root, own)
     assert made and made.folder == root / f"user/sdzero-sandbox-{os.getpid()}"
     assert (made.folder / "server/cgroup.procs").read_text() == str(os.getpid())
     assert (made.folder / "cgroup.subtree_control").read_text() == "+memory"
     group = made.new(64)
     assert (group.path / "memory.max").read_text() == str(64 << 20)
     (group.path / "memory.events").write_text("low 0\nmax 7\noom 1\noom_kill 0\n")
-    assert not group.ran_out() and group.peak_mb() == 0.0
+    assert not group.out_of_memory() and group.peak_mb() == 0.0
     (group.path / "memory.events").write_text("low 0\nmax 7\noom 1\noom_kill 2\n")
     (group.path / "memory.peak").write_text(str(3 << 20))
-    assert group.ran_out() and group.peak_mb() == 3.0
+    assert group.out_of_memory() and group.peak_mb() == 3.0
 
 
 def test_version_1_takes_its_own_folder(tmp_path: Path) -> None:
     root, own = tree(tmp_path, "4:memory:/here\n3:cpuset:/\n0::/\n", {"memory/here/cgroup.procs": ""})
-    made = Cgroups.delegated(os.getuid(), root, own)
+    made = Cgroups.delegate(os.getuid(), root, own)
     assert made and made.folder == root / f"memory/here/sdzero-sandbox-{os.getpid()}"
     group = made.new(64)
     assert (group.path / "memory.limit_in_bytes").read_text() == str(64 << 20)
     (group.path / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
-    assert group.ran_out()
+    assert group.out_of_memory()
 
 
 def test_none_where_nothing_is_shared(tmp_path: Path) -> None:
     root, own = tree(tmp_path, "0::/me\n", {"cgroup.subtree_control": "cpu", "me/cgroup.subtree_control": ""})
-    assert Cgroups.delegated(os.getuid(), root, own) is None
+    assert Cgroups.delegate(os.getuid(), root, own) is None
     (tmp_path / "own").write_text("0::/elsewhere\n")
-    assert Cgroups.delegated(os.getuid(), tmp_path / "nothing", own) is None
+    assert Cgroups.delegate(os.getuid(), tmp_path / "nothing", own) is None

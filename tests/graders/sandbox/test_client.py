@@ -1,4 +1,4 @@
-"""The judge's process: it is started once, shared, restarted, and its faults are never rewards."""
+"""The sandbox server is started once, shared and restarted, and its failures are never rewards."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ import pytest
 from sdzero.graders.errors import GraderError, NoSandboxError
 from sdzero.graders.sandbox import connection
 from sdzero.graders.sandbox.client import SandboxClient
+from sdzero.graders.sandbox.protocol import HEARTBEAT_SECONDS
 from sdzero.graders.sandbox.types import AssertTest, CallTest, Checker, Limits, StdioTest, Submission
 
 pytestmark = pytest.mark.sandbox
@@ -124,7 +125,7 @@ def test_a_checker_may_give_a_score(client: SandboxClient) -> None:
 
 
 @pytest.mark.parametrize("source", ["print('perhaps')", "import sys; sys.exit(0)"])
-def test_a_checker_that_says_nothing_is_a_fault(client: SandboxClient, source: str) -> None:
+def test_a_checker_without_a_score_is_an_error(client: SandboxClient, source: str) -> None:
     submission = Submission("python", "print(1)", (StdioTest("", "1"),), checker=Checker("python", source))
     with pytest.raises(GraderError, match="checker printed"):
         client.grade([submission])
@@ -146,7 +147,7 @@ def test_assertions_must_be_reached(client: SandboxClient) -> None:
     assert [verdict.reason for verdict in verdicts] == ["correct", "runtime_error", "wrong"]
 
 
-def test_texts_that_are_no_utf8_go_in_and_out(client: SandboxClient) -> None:
+def test_invalid_utf8_goes_in_and_out(client: SandboxClient) -> None:
     text = b"\xff\xfe x".decode(errors="surrogateescape")
     source = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
     verdict = client.grade([Submission("python", source, (StdioTest(text, text),))])[0]
@@ -161,7 +162,7 @@ def test_texts_that_are_no_utf8_go_in_and_out(client: SandboxClient) -> None:
         (Submission("cpp", CPP, (CallTest("f", (), 1),)), "CallTest is for python only"),
     ],
 )
-def test_what_cannot_be_judged_is_told_before_anything_runs(
+def test_submissions_that_cannot_be_graded_are_refused_before_anything_runs(
     client: SandboxClient, submission: Submission, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -171,7 +172,7 @@ def test_what_cannot_be_judged_is_told_before_anything_runs(
 # --- the process ----------------------------------------------------------------------------------
 
 
-def test_a_judge_killed_within_a_batch_judges_the_rest_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_killed_within_a_batch_is_restarted_for_the_rest(caplog: pytest.LogCaptureFixture) -> None:
     with SandboxClient(num_workers=2) as client:
         killed = []
 
@@ -184,7 +185,7 @@ def test_a_judge_killed_within_a_batch_judges_the_rest_again(caplog: pytest.LogC
         assert [verdict.tests[0].stdout for verdict in verdicts] == [f"{number}\n" for number in range(8)]
         assert {verdict.reason for verdict in verdicts} == {"correct"}
         assert killed and server_pid(client) != killed[0]
-        assert "is started again" in caplog.text
+        assert "restarting it" in caplog.text
 
 
 def cgroup_folders() -> list[Path]:
@@ -198,7 +199,7 @@ def read_bytes(path: Path) -> bytes:
         return b""
 
 
-def test_a_judge_that_always_dies_is_a_fault() -> None:
+def test_a_server_that_always_dies_is_an_error() -> None:
     before = {*cgroup_folders()}
     with SandboxClient(num_workers=2) as client:
         with pytest.raises(GraderError, match="died 3 times"):
@@ -209,11 +210,11 @@ def test_a_judge_that_always_dies_is_a_fault() -> None:
         assert client.grade([slow_echo("again")])[0].reward == 1
         folder = client._connection.folder
     named = [path for path in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(folder) in read_bytes(path)]
-    assert not named, "sandboxes outlived the judges that were killed"
-    assert not {*cgroup_folders()} - before, "cgroups outlived the judges that were killed"
+    assert not named, "sandboxes outlived the killed servers"
+    assert not {*cgroup_folders()} - before, "cgroups outlived the killed servers"
 
 
-def test_a_judge_that_hangs_is_ended_and_judges_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_is_killed_and_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "SILENCE_SECONDS", 2.0)
     with SandboxClient(num_workers=2) as client:
         stopped = []
@@ -228,15 +229,15 @@ def test_a_judge_that_hangs_is_ended_and_judges_again(monkeypatch: pytest.Monkey
         assert server_pid(client) != stopped[0] and not Path(f"/proc/{stopped[0]}").exists()
 
 
-def test_a_long_run_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SILENCE_SECONDS", 6.0)  # the judge says every 5 s that it is there
-    with SandboxClient() as client:
-        slow = Submission("python", "import time; time.sleep(8); print(1)", (StdioTest("", "1"),))
+def test_a_long_run_is_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 2 * HEARTBEAT_SECONDS)
+    with SandboxClient(num_workers=1) as client:
+        slow = Submission("python", "import time; time.sleep(5); print(1)", (StdioTest("", "1"),))
         pid = server_pid(client)
         assert client.grade([slow])[0].reward == 1 and server_pid(client) == pid
 
 
-def test_a_sandbox_that_fails_is_tried_again_and_then_a_fault(breakable: Path) -> None:
+def test_a_failing_sandbox_is_retried_and_then_an_error(breakable: Path) -> None:
     with SandboxClient("bubblewrap", num_workers=1) as client:
         breakable.write_text("1\n2\n")
         assert client.grade([Submission("python", ADD, TESTS)])[0].reward == 1
@@ -281,7 +282,7 @@ def test_it_drops_from_root(client: SandboxClient) -> None:
     assert int(rows["CapEff"], 16) == int(rows["CapPrm"], 16) == 0
 
 
-def test_processes_of_one_job_share_one_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_job_share_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"test-{os.getpid()}")
     script = (
         "from sdzero.graders.sandbox.client import SandboxClient\n"

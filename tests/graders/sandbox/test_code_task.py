@@ -1,4 +1,4 @@
-"""The Code task with the judge itself: from a response's text to a reward."""
+"""The Code task with a real sandbox: from a response's text to a reward."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,10 @@ from sdzero.tasks import Code
 
 pytestmark = pytest.mark.sandbox
 
-CPP = "#include <bits/stdc++.h>\nusing namespace std;\nint main() { %s long long a, b; cin >> a >> b; cout << a + b; }"
+CPP = (
+    "#include <cstdio>\n#include <iostream>\nusing namespace std;\n"
+    "int main() { %s long long a, b; cin >> a >> b; cout << a + b; }"
+)
 FILES = 'freopen("input.txt", "r", stdin); freopen("output.txt", "w", stdout);'
 ANY_EVEN = "import sys\nprint(int(int(open(sys.argv[3]).read()) % 2 == 0))"
 

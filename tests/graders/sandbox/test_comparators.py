@@ -113,16 +113,16 @@ def test_lines_as_livecodebench_compares_them(expected: str, output: str) -> Non
 
 # --- hostile output -------------------------------------------------------------------------------
 
-MEGABYTES = 16 * 2**20
+SIZE = 4 * 2**20  # bytes: quadratic time would take hours
 HOSTILE = {
-    "words": "a " * (MEGABYTES // 2),
-    "spaces": "1" + " " * MEGABYTES + "1",
-    "lines": "1" + "\n" * MEGABYTES + "1",
-    "digits": "9" * MEGABYTES,
-    "decimals": "0." + "0" * MEGABYTES + "1",
-    "exponent": "1e" + "9" * MEGABYTES,
-    "numbers": "1.0 " * (MEGABYTES // 4),
-    "bytes": "\udc80" * MEGABYTES,
+    "words": "a " * (SIZE // 2),
+    "spaces": "1" + " " * SIZE + "1",
+    "lines": "1" + "\n" * SIZE + "1",
+    "digits": "9" * SIZE,
+    "decimals": "0." + "0" * SIZE + "1",
+    "exponent": "1e" + "9" * SIZE,
+    "numbers": "1.0 " * (SIZE // 4),
+    "bytes": "\udc80" * SIZE,
 }
 
 
@@ -134,7 +134,7 @@ def test_hostile_output_takes_linear_time(name: str, same: Callable[[str, str], 
     assert not same("1 1\n2", output)
     assert not same(output[: len(output) // 2] + "x", output)  # as long as it is, and almost the same
     assert same(output, output + " ")
-    assert time.process_time() - begin < 20
+    assert time.process_time() - begin < 5
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -280,8 +280,8 @@ COLLIDING = json.dumps({"dict": [[(2**61 - 1) * i, 0] for i in range(400_000)]})
         (b'{"dict": [5]}\n', False),
         (b'{"dict": [["a", 1, 2]]}\n', False),
         (b'{"dict": [[[], 1]]}\n', True),
-        (b'{"int": "' + b"f" * MEGABYTES + b'"}\n', True),
-        (b"[" + b"1." + b"1" * MEGABYTES + b"]\n", True),
+        (b'{"int": "' + b"f" * SIZE + b'"}\n', True),
+        (b"[" + b"1." + b"1" * SIZE + b"]\n", True),
         (COLLIDING + b"\n", True),
     ],
     ids=range(18),

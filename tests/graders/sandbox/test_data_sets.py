@@ -1,4 +1,4 @@
-"""The data sets of programs with the judge itself: right and wrong programs get the rewards that they should."""
+"""The program data sets with a real sandbox: right and wrong programs get the rewards they should."""
 
 from __future__ import annotations
 

@@ -48,5 +48,5 @@ def test_what_attacks_begin_with_is_denied() -> None:
 
 
 def test_a_program_of_the_filter_is_whole_instructions() -> None:
-    assert len(seccomp.program()) % 8 == 0
-    assert seccomp.policy().count("SYSCALL[") == len(seccomp._DENIED) + 1
+    assert len(seccomp.bpf_program()) % 8 == 0
+    assert seccomp.kafel_policy().count("SYSCALL[") == len(seccomp._DENIED) + 1

@@ -13,16 +13,16 @@ def test_neither_number_nor_memory_is_exceeded_and_all_get_their_turn(number: in
     under_way: list[int] = []
     most: list[tuple[int, int]] = []
 
-    async def one(slots: ResourceSemaphore, size: int) -> None:
-        async with slots.take(size):
+    async def one(semaphore: ResourceSemaphore, size: int) -> None:
+        async with semaphore.acquire(size):
             under_way.append(size)
             most.append((len(under_way), sum(under_way)))
             await asyncio.sleep(0)
             under_way.remove(size)
 
     async def main() -> None:
-        slots = ResourceSemaphore(number, 256)
-        await asyncio.gather(*(one(slots, size) for size in sizes))
+        semaphore = ResourceSemaphore(number, 256)
+        await asyncio.gather(*(one(semaphore, size) for size in sizes))
 
     asyncio.run(main())
     assert len(most) == len(sizes)

@@ -1,4 +1,4 @@
-"""What a sandbox is asked to run, and what every kind of sandbox must be able to say; backends/ has one a file."""
+"""Interface of the sandbox backends, and the jobs they run."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Any, ClassVar
 from sdzero.graders.sandbox.types import Limits
 
 STACK_MB = 256
-NUM_FILES = 64  # open at one time
-NUM_STACKS = 9  # address space for the main thread's stack and those of eight more threads, where no cgroup counts
-STDIN, STDOUT, STDERR, STATUS, FILTER, HOLD = range(6)  # descriptors that a sandbox is started with
+NUM_FILES = 64  # open files
+NUM_STACKS = 9  # without a cgroup: address space for the stacks of nine threads
+STDIN, STDOUT, STDERR, STATUS, FILTER, HOLD = range(6)  # descriptors of a sandbox
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/work", "TMPDIR": "/tmp"}
-START_ENVIRONMENT = {"PATH": ENVIRONMENT["PATH"]}  # the sandbox's own
-WORK = "/work"  # where programs begin
-IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)  # by Python, and so by what it starts, unless they are reset
+START_ENVIRONMENT = {"PATH": ENVIRONMENT["PATH"]}  # of the sandbox itself
+WORK = "/work"  # working directory of programs
+IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)  # by Python and, unless reset, by its children
 
 
 @dataclass(frozen=True)
 class Job:
-    """One program to be run.
+    """Program to run.
 
     Attributes:
-        argv: the command, in the sandbox's own paths.
-        limits: what it may use.
-        binds: (path here, path in the sandbox) of what it may read besides the system's programs.
-        folder: a folder of the judge that it may write at WORK, in place of an empty one in memory.
+        argv: command, in paths of the sandbox.
+        limits: limits of the run.
+        binds: (host path, sandbox path) of readable files, in addition to the system's programs.
+        folder: host folder to mount writable at WORK, instead of an empty one in memory.
     """
 
     argv: tuple[str, ...]
@@ -40,14 +40,14 @@ class Job:
     binds: tuple[tuple[str, str], ...] = ()
     folder: str | None = None
 
-    def limited(self, counted: bool, **others: int) -> list[str]:
-        """The command under `prlimit`.
+    def with_limits(self, counted: bool, **others: int) -> list[str]:
+        """Return the command under `prlimit`.
 
         Args:
-            counted: a cgroup counts its memory; else each process's address space is limited.
-            others: more of `prlimit`'s names and values. `nproc` counts by sandbox only inside a user namespace.
+            counted: a cgroup limits the memory; else the address space of each process is limited.
+            others: more limits of `prlimit`. `nproc` is per sandbox only inside a user namespace.
         """
-        seconds = math.ceil(self.limits.time)  # the judge holds the measured time to the limit
+        seconds = math.ceil(self.limits.time)  # the server checks the measured time
         limits: dict[str, Any] = {
             "cpu": f"{seconds}:{seconds + 1}",
             "fsize": self.limits.files_mb * 2**20,
@@ -60,8 +60,8 @@ class Job:
             limits["as"] = int(self.limits.memory_mb + NUM_STACKS * STACK_MB) * 2**20
         return ["/usr/bin/prlimit", *(f"--{name}={value}" for name, value in limits.items()), *self.argv]
 
-    def outside(self) -> Job:
-        """The same for a sandbox that sees this machine's paths: what is bound into WORK is already in `folder`."""
+    def in_host_paths(self) -> Job:
+        """Return the job in host paths. What is bound into WORK is already in `folder`."""
         places = [(there, here) for here, there in self.binds if not there.startswith(f"{WORK}/")]
         places.append((WORK, self.folder or WORK))
 
@@ -75,43 +75,42 @@ class Job:
 
 
 class Backend(ABC):
-    """A kind of sandbox. Nothing of the host can be reached from it, and nothing outlives the run."""
+    """Sandbox from which a program cannot reach the host, and which no process outlives."""
 
     name: ClassVar[str]
-    mounts: ClassVar[bool] = True  # shows programs a file tree of its own; else `Job.folder` is always given
-    holds: ClassVar[bool] = False  # waits for a byte on HOLD, so that the run can be put in its cgroup before it begins
-    counted = False  # set once: a cgroup counts the memory of its runs
+    mounts: ClassVar[bool] = True  # has a file tree of its own; else `Job.folder` is always set
+    holds: ClassVar[bool] = False  # waits for a byte on HOLD, so that the run joins its cgroup before it starts
+    counted = False  # a cgroup limits the memory of runs; set once
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Why it cannot be used here, with the remedy; None where its parts are there."""
+        """Return why the backend is unusable here, with the remedy; None if it is installed."""
 
     @abstractmethod
     def command(self, job: Job) -> list[str]:
-        """The command that runs a job, with descriptors as numbered above."""
+        """Build the command that runs a job."""
 
     @abstractmethod
     def exit_code(self, status: bytes, code: int) -> int | None:
-        """The program's exit code (128 + signal) where the sandbox proves that it ran; else None.
+        """Return the program's exit code (128 + signal), or None without proof that it ran.
 
         Args:
-            status: what the sandbox wrote to STATUS.
-            code: the sandbox's own exit code.
+            status: output of the sandbox to STATUS.
+            code: exit code of the sandbox itself.
         """
 
     def child(self, status: bytes) -> int | None:
-        """The process, as this machine numbers it, under which the program runs; None while it isn't known."""
+        """Return the host pid of the process that runs the program; None while unknown."""
         return None
 
     def start(self, job: Job, descriptors: dict[int, int], enter: Callable[[int], None] | None) -> int:
-        """Starts a job, and returns the sandbox's process.
+        """Start a job and return the pid of the sandbox.
 
-        Here it is a fork, which enters its cgroup and only then becomes the sandbox. A sandbox that holds can be
-        spawned, in a third of the time.
+        Forks, joins the cgroup and then executes the sandbox. A backend that `holds` can be spawned, which is faster.
 
         Args:
-            descriptors: number in the sandbox -> ours. The judge's own lie above all of these numbers.
-            enter: puts a process in the run's cgroup, where there is one.
+            descriptors: number in the sandbox -> descriptor of this process, all above HOLD.
+            enter: puts a process into the run's cgroup, if there is one.
         """
         if pid := os.fork():
             return pid
@@ -126,12 +125,12 @@ class Backend(ABC):
                 os.dup2(ours, number)
             os.closerange(HOLD, 1 << 16)
             self.execute(job)
-        except BaseException:  # noqa: BLE001 - nothing of it may go on here; the judge reports what it printed
+        except BaseException:  # noqa: BLE001 - this is the child; the server reports what it prints
             traceback.print_exc()
         finally:
             os._exit(126)
 
     def execute(self, job: Job) -> None:
-        """Becomes the sandbox. Executor in a process of its own, whose descriptors are set."""
+        """Replace the forked process, whose descriptors are set, by the sandbox."""
         argv = self.command(job)
         os.execve(argv[0], argv, START_ENVIRONMENT)

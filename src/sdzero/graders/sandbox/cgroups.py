@@ -1,6 +1,6 @@
-"""Memory of all processes of one run together, limited by the kernel, where a part of its tree is ours to divide.
+"""Memory limit over all processes of a run by a cgroup, where this machine delegates one.
 
-Both of Linux's interfaces: version 2 (`memory.max`) and version 1 (`memory.limit_in_bytes`).
+Supports cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _V2 = {"limit": "memory.max", "peak": "memory.peak", "events": "memory.events"}
 
 @dataclass
 class Cgroup:
-    """One run's group."""
+    """Cgroup of one run."""
 
     path: Path
     files: dict[str, str]
@@ -29,19 +29,19 @@ class Cgroup:
         return [int(pid) for pid in (self.path / "cgroup.procs").read_text().split()]
 
     def peak_mb(self) -> float:
-        """Most memory that the run has had, in MiB; 0 where the kernel keeps no such figure."""
+        """Return the peak memory of the run in MiB; 0 if the kernel does not record it."""
         try:
             return int((self.path / self.files["peak"]).read_text()) / 2**20
         except FileNotFoundError:
             return 0.0
 
-    def ran_out(self) -> bool:
-        """Whether the kernel killed a process for its memory."""
+    def out_of_memory(self) -> bool:
+        """Check if the kernel killed a process for exceeding the limit."""
         lines = (self.path / self.files["events"]).read_text().splitlines()
         return any(int(value) > 0 for name, value in map(str.split, lines) if name == "oom_kill")
 
     def remove(self) -> None:
-        for _ in range(200):  # the last process's exit may not have been accounted yet
+        for _ in range(200):  # the exit of the last process may not be accounted for yet
             try:
                 return self.path.rmdir()
             except OSError:
@@ -49,40 +49,40 @@ class Cgroup:
 
 
 class Cgroups:
-    """A folder of the cgroup tree, made for this process, with one folder for each run."""
+    """Cgroup of this process, with a child cgroup for each run."""
 
     def __init__(self, folder: Path, files: dict[str, str]) -> None:
         self.folder, self.files = folder, files
         self._number = count()
 
     @classmethod
-    def delegated(
+    def delegate(
         cls, uid: int, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
     ) -> Cgroups | None:
-        """A folder that `uid` may divide from now on; None where this machine lets us make none.
+        """Create a cgroup that `uid` may subdivide; None where this machine does not allow it.
 
-        Call it before dropping from root: under version 2 the calling process moves into the folder.
+        Call it before dropping root: under v2 the calling process moves into the cgroup.
         """
         places = dict(line.split(":", 2)[1:] for line in own.read_text().splitlines())
         try:
             if "memory" in places:
-                folder = root / "memory" / places["memory"].lstrip("/") / f"sdzero-judge-{os.getpid()}"
-                return cls._made(folder, uid, _V1)
-            for parent in (above := root / places[""].lstrip("/"), *above.parents):
-                shares = parent / "cgroup.subtree_control"
-                if root in (parent, *parent.parents) and shares.exists() and "memory" in shares.read_text().split():
-                    made = cls._made(parent / f"sdzero-judge-{os.getpid()}", uid, _V2)
-                    server = made.folder / "server"  # a cgroup that has children may hold no processes itself
+                folder = root / "memory" / places["memory"].lstrip("/") / f"sdzero-sandbox-{os.getpid()}"
+                return cls._create(folder, uid, _V1)
+            for parent in (own_cgroup := root / places[""].lstrip("/"), *own_cgroup.parents):
+                control = parent / "cgroup.subtree_control"
+                if root in (parent, *parent.parents) and control.exists() and "memory" in control.read_text().split():
+                    created = cls._create(parent / f"sdzero-sandbox-{os.getpid()}", uid, _V2)
+                    server = created.folder / "server"  # a cgroup that has children may hold no processes itself
                     server.mkdir()
                     (server / "cgroup.procs").write_text(str(os.getpid()))
-                    (made.folder / "cgroup.subtree_control").write_text("+memory")
-                    return made
+                    (created.folder / "cgroup.subtree_control").write_text("+memory")
+                    return created
         except (OSError, KeyError):
             return None
         return None
 
     @classmethod
-    def _made(cls, folder: Path, uid: int, files: dict[str, str]) -> Cgroups:
+    def _create(cls, folder: Path, uid: int, files: dict[str, str]) -> Cgroups:
         folder.mkdir()
         for path in (folder, *(folder / name for name in ("cgroup.procs", "cgroup.subtree_control"))):
             if path.exists():

@@ -1,4 +1,4 @@
-"""The trainer's side of the judge: has its process started once, before CUDA, and asks it."""
+"""Client of the sandbox server, which is a separate process started once, before CUDA."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from sdzero.graders.sandbox.types import AssertTest, CallTest, CodeVerdict, RunR
 
 log = logging.getLogger(__name__)
 
-_NUM_STARTS = 3  # of a judge that dies or hangs in one batch
+_NUM_STARTS = 3  # of a server that dies or hangs, per batch
 _PYTHONS = ("/usr/bin/python3", "/bin/python3")
 
 
 class SandboxClient:
-    """Judges programs in a process of its own, which all processes of one job on a node share.
+    """Grades programs in a server process that all processes of one job on a node share.
 
-    A judge that dies or hangs is started again and asked again for what it had not answered.
+    A server that dies or hangs is restarted and receives the unanswered submissions again.
 
     Args:
-        backend: `auto`, or a sandbox by name: `bubblewrap`, `nsjail`, `sandlock`; `unsafe` is none.
-        num_workers: programs that run at a time; null takes one per core.
+        backend: `auto`, `bubblewrap`, `nsjail` or `sandlock`; `unsafe` runs programs without a sandbox.
+        num_workers: concurrent programs; null takes one per core.
         python: interpreter in the sandbox, below /usr; null takes the system's python3.
-        cgroups: let the kernel count the memory of each run where it lets us; else it is watched.
+        cgroups: use a cgroup for the memory limit where the machine delegates one; else the processes are polled.
 
     Attributes:
-        backend: the sandbox that was found.
-        counted: whether a cgroup counts the memory of its runs.
+        backend: name of the sandbox in use.
+        counted: a cgroup limits the memory of runs.
 
     Raises:
-        ValueError: no such backend or interpreter.
-        NoSandboxError: no sandbox holds here.
+        ValueError: unknown backend or missing interpreter.
+        NoSandboxError: no sandbox is safe on this machine.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SandboxClient:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be auto or one of {[*BACKENDS]}, got {backend!r}")
         if sys.platform != "linux":
-            raise NoSandboxError(f"programs are judged on Linux, where the sandboxes are; this is {sys.platform}")
+            raise NoSandboxError(f"the code sandbox needs Linux; this is {sys.platform}")
         found = python or next(filter(os.path.exists, _PYTHONS), None)
         if not found or not os.path.exists(found):
             raise ValueError(
@@ -76,20 +76,20 @@ class SandboxClient:
         self.close()
 
     def close(self) -> None:
-        """Leaves the judge, which ends with the last to leave."""
+        """Disconnect from the server, which ends with its last client."""
         self._close()
 
     def grade(
         self, submissions: Sequence[Submission], progress: Callable[[int], None] = lambda done: None
     ) -> list[CodeVerdict]:
-        """The verdicts, in order. `progress` hears the number of verdicts that have come in.
+        """Grade submissions and return the verdicts in order. Calls `progress` with the number received so far.
 
         Raises:
-            ValueError: a submission has no tests, or tests that its language cannot have.
-            GraderError: the machinery failed, several times over.
+            ValueError: a submission has no tests, or tests that its language does not support.
+            GraderError: the sandbox failed repeatedly.
         """
         for submission in submissions:
-            check(submission)
+            check_submission(submission)
         verdicts: dict[int, CodeVerdict] = {}
         with self._lock:
             for number in range(1, _NUM_STARTS + 1):
@@ -101,21 +101,17 @@ class SandboxClient:
                 except (ConnectionError, TimeoutError, EOFError) as error:
                     self._connection.abandon()
                     if number == _NUM_STARTS:
-                        raise GraderError(f"the judge died {number} times in one batch: {error}") from error
-                    log.warning("the judge died and is started again for what it had not judged")
+                        raise GraderError(f"the sandbox server died {number} times in one batch: {error}") from error
+                    log.warning("the sandbox server died; restarting it for the ungraded submissions")
         return [verdicts[index] for index in range(len(submissions))]
 
     def _open(self) -> None:
         if found := self._connection.open():
             self.backend, self.counted = found.backend or "", found.cgroup is not None
             if self.backend == "unsafe":
-                log.warning("judge: backend unsafe: programs run WITHOUT a sandbox, with the rights of this user")
-            elif found.refused:
-                log.warning(
-                    "judge: sandbox %s, since the ones before it would not do: %s",
-                    self.backend,
-                    "; ".join(found.refused),
-                )
+                log.warning("backend unsafe: programs run WITHOUT a sandbox, with the rights of this user")
+            elif found.rejected:
+                log.warning("using sandbox %s; rejected: %s", self.backend, "; ".join(found.rejected))
 
     def _ask(
         self,
@@ -124,7 +120,7 @@ class SandboxClient:
         verdicts: dict[int, CodeVerdict],
         progress: Callable[[int], None],
     ) -> None:
-        tests: dict[int, int] = {}  # many responses share the tests of one question: they are sent once
+        tests: dict[int, int] = {}  # responses to one question share its tests, which are sent once
         batch: dict[str, list[Any]] = {"tests": [], "submissions": []}
         for index in indices:
             submission = submissions[index]
@@ -136,17 +132,17 @@ class SandboxClient:
         self._connection.send(frame(batch))
         for _ in indices:
             answer = self._connection.receive()
-            if "fault" in answer:
-                self._connection.close()  # the judge drops what else it was asked
-                raise GraderError(answer["fault"])
+            if "error" in answer:
+                self._connection.close()  # the server cancels the rest of the batch
+                raise GraderError(answer["error"])
             row = answer["verdict"]
             results = tuple(RunResult(**result) for result in row["tests"])
             verdicts[indices[answer["index"]]] = CodeVerdict(**{**row, "tests": results})
             progress(len(verdicts))
 
 
-def check(submission: Submission) -> None:
-    """Raises: ValueError if a submission cannot be judged, whatever its program."""
+def check_submission(submission: Submission) -> None:
+    """Raise ValueError if a submission cannot be graded, whatever its program."""
     kinds = {type(test) for test in submission.tests}
     if len(kinds) != 1:
         raise ValueError(f"a submission needs tests of one kind, got {sorted(kind.__name__ for kind in kinds)}")

@@ -1,4 +1,7 @@
-"""Is an answer right? Asked outside the sandbox of what a hostile program wrote: all here take time linear in it."""
+"""Comparison of outputs and values with the expected ones, outside the sandbox.
+
+All functions take time linear in what a hostile program wrote.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +13,40 @@ from decimal import Decimal, InvalidOperation
 from itertools import zip_longest
 from typing import Any
 
-_TOLERANCE = 1e-6  # of floating-point results: another order of summation is no error
+_TOLERANCE = 1e-6  # of floats: allows another order of summation
 _YES_NO = ("yes", "no")
 _TOKEN = re.compile(r"\S+")
-_OTHER = object()  # a value that JSON cannot write; equal to no expected one
+_OTHER = object()  # a value that JSON cannot represent; equals no expected value
 
 
 def same_tokens(expected: str, output: str) -> bool:
-    """Whether both hold the same words, however they are spaced; the case of yes and no does not matter."""
+    """Compare the words of two texts, ignoring white space and the case of yes and no."""
     if expected == output:
         return True
     return all(_same_token(*pair) for pair in zip_longest(_tokens(expected), _tokens(output)))
 
 
 def same_lines(expected: str, output: str) -> bool:
-    """LiveCodeBench's rule: line by line, stripped, the same text or numbers of the same values. NaN is no number."""
+    """Compare stripped lines by text or by the values of their numbers (LiveCodeBench's rule). NaN is not a number."""
     expected, output = expected.strip(), output.strip()
-    if expected.count("\n") != output.count("\n"):  # before the lines are made: there may be millions
+    if expected.count("\n") != output.count("\n"):  # before splitting: there may be millions of lines
         return False
     lines = (map(str.strip, text.split("\n")) for text in (expected, output))
     return all(one == other or _same_numbers(one, other) for one, other in zip(*lines, strict=True))
 
 
 def same_value(expected: Any, value: Any) -> bool:
-    """Whether a function returned what it should.
+    """Compare a returned value with the expected one.
 
-    Types count: `True` is not 1, `1` is not "1", and 2.0 is no integer. Where a float is expected, an integer will do,
-    and a number as near as 1e-6 (absolutely or relatively) is right. Tuples are lists, as in LiveCodeBench.
+    Types count: `True` is not 1, `1` is not "1", and 2.0 is not an integer. Where a float is expected, integers are
+    accepted, with an absolute or relative tolerance of 1e-6. Tuples equal lists, as in LiveCodeBench.
 
     Args:
-        expected: what JSON can write.
-        value: from `decode_value`.
+        expected: a JSON value.
+        value: the result of `decode_value`.
     """
     left = [(expected, value)]
-    while left:  # no recursion: hostile values are deep
+    while left:  # iterative: hostile values are deeply nested
         one, other = left.pop()
         if isinstance(one, list | tuple):
             if type(other) is not list or len(one) != len(other):
@@ -62,10 +65,10 @@ def same_value(expected: Any, value: Any) -> bool:
 
 
 def decode_value(line: bytes) -> tuple[bool, Any]:
-    """What call_runner.py wrote: (whether a value was returned, that value).
+    """Decode the output of call_runner.py as (a value was returned, the value).
 
-    A submission may have written there too. That gives it no more than returning a value does, since it does not know
-    the expected one, but the line may be anything.
+    The submission may have written to it too. That gains it nothing over returning a value, since it does not know the
+    expected one, but the line may hold anything.
     """
     if line.count(b"\n") != 1 or not line.endswith(b"\n"):
         return False, None
@@ -76,10 +79,10 @@ def decode_value(line: bytes) -> tuple[bool, Any]:
 
 
 def _untagged(tagged: dict[str, Any]) -> Any:
-    """The value of an object, with which the runner marks what is not plain JSON. Raises: ValueError, TypeError."""
+    """Decode an object, by which the runner marks what is not plain JSON. Raises: ValueError, TypeError."""
     if tagged.keys() == {"int"}:
-        return int(tagged["int"], 16)  # base 16 is read in linear time, and at any length
-    # text only: colliding integers, which anyone can choose, would fill a dict in quadratic time
+        return int(tagged["int"], 16)  # base 16 parses in linear time, at any length
+    # strings only: chosen integers collide and would fill a dict in quadratic time
     if tagged.keys() == {"dict"} and all(type(key) is str for key, _ in tagged["dict"]):
         return dict(tagged["dict"])
     return _OTHER
@@ -104,7 +107,7 @@ def _same_numbers(expected: str, line: str) -> bool:
 
 
 def _number(token: str | None) -> Decimal | None:
-    """A token's value, exactly. A Decimal keeps a huge exponent as it is written: it costs nothing."""
+    """Parse a token exactly. A Decimal stores a huge exponent at no cost."""
     try:
         number = Decimal(token or "")
     except InvalidOperation:
@@ -117,5 +120,5 @@ def _is_close(expected: float, value: Any) -> bool:
         return False
     try:
         return math.isclose(expected, value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer beyond the range of floats
         return False

@@ -1,4 +1,4 @@
-"""The socket to the judge's process: starts it, tells whether it is alive, and removes what it leaves."""
+"""Connection to the sandbox server: starts it, detects its death, and removes its remains."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from sdzero.graders.sandbox.protocol import LENGTH, SILENCE_SECONDS, Handshake, 
 
 _START_SECONDS = 60.0
 _END_SECONDS = 5.0
-# what names the job that several processes of this node belong to; each starts no judge of its own
+# variables that identify the job, whose processes on a node share one server
 _JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Connection:
-    """The socket to the judge of this job, which the first to come starts."""
+    """Socket to the server of this job, which the first process to connect starts."""
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self._socket: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
         job = [os.environ.get(name, "") for name in _JOB]
-        alone = [] if any(job) else [os.getpid(), id(self)]
-        name = hashlib.sha256(json.dumps([job, alone, dataclasses.astuple(options)]).encode()).hexdigest()[:12]
+        private = [] if any(job) else [os.getpid(), id(self)]
+        name = hashlib.sha256(json.dumps([job, private, dataclasses.astuple(options)]).encode()).hexdigest()[:12]
         self.folder = Path(tempfile.gettempdir()) / f"sdzero-sandbox-{os.getuid()}-{name}"
 
     def open(self) -> Handshake | None:
-        """Connects, and starts the judge where there is none. Returns what it has found, once."""
+        """Connect, starting the server if there is none. None if already connected."""
         if self._socket:
             return None
         self.folder.mkdir(mode=0o700, exist_ok=True)
         if self.folder.stat().st_uid != os.getuid():
             raise GraderError(f"{self.folder} belongs to another user: remove it")
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one of the node's processes starts it, the others wait here
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the node starts the server; the others wait here
             if not self._connect():
                 self._start()
                 if not self._connect():
-                    raise GraderError("the judge ended as soon as it was ready")
+                    raise GraderError("the sandbox server ended right after its start")
         return Handshake(**json.loads((self.folder / "handshake.json").read_text()))
 
     def _connect(self) -> bool:
@@ -66,9 +66,9 @@ class Connection:
         return False
 
     def _start(self) -> None:
-        """Starts the judge and waits until it has found a sandbox. It gets nothing of this process's environment."""
-        _end_remains(self.folder)
-        _remove_others()
+        """Start the server, without this process's environment, and wait until it has chosen a sandbox."""
+        _kill_remains(self.folder)
+        _remove_orphaned_folders()
         argv = [
             sys.executable,
             "-m",
@@ -86,15 +86,15 @@ class Connection:
             line = ready.readline() if there else b""
         if not line:
             self.process.kill()
-            raise GraderError(f"the judge did not start (exit code {self.process.wait()})")
+            raise GraderError(f"the sandbox server did not start (exit code {self.process.wait()})")
         (self.folder / "handshake.json").write_bytes(line)
         found = Handshake(**json.loads(line))
         if found.backend is None:
             self.close()
             raise NoSandboxError(
-                "no sandbox holds on this machine, so no program is run. "
-                + "; ".join(found.refused)
-                + ". Mend one of them; or, for programs that you trust as you trust your own, backend: unsafe"
+                "no sandbox is safe on this machine, so no program is run. "
+                + "; ".join(found.rejected)
+                + ". Fix one of them, or set backend: unsafe for programs that you trust like your own"
             )
 
     def send(self, data: bytes) -> None:
@@ -102,10 +102,10 @@ class Connection:
         self._socket.sendall(data)
 
     def receive(self) -> dict[str, Any]:
-        """The next answer.
+        """Receive the next answer, skipping the empty heartbeat messages.
 
         Raises:
-            EOFError, OSError: the judge has ended, or hangs: it says at short intervals that it is there.
+            EOFError, OSError: the server has ended, or hangs.
         """
         while not (answer := json.loads(self._read(int.from_bytes(self._read(LENGTH), "big")))):
             pass
@@ -117,7 +117,7 @@ class Connection:
         while len(data) < number:
             part = self._socket.recv(min(number - len(data), 1 << 20))
             if not part:
-                raise EOFError("it closed the connection")
+                raise EOFError("the connection was closed")
             data += part
         return bytes(data)
 
@@ -127,33 +127,33 @@ class Connection:
             self._socket = None
 
     def abandon(self) -> None:
-        """Leaves a judge that answers no more; ends it if it was started here."""
+        """Disconnect from a server that no longer answers; kill it if this process started it."""
         self.disconnect()
         if self.process:
             self.process.kill()
             self.process.wait()
 
     def close(self) -> None:
-        """Waits for the judge that was started here, if nobody else asks it, and removes what it could not."""
+        """Disconnect; wait for the server if this process started it, and remove its remains."""
         self.disconnect()
         if self.process is None:
             return
-        with suppress(subprocess.TimeoutExpired):  # another process of this job still asks it
+        with suppress(subprocess.TimeoutExpired):  # it still has another client
             self.process.wait(_END_SECONDS)
             self.process = None
             _remove(self.folder)
 
 
-def _end_remains(folder: Path) -> None:
-    """Ends the sandboxes that a killed judge has left, and removes its cgroup."""
-    for process in Path("/proc").glob("[0-9]*"):  # bubblewrap, orphaned in its first milliseconds, waits for ever
+def _kill_remains(folder: Path) -> None:
+    """Kill the sandboxes that a killed server has left, and remove its cgroup."""
+    for process in Path("/proc").glob("[0-9]*"):  # bubblewrap orphaned at its start waits forever
         with suppress(OSError):
             if os.fsencode(folder) in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
                 os.kill(int(process.name), signal.SIGKILL)
     with suppress(OSError, ValueError):
         if place := Handshake(**json.loads((folder / "handshake.json").read_text())).cgroup:
             deadline = time.monotonic() + _END_SECONDS
-            while Path(place).exists() and time.monotonic() < deadline:  # what was killed may not have ended yet
+            while Path(place).exists() and time.monotonic() < deadline:  # killed processes may not have ended yet
                 for group in (*Path(place).glob("*/"), Path(place)):
                     with suppress(OSError):
                         group.rmdir()
@@ -161,17 +161,17 @@ def _end_remains(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    _end_remains(folder)
+    _kill_remains(folder)
     for path in (Path(f"{folder}-work"), folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove_others() -> None:
-    """What is left of judges whose trainer was killed, and so could not remove it."""
+def _remove_orphaned_folders() -> None:
+    """Remove the folders of servers whose clients were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"sdzero-sandbox-{os.getuid()}-*"):
         if folder.name.endswith("-work") or not (folder / "handshake.json").exists():
             continue
         with suppress(OSError), (folder / "lock").open() as lock, socket.socket(socket.AF_UNIX) as listener:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while a judge is being started
-            if listener.connect_ex(str(folder / "socket")):  # nobody listens
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while a server starts
+            if listener.connect_ex(str(folder / "socket")):  # no server listens
                 _remove(folder)

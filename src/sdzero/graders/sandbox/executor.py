@@ -1,4 +1,4 @@
-"""Executor programs in a sandbox: starts, feeds, watches, ends and reaps them, and leaves nothing behind."""
+"""Execution of programs in a sandbox: start, feed, watch, stop and reap, without leaving anything behind."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from typing import Literal
 from sdzero.graders.sandbox import seccomp
 from sdzero.graders.sandbox.backend import FILTER, HOLD, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
 from sdzero.graders.sandbox.cgroups import Cgroup, Cgroups
-from sdzero.graders.sandbox.procfs import cpu_seconds, memory_mb, tree
+from sdzero.graders.sandbox.procfs import cpu_seconds, memory_mb, process_tree
 from sdzero.graders.sandbox.semaphore import ResourceSemaphore
 
-KEPT = 2048  # bytes of standard error that are kept
+KEPT = 2048  # bytes of standard error
 _CHUNK = 1 << 16
-_WATCH_SECONDS = 0.02  # between looks at the processes of a run
-_SLACK_SECONDS = 0.2  # beyond its limit, before a run is ended: the verdict holds it to the limit itself
-_LOOK_SECONDS = 0.005  # between looks at what is left of a run
-_REMAINS_SECONDS = 20.0  # that the remains of a run may take to go
+_WATCH_SECONDS = 0.02  # between polls of the processes of a run
+_SLACK_SECONDS = 0.2  # CPU time beyond the limit before a run is stopped; the verdict uses the limit itself
+_SETTLE_POLL_SECONDS = 0.005  # between polls of the remaining processes of a run
+_SETTLE_SECONDS = 20.0  # until all processes of a run are gone
 _PR_SET_CHILD_SUBREAPER = 36
 
 Stop = Literal["timeout", "memory", "output_limit"]
@@ -40,11 +40,11 @@ class SandboxFailure(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did.
+    """Outcome of a run.
 
     Attributes:
-        code: the program's exit code, 128 + signal where one ended it; -1 where the judge did.
-        stopped: why the judge or the kernel ended it, if they did.
+        code: exit code of the program, 128 + signal if a signal ended it, -1 if it was stopped.
+        stopped: reason if the executor or the kernel's memory limit stopped it.
     """
 
     code: int
@@ -58,17 +58,17 @@ class Outcome:
 
 @dataclass
 class _Run:
-    """One run under way."""
+    """Run in progress."""
 
     pid: int
     job: Job
     group: Cgroup | None
-    hold: int | None  # what a sandbox that waits for its cgroup reads from
-    ended: asyncio.Event = field(default_factory=asyncio.Event)  # the sandbox's own process is gone
-    code: int = 0  # the sandbox's own
+    hold: int | None  # pipe to a sandbox that waits until it is in its cgroup
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # the sandbox's process has ended
+    code: int = 0  # exit code of the sandbox itself
     stopped: Stop | None = None
     num_bytes: int = 0
-    cpu_seconds: float = 0.0  # of all its processes, when they were last looked at
+    cpu_seconds: float = 0.0  # of all its processes, at the last poll
     status: bytearray = field(default_factory=bytearray)
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
@@ -76,11 +76,11 @@ class _Run:
     def stop(self, why: Stop) -> None:
         if not self.ended.is_set():
             self.stopped = self.stopped or why
-            os.kill(self.pid, signal.SIGKILL)  # all that it holds ends with it
+            os.kill(self.pid, signal.SIGKILL)  # ends everything inside
 
 
-def sealed(data: bytes) -> int:
-    """A descriptor that reads `data` from the start, and through which nobody can write."""
+def sealed_memfd(data: bytes) -> int:
+    """Return a descriptor that reads `data` and that no process can write to."""
     descriptor = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(data)
@@ -91,40 +91,40 @@ def sealed(data: bytes) -> int:
 
 
 class Executor:
-    """Starts runs, within an asyncio loop. Its process becomes the reaper of all that they leave behind.
+    """Runs jobs within an asyncio loop. Its process reaps all orphans that they leave.
 
     Args:
-        backend: the kind of sandbox.
-        slots: how many runs may be under way.
-        cgroups: counts the memory of each run; None watches it instead, and limits address spaces.
-        folder: where sandboxes that share this machine's file tree get their folder.
+        backend: sandbox.
+        semaphore: bound on concurrent runs.
+        cgroups: limits the memory of each run; None polls it instead and limits address spaces.
+        folder: location of the working folders of sandboxes without a file tree of their own.
     """
 
-    def __init__(self, backend: Backend, slots: ResourceSemaphore, cgroups: Cgroups | None, folder: Path) -> None:
-        self.backend, self.slots, self.cgroups, self.folder = backend, slots, cgroups, folder
+    def __init__(self, backend: Backend, semaphore: ResourceSemaphore, cgroups: Cgroups | None, folder: Path) -> None:
+        self.backend, self.semaphore, self.cgroups, self.folder = backend, semaphore, cgroups, folder
         backend.counted = cgroups is not None
-        self._filter = seccomp.program()
-        self._reaped = asyncio.Event()
+        self._filter = seccomp.bpf_program()
+        self._child_reaped = asyncio.Event()
         self._runs: dict[int, _Run] = {}
-        self._gone: dict[int, resource.struct_rusage] = {}
+        self._reaped_usage: dict[int, resource.struct_rusage] = {}
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
 
     async def run(self, job: Job, stdin: bytes = b"") -> Outcome:
-        """One run, to its end.
+        """Run a job to its end.
 
         Raises:
-            SandboxFailure: the sandbox did not prove that the program ran, or its remains would not go.
+            SandboxFailure: the sandbox did not prove that the program ran, or its processes could not be killed.
         """
-        async with self.slots.take(job.limits.memory_mb):
-            return await self._within(job, stdin)
+        async with self.semaphore.acquire(job.limits.memory_mb):
+            return await self._run_with_files(job, stdin)
 
-    async def _within(self, job: Job, stdin: bytes) -> Outcome:
+    async def _run_with_files(self, job: Job, stdin: bytes) -> Outcome:
         made = None
         if not self.backend.mounts:
             job, made = self._in_folder(job)
         group = self.cgroups.new(job.limits.memory_mb) if self.cgroups else None
-        source = sealed(stdin)
+        source = sealed_memfd(stdin)
         try:
             return await self._run(job, source, group)
         finally:
@@ -148,11 +148,11 @@ class Executor:
         try:
             timer = loop.call_later(job.limits.wall_seconds, run.stop, "timeout")
             watch = loop.create_task(self._watch(run))
-            await self._end(run)
+            await self._wait(run)
             wall = time.monotonic() - started
             timer.cancel()
             await watch
-            for descriptor, kept in pipes.items():  # what is left, not their end: a stray process may hold them open
+            for descriptor, kept in pipes.items():  # not until EOF: a stray process may hold them open
                 while self._read(run, descriptor, kept):
                     pass
         finally:
@@ -162,7 +162,7 @@ class Executor:
             if run.hold is not None:
                 os.close(run.hold)
         usage = await self._settle(run)
-        stopped = "memory" if group and group.ran_out() else run.stopped
+        stopped = "memory" if group and group.out_of_memory() else run.stopped
         code = -1 if stopped else self.backend.exit_code(bytes(run.status), run.code)
         if code is None:
             raise SandboxFailure(
@@ -172,10 +172,10 @@ class Executor:
         memory = (group.peak_mb() if group else 0.0) or usage.ru_maxrss / 1024
         return Outcome(code, stopped, cpu, wall, memory, bytes(run.stdout), bytes(run.stderr))
 
-    async def _end(self, run: _Run) -> None:
+    async def _wait(self, run: _Run) -> None:
         try:
             await run.ended.wait()
-        except asyncio.CancelledError:  # nobody asks for it any more
+        except asyncio.CancelledError:  # the client is gone
             run.stop("timeout")
             await run.ended.wait()
             await self._settle(run)
@@ -183,13 +183,17 @@ class Executor:
 
     def _start(self, job: Job, stdin: int, group: Cgroup | None) -> tuple[_Run, dict[int, bytearray]]:
         pairs = {number: os.pipe() for number in (STDOUT, STDERR, STATUS)}
-        theirs = {STDIN: stdin, FILTER: sealed(self._filter), **{number: pair[1] for number, pair in pairs.items()}}
+        theirs = {
+            STDIN: stdin,
+            FILTER: sealed_memfd(self._filter),
+            **{number: pair[1] for number, pair in pairs.items()},
+        }
         hold = None
         if self.backend.holds:
             theirs[HOLD], hold = os.pipe()
         try:
             pid = self.backend.start(job, theirs, group.add if group else None)
-        except OSError as error:  # the sandbox's program is gone, or out of this user's reach
+        except OSError as error:  # the sandbox's program is missing or not accessible
             for descriptor in {hold, *(ours for ours, _ in pairs.values())} - {None}:
                 os.close(descriptor)
             raise SandboxFailure(f"{self.backend.name}: {error}") from error
@@ -204,10 +208,10 @@ class Executor:
         return run, pipes
 
     def _release(self, run: _Run) -> None:
-        """Lets a sandbox that holds begin, once it is known which process of its is to be counted."""
+        """Let a sandbox that holds start, once the process to put into the cgroup is known."""
         child = self.backend.child(bytes(run.status))
         if child is not None and run.hold is not None:
-            self._gone.pop(child, None)  # it waits for the byte: who had its number before is somebody else
+            self._reaped_usage.pop(child, None)  # an earlier process had the same pid: this one still waits
             with suppress(ProcessLookupError):
                 if run.group:
                     run.group.add(child)
@@ -218,7 +222,7 @@ class Executor:
     # --- while it runs --------------------------------------------------------------------------
 
     def _read(self, run: _Run, descriptor: int, kept: bytearray) -> bool:
-        """Takes what a pipe holds. Returns whether there may be more."""
+        """Read what a pipe holds. False: nothing more to read."""
         try:
             data = os.read(descriptor, _CHUNK)
         except BlockingIOError:
@@ -233,18 +237,18 @@ class Executor:
         run.num_bytes += len(data)
         if run.num_bytes > run.job.limits.output_mb * 2**20:
             run.stop("output_limit")
-            run.stopped = run.stopped or "output_limit"  # found in what was left
+            run.stopped = run.stopped or "output_limit"  # also if the run has ended
             return False
         return True
 
     async def _watch(self, run: _Run) -> None:
-        """Holds all processes of a run together to its CPU time, and to its memory where no cgroup does.
+        """Enforce the CPU time of all processes of a run together, and its memory without a cgroup.
 
-        What the kernel reports at the end leaves out children that nobody has waited for.
+        The kernel's final report leaves out children that no process has waited for.
         """
         limits = run.job.limits
         while not run.ended.is_set():
-            processes = [*tree(run.pid)]
+            processes = [*process_tree(run.pid)]
             run.cpu_seconds = max(run.cpu_seconds, sum(map(cpu_seconds, processes)))
             if run.cpu_seconds > limits.time + _SLACK_SECONDS:
                 run.stop("timeout")
@@ -254,7 +258,7 @@ class Executor:
                 await asyncio.wait_for(run.ended.wait(), _WATCH_SECONDS)
 
     def _reap(self) -> None:
-        """Every child that has ended, and every orphan that became ours."""
+        """Reap all children that have ended, adopted orphans included."""
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -262,8 +266,8 @@ class Executor:
                 return
             if pid == 0:
                 return
-            self._gone[pid] = usage
-            self._reaped.set()
+            self._reaped_usage[pid] = usage
+            self._child_reaped.set()
             if run := self._runs.get(pid):
                 run.code = os.waitstatus_to_exitcode(status)
                 run.ended.set()
@@ -271,25 +275,25 @@ class Executor:
     # --- its end --------------------------------------------------------------------------------
 
     async def _settle(self, run: _Run) -> resource.struct_rusage:
-        """Waits until nothing of a run is left. Returns what its processes used, the sandbox's own left out."""
+        """Kill the remaining processes of a run; return the resource usage of the program without the sandbox."""
         inner = self.backend.child(bytes(run.status))
-        deadline = time.monotonic() + _REMAINS_SECONDS
-        while left := self._left(run, inner):
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while left := self._remaining(run, inner):
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > deadline:
-                raise SandboxFailure(f"the remains of a run would not go within {_REMAINS_SECONDS:.0f} s")
-            self._reaped.clear()
+                raise SandboxFailure(f"processes of a run could not be killed within {_SETTLE_SECONDS:.0f} s")
+            self._child_reaped.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._reaped.wait(), _LOOK_SECONDS)
+                await asyncio.wait_for(self._child_reaped.wait(), _SETTLE_POLL_SECONDS)
         del self._runs[run.pid]
-        own = self._gone.pop(run.pid)
-        usage = self._gone.pop(inner) if inner else own
+        own = self._reaped_usage.pop(run.pid)
+        usage = self._reaped_usage.pop(inner) if inner else own
         if not self._runs:
-            self._gone.clear()  # orphans that nobody asks for
+            self._reaped_usage.clear()  # orphans
         return usage
 
-    def _left(self, run: _Run, inner: int | None) -> set[int]:
+    def _remaining(self, run: _Run, inner: int | None) -> set[int]:
         left = {*run.group.processes()} if run.group else set()
-        return left | {inner} if inner and inner not in self._gone else left
+        return left | {inner} if inner and inner not in self._reaped_usage else left

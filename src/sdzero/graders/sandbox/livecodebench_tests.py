@@ -1,4 +1,4 @@
-"""The tests of a LiveCodeBench row, whose private ones are a pickle: it is read as text, and never run."""
+"""Tests of a LiveCodeBench row. The private ones are a pickle, which is parsed and never executed."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from sdzero.graders.sandbox.types import CallTest, StdioTest, Test
 
 MAX_BYTES = 512 * 2**20
 _STRINGS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-_AROUND = {"PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP"}  # what is written around one string
+_AROUND = {"PROTO", "FRAME", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "STOP"}  # opcodes around a single string
 
 
 def read_tests(public: str, private: str, metadata: str, max_bytes: int = MAX_BYTES) -> tuple[Test, ...]:
-    """The public tests, then the private ones.
+    """Read the public tests, then the private ones.
 
     Args:
         public: column `public_test_cases`, JSON.
-        private: column `private_test_cases`: JSON, or base64 of zlib of a pickle of a text, which is JSON.
-        metadata: column `metadata`, JSON; a `func_name` in it makes the tests calls of that function.
-        max_bytes: size of the private tests, decompressed, beyond which they are refused.
+        private: column `private_test_cases`: JSON, or a base64-encoded, zlib-compressed pickle of a JSON string.
+        metadata: column `metadata`, JSON; with `func_name`, the tests are calls of that function.
+        max_bytes: maximum decompressed size of the private tests.
 
     Raises:
-        ValueError: a column cannot be read; names it.
+        ValueError: a column is invalid; names it.
     """
     if not private.lstrip().startswith("["):
-        private = _in_column("private_test_cases", _unpacked, private, max_bytes)
+        private = _read_column("private_test_cases", _unpack, private, max_bytes)
     rows = [
-        *_in_column("public_test_cases", _rows, public),
-        *_in_column("private_test_cases", _rows, private),
+        *_read_column("public_test_cases", _rows, public),
+        *_read_column("private_test_cases", _rows, private),
     ]
     if not rows:
         raise ValueError("public_test_cases and private_test_cases are empty")
-    described = _in_column("metadata", json.loads, metadata)
+    described = _read_column("metadata", json.loads, metadata)
     name = described.get("func_name") if isinstance(described, dict) else None
     tests: list[Test] = []
     for number, row in enumerate(rows, 1):
         if name:
-            tests.append(_in_column(f"test {number}", _call, name, row))
+            tests.append(_read_column(f"test {number}", _call, name, row))
         else:
             tests.append(StdioTest(row["input"], row["output"]))
     return tuple(tests)
 
 
-def _in_column(name: str, read: Any, *args: Any) -> Any:
+def _read_column(name: str, read: Any, *args: Any) -> Any:
     try:
         return read(*args)
     except (ValueError, zlib.error) as error:
@@ -61,7 +61,7 @@ def _rows(text: str) -> list[dict[str, str]]:
         raise ValueError(f"expected a list of tests, got a {type(rows).__name__}")
     for row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output")):
-            raise ValueError("expected tests with the texts 'input' and 'output'")
+            raise ValueError("expected tests with the strings 'input' and 'output'")
     return rows
 
 
@@ -71,24 +71,24 @@ def _call(name: str, row: dict[str, str]) -> CallTest:
     return CallTest(name, args, json.loads(row["output"]))
 
 
-def _unpacked(private: str, max_bytes: int) -> str:
+def _unpack(private: str, max_bytes: int) -> str:
     stream = zlib.decompressobj()
     pickled = stream.decompress(base64.b64decode(private, validate=True), max_bytes + 1)
     if len(pickled) > max_bytes:
         raise ValueError(f"more than {max_bytes} bytes when decompressed")
     if not stream.eof:
-        raise ValueError("the compressed data end too early")
-    return _text_of(pickled)
+        raise ValueError("the compressed data is truncated")
+    return _unpickle_text(pickled)
 
 
-def _text_of(pickled: bytes) -> str:
-    """The text that a pickle holds. No unpickler runs: even one that finds no class can be made to fill memory."""
+def _unpickle_text(pickled: bytes) -> str:
+    """Extract the single string of a pickle. No unpickler runs: even one without classes can be made to fill memory."""
     texts: list[str] = []
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in _STRINGS and not texts:
             texts.append(str(argument))
         elif opcode.name not in _AROUND:
-            raise ValueError(f"the pickle must hold one text and nothing else, and it has {opcode.name}")
+            raise ValueError(f"the pickle must hold one string and nothing else, but has {opcode.name}")
     if not texts:
-        raise ValueError("the pickle holds no text")
+        raise ValueError("the pickle holds no string")
     return texts[0]

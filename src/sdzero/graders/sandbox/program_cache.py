@@ -1,4 +1,4 @@
-"""Makes a submission's text into something that runs: a folder with the source, and for C++ the compiled program."""
+"""Cache of runnable programs: a folder with the Python source or the compiled C++ program."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sdzero.graders.sandbox.backend import WORK, Job
 from sdzero.graders.sandbox.executor import KEPT, Executor, SandboxFailure
 from sdzero.graders.sandbox.types import Language, Limits
 
-BOX = "/box"  # where a program's folder is bound
+BOX = "/box"  # sandbox path of a program's folder
 _HEADER = "/headers"
 _CPP = ("/usr/bin/g++", "-O2", "-std=c++17", "-DONLINE_JUDGE", "-w")
 _COMPILING = Limits(time=30, memory_mb=2048, processes=32, files_mb=512, output_mb=1)
-_NUM_KEPT = 1024  # programs that stay on disk
-_PAYS_FROM = 4  # programs: the header takes as long to compile as that
+_MAX_PROGRAMS = 1024  # kept on disk
+_PRECOMPILE_FROM = 4  # programs; compiling the header takes as long as that
 
 
 @dataclass(frozen=True)
 class Program:
-    """`argv` and `binds` run it in a sandbox; `error` is the compiler's message where there is nothing to run."""
+    """Program to run by `argv` with `binds`, or the compiler's `error`."""
 
     argv: tuple[str, ...]
     binds: tuple[tuple[str, str], ...]
@@ -33,45 +33,45 @@ class Program:
 
 
 class ProgramCache:
-    """Prepares programs, each once; the ones used longest ago are removed.
+    """Compiles each program once; removes the least recently used.
 
     Args:
-        runs: where the compiler runs.
-        folder: where programs are kept.
-        python: the interpreter in the sandbox.
+        executor: runs the compiler.
+        folder: location of the programs.
+        python: interpreter in the sandbox.
     """
 
-    def __init__(self, runs: Executor, folder: Path, python: str) -> None:
-        self.runs, self.folder, self.python = runs, folder, python
-        self._made: OrderedDict[str, asyncio.Task[Program]] = OrderedDict()
+    def __init__(self, executor: Executor, folder: Path, python: str) -> None:
+        self.executor, self.folder, self.python = executor, folder, python
+        self._programs: OrderedDict[str, asyncio.Task[Program]] = OrderedDict()
         self._num_compiled = 0
         self._header: Path | None = None
         self._precompiling: asyncio.Task[None] | None = None
 
     async def get(self, language: Language, source: str) -> Program:
-        """A program, ready to run.
+        """Return a program, compiling it if necessary.
 
         Raises:
-            GraderError: this machine has no compiler for the language.
+            GraderError: no compiler is installed.
             SandboxFailure: the sandbox did not prove that the compiler ran.
         """
         key = hashlib.sha256(f"{language}\0{source}".encode(errors="surrogatepass")).hexdigest()[:32]
-        if key not in self._made:
-            self._made[key] = asyncio.ensure_future(self._make(language, source, self.folder / key))
-        self._made.move_to_end(key)
-        made = self._made[key]
+        if key not in self._programs:
+            self._programs[key] = asyncio.ensure_future(self._make(language, source, self.folder / key))
+        self._programs.move_to_end(key)
+        program = self._programs[key]
         try:
-            return await asyncio.shield(made)
+            return await asyncio.shield(program)
         except (GraderError, SandboxFailure):
-            if self._made.get(key) is made:  # the first of those who wait for it
-                del self._made[key]  # it may be tried again
+            if self._programs.get(key) is program:  # only the first of those that wait for it
+                del self._programs[key]  # allows a retry
                 shutil.rmtree(self.folder / key, ignore_errors=True)
             raise
 
-    def forget(self) -> None:
-        """Removes the programs used longest ago, all but the last ones. Only while none runs."""
-        while len(self._made) > _NUM_KEPT:
-            key, _ = self._made.popitem(last=False)
+    def evict(self) -> None:
+        """Remove the least recently used programs beyond the limit. Call it only while none runs."""
+        while len(self._programs) > _MAX_PROGRAMS:
+            key, _ = self._programs.popitem(last=False)
             shutil.rmtree(self.folder / key, ignore_errors=True)
 
     async def _make(self, language: Language, source: str, folder: Path) -> Program:
@@ -84,13 +84,13 @@ class ProgramCache:
 
     async def _compile(self, folder: Path) -> Program:
         if not Path(_CPP[0]).exists():
-            raise GraderError(f"no C++ compiler at {_CPP[0]}: install one (apt install g++)")
+            raise GraderError(f"no C++ compiler at {_CPP[0]}: install it (apt install g++)")
         self._num_compiled += 1
-        if self._num_compiled == _PAYS_FROM:
+        if self._num_compiled == _PRECOMPILE_FROM:
             self._precompiling = asyncio.ensure_future(self._precompile())
         include, binds = (("-I", _HEADER), ((str(self._header), _HEADER),)) if self._header else ((), ())
         argv = (*_CPP, *include, "-o", f"{WORK}/main", f"{WORK}/main.cpp")
-        outcome = await self.runs.run(Job(argv, _COMPILING, binds, str(folder)))
+        outcome = await self.executor.run(Job(argv, _COMPILING, binds, str(folder)))
         (folder / "main.cpp").unlink()
         if outcome.stopped or outcome.code or not (folder / "main").exists():
             why = f"the compiler was stopped: {outcome.stopped}\n" if outcome.stopped else ""
@@ -98,12 +98,12 @@ class ProgramCache:
         return Program((f"{BOX}/main",), ((str(folder), BOX),))
 
     async def _precompile(self) -> None:
-        """bits/stdc++.h once for all, by the same flags: a program that includes it compiles in a fifth of the time."""
+        """Precompile bits/stdc++.h with the same flags: programs that include it compile five times as fast."""
         folder = self.folder / "headers"
         (folder / "bits").mkdir(parents=True)
         (folder / "bits/stdc++.h").write_text("#include_next <bits/stdc++.h>\n")
         argv = (*_CPP, "-x", "c++-header", "-o", f"{WORK}/bits/stdc++.h.gch", f"{WORK}/bits/stdc++.h")
-        with suppress(SandboxFailure):  # programs compile without it
-            outcome = await self.runs.run(Job(argv, _COMPILING, (), str(folder)))
-            if not outcome.stopped and outcome.code == 0:  # another standard library than GNU's has no such header
+        with suppress(SandboxFailure):  # not required
+            outcome = await self.executor.run(Job(argv, _COMPILING, (), str(folder)))
+            if not outcome.stopped and outcome.code == 0:  # fails with standard libraries other than GNU's
                 self._header = folder

@@ -1,4 +1,4 @@
-"""What the judge's process and its clients say to each other."""
+"""Messages between the sandbox server and its clients."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-LENGTH = 8  # bytes before each message: its length, big-endian
-ALIVE_SECONDS = 5.0  # between the empty messages that say that the judge is there
-SILENCE_SECONDS = 60.0  # after which it hangs
+LENGTH = 8  # bytes of the big-endian length before each message
+HEARTBEAT_SECONDS = 2.0  # between empty messages while a client waits
+SILENCE_SECONDS = 60.0  # without a message: the server hangs
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """`backend` by name, or `auto`; `num_workers` runs at a time; `python` is the interpreter in the sandbox;
-    `cgroups` says whether to look for one that counts memory."""
+    """Options of `SandboxClient` that the server needs."""
 
     backend: str
     num_workers: int
@@ -24,14 +23,14 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class Handshake:
-    """What the judge found: the sandbox's name, why each one before it would not do, and its cgroup's folder."""
+    """Result of the server's start: the sandbox (None: none is safe), why others were rejected, the cgroup's folder."""
 
     backend: str | None
-    refused: list[str]
+    rejected: list[str]
     cgroup: str | None
 
 
 def frame(message: Any) -> bytes:
-    """A message as JSON, its length before it."""
+    """Encode a message as JSON after its length."""
     data = json.dumps(message).encode()
     return len(data).to_bytes(LENGTH, "big") + data

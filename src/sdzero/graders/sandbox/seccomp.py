@@ -1,7 +1,7 @@
-"""A seccomp program that turns away the system calls no contest program needs and attacks begin with.
+"""Seccomp filter against system calls that attacks start with and contest programs do not need.
 
-What it denies answers EPERM, `clone3` ENOSYS (libc then calls `clone`, whose flags can be looked at). A call of another
-architecture's table kills the program.
+Denied calls fail with EPERM, `clone3` with ENOSYS (libc then falls back to `clone`, whose flags can be inspected). A
+call through another architecture's table kills the program.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import platform
 import struct
 
-# name -> number on (x86_64, aarch64): Linux, arch/*/entry/syscalls; None where there is none
+# name -> number on (x86_64, aarch64), from Linux arch/*/entry/syscalls
 _DENIED = {
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
-    "shmget": (29, 194),  # memory that no address space has to hold
+    "shmget": (29, 194),  # memory outside any address space
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "mount": (165, 40),
@@ -46,7 +46,7 @@ _CLONE3 = 435
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, AUDIT_ARCH, clone
 _SOCKET = (41, 198)
-_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink: of others, no network namespace keeps vsock from the machine's
+_FAMILIES = (1, 2, 10, 16)  # unix, inet, inet6, netlink; e.g. vsock is not isolated by network namespaces
 
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _EPERM, _ENOSYS = 0x00050001, 0x00050026
@@ -54,8 +54,8 @@ _LOAD, _EQUAL, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; the argument's low half
 
 
-def policy() -> str:
-    """The same rules in nsjail's language, Kafel. Empty on an architecture without a table."""
+def kafel_policy() -> str:
+    """Return the rules in Kafel, nsjail's language; empty on an architecture without a table."""
     if platform.machine() not in _ARCHITECTURES:
         return ""
     column, _, _ = _ARCHITECTURES[platform.machine()]
@@ -66,13 +66,13 @@ def policy() -> str:
     return f"ERRNO(1) {{ {denied}, {spaces}, {sockets} }} ERRNO(38) {{ SYSCALL[{_CLONE3}] }} DEFAULT ALLOW"
 
 
-def program() -> bytes:
-    """The filter as the kernel reads it: an array of struct sock_filter. Empty on an architecture without a table."""
+def bpf_program() -> bytes:
+    """Return the BPF filter, an array of struct sock_filter; empty on an architecture without a table."""
     if platform.machine() not in _ARCHITECTURES:
         return b""
     column, arch, clone = _ARCHITECTURES[platform.machine()]
     lines = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER)]
-    if column == 0:  # the x32 table answers under the same architecture
+    if column == 0:  # the x32 table shares the architecture
         lines += [(_ABOVE, 0, 1, 0x3FFFFFFF), (_RETURN, 0, 0, _KILL)]
     for number in (numbers[column] for numbers in _DENIED.values()):
         lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]

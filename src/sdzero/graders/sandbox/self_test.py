@@ -1,4 +1,4 @@
-"""Whether a sandbox holds on this machine: a program that must run, and some whose harm must not happen."""
+"""Self-test of a sandbox: a benign program must run, and hostile ones must be contained."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sdzero.graders.sandbox.types import Limits
 
 _LIMITS = Limits(time=2, memory_mb=128, processes=16, wall=10)
 
-# Tells what it could do. %s: JSON of the file it must not read, the file it must not write, the port it must not reach,
-# and the variable that it must not see
+# Prints what it succeeded in. %r: JSON of a file it must not read, one it must not write, a port it must not reach, and
+# a variable it must not see
 _REACH = """
 import json, os, socket
 secret, target, port, variable = json.loads(%r)
@@ -26,9 +26,9 @@ def attempt(name, act):
         done.append(name)
     except (OSError, KeyError):
         pass
-attempt("read a file of the machine", lambda: open(secret).read())
-attempt("write a file of the machine", lambda: open(target, "w").write("x"))
-attempt("read the passwords", lambda: open("/etc/shadow").read())
+attempt("read a file of the host", lambda: open(secret).read())
+attempt("write a file of the host", lambda: open(target, "w").write("x"))
+attempt("read /etc/shadow", lambda: open("/etc/shadow").read())
 attempt("reach the network", lambda: socket.create_connection(("127.0.0.1", port), 2))
 attempt("see the environment", lambda: os.environ[variable])
 attempt("be root", lambda: open("/dev/mem", "rb"))
@@ -55,27 +55,28 @@ while True:
 """
 
 
-async def failing(runs: Executor, python: str, folder: Path) -> str | None:
-    """Why a sandbox cannot be trusted here; None where it holds.
+async def find_weakness(executor: Executor, python: str, folder: Path) -> str | None:
+    """Return why a sandbox is not safe on this machine, or None.
 
     Args:
-        folder: of the judge; programs must not reach it.
+        folder: the server's folder; programs must not reach it.
     """
-    secret, target, variable = folder / "secret", folder / "target", "SDZERO_JUDGE_PROBE"
+    secret, target, variable = folder / "secret", folder / "target", "SDZERO_SANDBOX_TEST"
     secret.write_text("secret")
     os.environ[variable] = "1"
     listener = socket.create_server(("127.0.0.1", 0))
     try:
         known = json.dumps([str(secret), str(target), listener.getsockname()[1], variable])
-        programs = [_REACH % known, *([_FORK, _MEMORY] if runs.backend.name != "unsafe" else [])]
-        outcomes = await asyncio.gather(*(_run(runs, python, program) for program in programs), return_exceptions=True)
+        programs = [_REACH % known, *([_FORK, _MEMORY] if executor.backend.name != "unsafe" else [])]
+        runs = (executor.run(Job((python, "-I", "-S", "-c", program), _LIMITS)) for program in programs)
+        outcomes = await asyncio.gather(*runs, return_exceptions=True)
         ended = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
-        for outcome in outcomes:  # all have ended: the next sandbox has a reaper of its own
+        for outcome in outcomes:  # all have ended: the next executor reaps its own children
             if isinstance(outcome, SandboxFailure):
                 return f"it does not run: {outcome}"
             if isinstance(outcome, BaseException):
                 raise outcome
-        return None if runs.backend.name == "unsafe" else _verdict(*ended)
+        return None if executor.backend.name == "unsafe" else _verdict(*ended)
     finally:
         listener.close()
         del os.environ[variable]
@@ -83,22 +84,18 @@ async def failing(runs: Executor, python: str, folder: Path) -> str | None:
         target.unlink(missing_ok=True)
 
 
-async def _run(runs: Executor, python: str, program: str) -> Outcome:
-    return await runs.run(Job((python, "-I", "-S", "-c", program), _LIMITS))
-
-
 def _verdict(reach: Outcome, fork: Outcome, memory: Outcome) -> str | None:
     if reach.stopped or reach.code != 7:
-        return f"it does not run: {_words(reach)}"
+        return f"it does not run: {_describe(reach)}"
     if done := json.loads(reach.stdout):
         return f"a program could {', '.join(done)}"
     if not fork.stopped and int(fork.stdout or 0) >= _LIMITS.processes:
         return f"a program could start {int(fork.stdout)} processes of {_LIMITS.processes}"
     if not memory.stopped and memory.code == 0:
-        return "a program could take any amount of memory"
+        return "a program could allocate memory without limit"
     return None
 
 
-def _words(outcome: Outcome) -> str:
-    words = outcome.stderr.decode(errors="replace").strip().splitlines()
-    return f"exit code {outcome.code}" + (f", {words[-1]}" if words else "")
+def _describe(outcome: Outcome) -> str:
+    lines = outcome.stderr.decode(errors="replace").strip().splitlines()
+    return f"exit code {outcome.code}" + (f", {lines[-1]}" if lines else "")

@@ -1,7 +1,7 @@
-"""The judge's process: it tries the sandboxes, drops from root, and judges what comes over its socket.
+"""Sandbox server: tests the backends, drops root, and grades the submissions it receives over a socket.
 
-`python -m sdzero.graders.sandbox.server FOLDER OPTIONS`: FOLDER is the client's and gets the socket; OPTIONS are
-JSON. Its one line on standard output says what it found (`Handshake`). It ends with its last client.
+`python -m sdzero.graders.sandbox.server FOLDER OPTIONS`: FOLDER is the client's and holds the socket; OPTIONS are JSON.
+Prints one line, the `Handshake`, to standard output. Ends with its last client.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from sdzero.graders.sandbox.backends import BACKENDS, SANDBOXES
 from sdzero.graders.sandbox.cgroups import Cgroups
 from sdzero.graders.sandbox.executor import Executor
 from sdzero.graders.sandbox.program_cache import ProgramCache
-from sdzero.graders.sandbox.protocol import ALIVE_SECONDS, LENGTH, Handshake, ServerOptions, frame
-from sdzero.graders.sandbox.self_test import failing
+from sdzero.graders.sandbox.protocol import HEARTBEAT_SECONDS, LENGTH, Handshake, ServerOptions, frame
+from sdzero.graders.sandbox.self_test import find_weakness
 from sdzero.graders.sandbox.semaphore import ResourceSemaphore
 from sdzero.graders.sandbox.submission_grader import SubmissionGrader
 from sdzero.graders.sandbox.types import Checker, Limits, Submission, read_test
 
-UID = 61_357  # whom root becomes: a number that no user has
-_SHARE = 0.8  # of the free memory that all runs may have together
+UID = 61_357  # unprivileged, unused uid that root drops to
+_MEMORY_SHARE = 0.8  # of the free memory, for all runs together
 _FIRST_CLIENT_SECONDS = 60.0
 
 
 class SandboxServer:
-    """Takes batches from any number of clients, and answers each submission when it is judged."""
+    """Receives batches from any number of clients and answers each submission when it is graded."""
 
     def __init__(self, grader: SubmissionGrader) -> None:
         self.grader = grader
@@ -44,10 +44,10 @@ class SandboxServer:
         self._num_running = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client, to its end; what it asked for and will not hear is stopped."""
+        """Serve one client until it disconnects, then cancel its pending submissions."""
         self._num_clients += 1
         tasks: set[asyncio.Task[None]] = set()
-        alive = asyncio.ensure_future(_say_alive(writer, tasks))
+        heartbeats = asyncio.ensure_future(_send_heartbeats(writer, tasks))
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(LENGTH), "big")
@@ -60,9 +60,9 @@ class SandboxServer:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            for task in (alive, *tasks):
+            for task in (heartbeats, *tasks):
                 task.cancel()
-            await asyncio.gather(alive, *tasks, return_exceptions=True)
+            await asyncio.gather(heartbeats, *tasks, return_exceptions=True)
             writer.close()
             self._num_clients -= 1
             if not self._num_clients:
@@ -74,24 +74,23 @@ class SandboxServer:
 
     async def _answer(self, index: int, submission: Submission, writer: asyncio.StreamWriter) -> None:
         if not self._num_running:
-            self.grader.programs.forget()
+            self.grader.programs.evict()
         self._num_running += 1
         try:
             verdict = await self.grader.grade(submission)
             writer.write(frame({"index": index, "verdict": dataclasses.asdict(verdict)}))
-        except GraderError as error:
-            writer.write(frame({"index": index, "fault": str(error)}))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it, not wait
-            writer.write(frame({"index": index, "fault": f"{type(error).__name__}: {error}"}))
+        except Exception as error:  # noqa: BLE001 - sent to the client, which would wait otherwise
+            message = str(error) if isinstance(error, GraderError) else f"{type(error).__name__}: {error}"
+            writer.write(frame({"index": index, "error": message}))
         finally:
             self._num_running -= 1
         await writer.drain()
 
 
-async def _say_alive(writer: asyncio.StreamWriter, tasks: set[asyncio.Task[None]]) -> None:
-    """Empty messages to a client that waits for answers."""
+async def _send_heartbeats(writer: asyncio.StreamWriter, tasks: set[asyncio.Task[None]]) -> None:
+    """Send empty messages to a client that waits for answers."""
     while True:
-        await asyncio.sleep(ALIVE_SECONDS)
+        await asyncio.sleep(HEARTBEAT_SECONDS)
         if tasks:
             writer.write(frame({}))
             await writer.drain()
@@ -104,29 +103,29 @@ def _submission(row: dict[str, Any], tests: list[tuple[Any, ...]]) -> Submission
     return Submission(**{**row, **parts})
 
 
-async def _judge(
+async def _run(
     options: ServerOptions, listener: socket.socket, work: Path, cgroups: Cgroups | None, ready: int
 ) -> None:
     names = [backend.name for backend in SANDBOXES] if options.backend == "auto" else [options.backend]
     kinds = [BACKENDS[name]() for name in names]
-    missing = {kind.name: kind.missing() for kind in kinds}  # before the drop: they import what they need
-    _drop()
-    slots = ResourceSemaphore(options.num_workers, _free_mb() * _SHARE)
-    refused: list[str] = []
-    runs = None
+    missing = {kind.name: kind.missing() for kind in kinds}  # before dropping root: some import their package
+    _drop_root()
+    semaphore = ResourceSemaphore(options.num_workers, _free_mb() * _MEMORY_SHARE)
+    rejected: list[str] = []
+    executor = None
     for kind in kinds:
-        tried = Executor(kind, slots, cgroups, work / "runs")
-        reason = missing[kind.name] or await failing(tried, options.python, work)
+        candidate = Executor(kind, semaphore, cgroups, work / "runs")
+        reason = missing[kind.name] or await find_weakness(candidate, options.python, work)
         if reason is None:
-            runs = tried
+            executor = candidate
             break
-        refused.append(f"{kind.name}: {reason}")
-    found = Handshake(runs and runs.backend.name, refused, str(cgroups.folder) if cgroups else None)
+        rejected.append(f"{kind.name}: {reason}")
+    found = Handshake(executor and executor.backend.name, rejected, str(cgroups.folder) if cgroups else None)
     os.write(ready, json.dumps(dataclasses.asdict(found)).encode() + b"\n")
     os.close(ready)
-    if runs:
-        programs = ProgramCache(runs, work / "programs", options.python)
-        await _listen(SandboxServer(SubmissionGrader(runs, programs, work / "runner", work / "runs")), listener)
+    if executor:
+        programs = ProgramCache(executor, work / "programs", options.python)
+        await _listen(SandboxServer(SubmissionGrader(executor, programs, work / "runner", work / "runs")), listener)
 
 
 async def _listen(server: SandboxServer, listener: socket.socket) -> None:
@@ -141,8 +140,8 @@ async def _listen(server: SandboxServer, listener: socket.socket) -> None:
     await asyncio.gather(*running, return_exceptions=True)
 
 
-def _drop() -> None:
-    """From root to a user that owns nothing."""
+def _drop_root() -> None:
+    """Become a user that owns nothing, if root."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(UID, UID, UID)
@@ -158,14 +157,14 @@ def main() -> None:
     folder, options = Path(sys.argv[1]), ServerOptions(**json.loads(sys.argv[2]))
     ready = os.dup(1)
     while (reserved := os.open(os.devnull, os.O_RDWR)) <= HOLD:
-        pass  # sandboxes get these numbers: nothing of ours may have them
+        pass  # reserved for sandboxes
     os.close(reserved)
     listener = socket.socket(socket.AF_UNIX)
     (folder / "socket").unlink(missing_ok=True)
     listener.bind(str(folder / "socket"))
-    listener.listen()  # before anybody is told that it is ready
+    listener.listen()  # before the handshake
     work = Path(f"{folder}-work")
-    shutil.rmtree(work, ignore_errors=True)  # a judge that was killed has left its own
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed server
     for place in (work, *(work / name for name in ("programs", "runs", "runner"))):
         place.mkdir(mode=0o700)
     shutil.copy(Path(__file__).with_name("call_runner.py"), work / "runner")
@@ -173,9 +172,9 @@ def main() -> None:
     if as_root:
         for path in (work, *work.rglob("*")):
             os.chown(path, UID, UID)
-    cgroups = Cgroups.delegated(UID if as_root else os.getuid()) if options.cgroups else None
+    cgroups = Cgroups.delegate(UID if as_root else os.getuid()) if options.cgroups else None
     try:
-        asyncio.run(_judge(options, listener, work, cgroups, ready))
+        asyncio.run(_run(options, listener, work, cgroups, ready))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

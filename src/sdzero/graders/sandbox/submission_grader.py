@@ -1,4 +1,4 @@
-"""From a submission to its verdict: compile, run test by test up to the first failed one, compare on this side."""
+"""Grading of submissions: compile, run the tests up to the first failed one, compare outside the sandbox."""
 
 from __future__ import annotations
 
@@ -29,43 +29,44 @@ from sdzero.types import Reason
 
 T = TypeVar("T")
 
-_NUM_TRIES = 3  # of one run, before a broken sandbox is a fault of the machinery
+_NUM_TRIES = 3  # of a run whose sandbox fails
 _SIGXCPU, _SIGXFSZ = 128 + 24, 128 + 25
-_OUT_OF_MEMORY = (b"std::bad_alloc", b"MemoryError", b"Cannot allocate memory")  # the last words of such a program
-_NO_PROGRAM = (b"SyntaxError", b"IndentationError", b"TabError")  # Python's compile errors
-_CHECKING = Limits(time=10, memory_mb=1024)
+_OUT_OF_MEMORY = (b"std::bad_alloc", b"MemoryError", b"Cannot allocate memory")  # error output of such a program
+_COMPILE_ERRORS = (b"SyntaxError", b"IndentationError", b"TabError")
+_CHECKER_LIMITS = Limits(time=10, memory_mb=1024)
 _DATA = "/data"
-# runs a program whose answer is a file, writes that file out, and ends as the program did
+# runs a program that writes a file, prints that file, and exits with the program's code
 _FILE_MODE = 'out=$1; shift; "$@" >/dev/null; code=$?; if [ -f "$out" ]; then cat "$out"; fi; exit $code'
 
 
 class SubmissionGrader:
-    """Judges submissions.
+    """Grades submissions.
 
     Args:
-        runs: where programs run.
-        programs: where they are compiled.
-        runner: the folder with call_runner.py, which calls a submission's function inside the sandbox.
-        folder: for the files that a checker reads.
+        executor: runs the programs.
+        programs: compiles them.
+        runner: folder with call_runner.py, which calls a submission's function inside the sandbox.
+        folder: location of temporary input files.
     """
 
-    def __init__(self, runs: Executor, programs: ProgramCache, runner: Path, folder: Path) -> None:
-        self.runs, self.programs, self.runner, self.folder = runs, programs, runner, folder
+    def __init__(self, executor: Executor, programs: ProgramCache, runner: Path, folder: Path) -> None:
+        self.executor, self.programs, self.runner, self.folder = executor, programs, runner, folder
 
     async def grade(self, submission: Submission) -> CodeVerdict:
-        """The verdict on one submission.
+        """Grade one submission.
 
         Raises:
-            GraderError: the machinery failed several times over.
+            GraderError: the sandbox failed repeatedly.
         """
-        backend = self.runs.backend.name
+        backend = self.executor.backend.name
         results: list[RunResult] = []
         for test in submission.tests:
-            program = await _tried(lambda test=test: self._program(submission, test))
+            program = await _with_retries(lambda test=test: self._program(submission, test))
             if program.error is not None:
                 return CodeVerdict(0, "compile_error", backend, message=program.error)
-            results.append(await _tried(lambda test=test, program=program: self._test(submission, program, test)))
-            if results[-1].reason != "correct":
+            result = await _with_retries(lambda test=test, program=program: self._test(submission, program, test))
+            results.append(result)
+            if result.reason != "correct":
                 break
         reason = results[-1].reason
         return CodeVerdict(1 if reason == "correct" else 0, reason, backend, tuple(results))
@@ -81,9 +82,9 @@ class SubmissionGrader:
 
     async def _test(self, submission: Submission, program: Program, test: Test) -> RunResult:
         outcome = await self._run(submission, program, test)
-        reason = _why_ended(outcome, submission)
+        reason = _failure_reason(outcome, submission)
         if reason is None:
-            reason = "correct" if await self._is_right(submission, test, outcome) else "wrong"
+            reason = "correct" if await self._is_correct(submission, test, outcome) else "wrong"
         shown = (text[:KEPT].decode(errors="replace") for text in (outcome.stdout, outcome.stderr))
         return RunResult(reason, outcome.cpu_seconds, outcome.wall_seconds, outcome.memory_mb, *shown)
 
@@ -91,31 +92,31 @@ class SubmissionGrader:
         argv, binds = program.argv, program.binds
         if isinstance(test, CallTest):
             row = {"source": submission.source, "call": test.call, "args": test.args}
-            return await self.runs.run(Job(argv, submission.limits, binds), json.dumps(row).encode())
+            return await self.executor.run(Job(argv, submission.limits, binds), json.dumps(row).encode())
         if isinstance(test, AssertTest):
-            return await self.runs.run(Job(argv, submission.limits, binds))
+            return await self.executor.run(Job(argv, submission.limits, binds))
         if not submission.files:
-            return await self.runs.run(Job(argv, submission.limits, binds), to_bytes(test.input))
+            return await self.executor.run(Job(argv, submission.limits, binds), to_bytes(test.input))
         read, written = submission.files
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             (Path(folder) / "input").write_bytes(to_bytes(test.input))
             argv = ("/bin/sh", "-c", _FILE_MODE, "sh", written, *argv)
             binds = (*binds, (f"{folder}/input", f"{WORK}/{read}"))
-            return await self.runs.run(Job(argv, submission.limits, binds))
+            return await self.executor.run(Job(argv, submission.limits, binds))
 
-    async def _is_right(self, submission: Submission, test: Test, outcome: Outcome) -> bool:
+    async def _is_correct(self, submission: Submission, test: Test, outcome: Outcome) -> bool:
         if isinstance(test, CallTest):
             returned, value = decode_value(outcome.stdout)
             return returned and same_value(test.expected, value)
         if isinstance(test, AssertTest):
             return _end_mark(submission, test).encode() in outcome.stdout
         if submission.checker:
-            return await self._checked(submission.checker, test, outcome.stdout)
+            return await self._run_checker(submission.checker, test, outcome.stdout)
         same = same_lines if submission.compare == "lines" else same_tokens
         return same(test.output, outcome.stdout.decode(errors="surrogateescape"))
 
-    async def _checked(self, checker: Checker, test: StdioTest, output: bytes) -> bool:
-        """The checker's word, which it has in a sandbox too. One that fails on an output has not accepted it."""
+    async def _run_checker(self, checker: Checker, test: StdioTest, output: bytes) -> bool:
+        """Run the checker, in a sandbox too. A checker that fails on an output rejects it."""
         program = await self.programs.get(checker.language, checker.source)
         if program.error is not None:
             raise GraderError(f"the checker does not compile: {program.error}")
@@ -123,17 +124,17 @@ class SubmissionGrader:
             for name, text in (("input", to_bytes(test.input)), ("output", output), ("correct", to_bytes(test.output))):
                 (Path(folder) / name).write_bytes(text)
             argv = (*program.argv, *(f"{_DATA}/{name}" for name in ("input", "correct", "output")))
-            outcome = await self.runs.run(Job(argv, _CHECKING, (*program.binds, (folder, _DATA))))
+            outcome = await self.executor.run(Job(argv, _CHECKER_LIMITS, (*program.binds, (folder, _DATA))))
         if outcome.stopped or outcome.code:
             return False
-        said = outcome.stdout.split()
-        if len(said) != 1 or not said[0].replace(b".", b"", 1).isdigit():
-            raise GraderError(f"the checker printed {outcome.stdout[:80]!r}; a checker prints a score: 1 or 100 passes")
-        return said[0] in (b"1", b"100")
+        words = outcome.stdout.split()
+        if len(words) != 1 or not words[0].replace(b".", b"", 1).isdigit():
+            raise GraderError(f"the checker printed {outcome.stdout[:80]!r}; it must print a score (1 or 100 passes)")
+        return words[0] in (b"1", b"100")
 
 
 def to_bytes(text: str) -> bytes:
-    """UTF-8, or the bytes that `surrogateescape` has kept."""
+    """Encode as UTF-8, restoring bytes kept by `surrogateescape`."""
     try:
         return text.encode(errors="surrogateescape")
     except UnicodeEncodeError:
@@ -141,12 +142,12 @@ def to_bytes(text: str) -> bytes:
 
 
 def _end_mark(submission: Submission, test: AssertTest) -> str:
-    """What a run that came to the end of its assertions has written: a `sys.exit()` on the way has not."""
+    """Return the text printed after the last assertion, which an early `sys.exit()` skips."""
     return hashlib.sha256(f"{submission.source}\0{test.program}".encode(errors="surrogatepass")).hexdigest()
 
 
-def _why_ended(outcome: Outcome, submission: Submission) -> Reason | None:
-    """Why a run failed before its answer could be looked at; None where it came to its end."""
+def _failure_reason(outcome: Outcome, submission: Submission) -> Reason | None:
+    """Return why a run failed; None if it exited normally, so that its output counts."""
     if outcome.stopped:
         return outcome.stopped
     if outcome.cpu_seconds > submission.limits.time or outcome.code == _SIGXCPU:
@@ -155,18 +156,18 @@ def _why_ended(outcome: Outcome, submission: Submission) -> Reason | None:
         return None
     if outcome.code == _SIGXFSZ:
         return "output_limit"
-    words = outcome.stderr.strip().rpartition(b"\n")[2]
-    if submission.language == "python" and outcome.code == 1 and words.startswith(_NO_PROGRAM):
+    last_line = outcome.stderr.strip().rpartition(b"\n")[2]
+    if submission.language == "python" and outcome.code == 1 and last_line.startswith(_COMPILE_ERRORS):
         return "compile_error"
     return "memory" if any(word in outcome.stderr for word in _OUT_OF_MEMORY) else "runtime_error"
 
 
-async def _tried(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Tries again while the sandbox fails. Raises: GraderError after the last try."""
+async def _with_retries(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Retry while the sandbox fails. Raises: GraderError after the last try."""
     for number in range(1, _NUM_TRIES + 1):
         try:
             return await attempt()
-        except SandboxFailure as fault:
+        except SandboxFailure as failure:
             if number == _NUM_TRIES:
-                raise GraderError(f"{number} tries failed; the last: {fault}") from fault
+                raise GraderError(f"{number} tries failed; the last: {failure}") from failure
     raise AssertionError

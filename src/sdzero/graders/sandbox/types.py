@@ -1,4 +1,4 @@
-"""The carriers between a task and the judge: a program with its tests goes in, a verdict with its figures comes out."""
+"""Data types of the sandbox: programs with tests and limits, and their verdicts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Compare = Literal["tokens", "lines"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run of a program may use.
+    """Limits of one run of a program.
 
     Args:
-        time: seconds of CPU time on one test.
-        memory_mb: memory of all its processes together, in MiB.
-        processes: processes and threads at one time.
-        files_mb: MiB that it may write to files.
+        time: CPU seconds per test.
+        memory_mb: memory of all processes of the run together, in MiB.
+        processes: concurrent processes and threads.
+        files_mb: MiB written to files.
         output_mb: MiB of standard output and error together; more is `output_limit`.
-        wall: seconds on the clock; null allows twice the CPU time and two seconds.
+        wall: wall-clock seconds; null allows twice the CPU time plus two seconds.
     """
 
     time: float = 10.0
@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class StdioTest:
-    """The program reads `input` and must write `output`."""
+    """Test by standard input and the expected standard output."""
 
     input: str
     output: str
@@ -54,9 +54,9 @@ class StdioTest:
 
 @dataclass(frozen=True)
 class CallTest:
-    """`call`(*args) must return `expected`, which never enters the sandbox. Values are what JSON can write.
+    """Test that `call`(*args) returns `expected`, which never enters the sandbox. All values are JSON. Python only.
 
-    `call` names a function, or a method of the program's class `Solution`. Python only.
+    `call` names a function, or a method of the program's class `Solution`.
     """
 
     call: str
@@ -66,9 +66,9 @@ class CallTest:
 
 @dataclass(frozen=True)
 class AssertTest:
-    """`program`, run after the submission in the same file, must come to its end. Python only.
+    """Test that `program`, appended to the submission, runs to its end. Python only.
 
-    Forgeable: a hostile submission can end the process, or change what the assertions call.
+    Forgeable: a hostile submission can end the process or replace what the assertions call.
     """
 
     program: str
@@ -79,7 +79,7 @@ Test = StdioTest | CallTest | AssertTest
 
 @dataclass(frozen=True)
 class Checker:
-    """A program `checker input correct output` that prints 1 or 100 for a right output, 0 for a wrong one."""
+    """Program `checker INPUT CORRECT OUTPUT` that prints 1 or 100 for a right output, 0 for a wrong one."""
 
     language: Language
     source: str
@@ -87,17 +87,17 @@ class Checker:
 
 @dataclass(frozen=True)
 class Submission:
-    """A program and what it is held against.
+    """Program with its tests.
 
     Args:
         language: `cpp` (C++17) or `python`.
-        source: the program's text.
+        source: source code of the program.
         tests: run in order, up to the first failed one.
-        limits: of each test's run.
+        limits: limits of each test's run.
         compare: `tokens` collapses white space and ignores the case of yes and no; `lines` compares line by line,
             then numbers by their value.
-        checker: decides in place of `compare`.
-        files: names of the input and the output file, for programs that use these in place of stdin and stdout.
+        checker: decides instead of `compare`.
+        files: names of the input and output file, for programs that use files instead of stdin and stdout.
     """
 
     language: Language
@@ -111,7 +111,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run. Texts are the first 2 kB. `memory_mb` is the largest resident size of one process, in MiB."""
+    """Result of one test. Texts are cut at 2 kB; `memory_mb` is the peak in MiB (of one process without a cgroup)."""
 
     reason: Reason
     cpu_seconds: float = 0.0
@@ -123,7 +123,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class CodeVerdict:
-    """`tests` holds the runs up to the first failed one; `message` is the compiler's, or why there was no run."""
+    """Verdict on a submission. `tests` ends with the first failed one; `message` is the compiler's."""
 
     reward: Literal[0, 1]
     reason: Reason
@@ -133,10 +133,10 @@ class CodeVerdict:
 
 
 def read_test(row: Mapping[str, Any]) -> Test:
-    """A test of a TESTS.json: {"input", "output"}, {"call", "args", "expected"} or {"program"}.
+    """Convert a JSON test: {"input", "output"}, {"call", "args", "expected"} or {"program"}.
 
     Raises:
-        ValueError: the row is none of them; names what it has.
+        ValueError: the row is none of these; names its keys.
     """
     for kind, keys in (
         (StdioTest, {"input", "output"}),

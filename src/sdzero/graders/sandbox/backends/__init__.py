@@ -1,4 +1,4 @@
-"""Kinds of sandbox, in the order in which they are tried."""
+"""Sandbox backends, in the order in which they are tried."""
 
 from sdzero.graders.sandbox.backends.bubblewrap import Bubblewrap
 from sdzero.graders.sandbox.backends.nsjail import Nsjail

@@ -1,4 +1,4 @@
-"""bubblewrap: user, pid, network, ipc and mount namespaces without root. The default."""
+"""bubblewrap: unprivileged user, pid, network, ipc and mount namespaces. The default."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Bubblewrap(Backend):
 
     @cached_property
     def _root(self) -> list[str]:
-        """The system's programs and libraries, nothing of /usr/local, /etc or /home."""
+        """Mount options for the system's programs and libraries, without /usr/local, /etc and /home."""
         mounts = ["--ro-bind", "/usr", "/usr", "--size", "4096", "--tmpfs", "/usr/local", "--remount-ro", "/usr/local"]
         for name in ("bin", "lib", "lib64", "sbin"):
             if os.path.islink(f"/{name}"):
@@ -55,7 +55,7 @@ class Bubblewrap(Backend):
         argv += ["--remount-ro", "/", "--remount-ro", "/dev", "--chdir", WORK]
         for name, value in ENVIRONMENT.items():
             argv += ["--setenv", name, value]
-        return [*argv, "--", *job.limited(self.counted, nproc=job.limits.processes)]
+        return [*argv, "--", *job.with_limits(self.counted, nproc=job.limits.processes)]
 
     def start(self, job: Job, descriptors: dict[int, int], enter: Callable[[int], None] | None) -> int:
         argv, moves = self.command(job), [(os.POSIX_SPAWN_DUP2, ours, its) for its, ours in descriptors.items()]
@@ -69,7 +69,7 @@ class Bubblewrap(Backend):
 
 
 def _value(status: bytes, key: str) -> int | None:
-    """bubblewrap writes one JSON object a line; the last line may not be whole yet."""
+    """Find a key in bubblewrap's status, one JSON object per line; the last line may be incomplete."""
     for line in status.splitlines():
         try:
             if key in (row := json.loads(line)):

@@ -1,4 +1,4 @@
-"""nsjail: the same namespaces by another program."""
+"""nsjail: the same namespaces as bubblewrap."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Nsjail(Backend):
     def missing(self) -> str | None:
         self._program = shutil.which("nsjail")
         if not self._program:
-            return "nsjail is not installed: build it from source, or take a distribution that packages it"
+            return "nsjail is not installed: build it from source or use a distribution that packages it"
         return None
 
     def command(self, job: Job) -> list[str]:
-        argv = [self._program or "nsjail", "--mode", "o", "--log_fd", str(STATUS), "--hostname", "judge"]
+        argv = [self._program or "nsjail", "--mode", "o", "--log_fd", str(STATUS), "--hostname", "sandbox"]
         argv += ["--disable_proc", "--cwd", WORK, "--time_limit", "0", "--rlimit_nproc", "max"]
         argv += ["--rlimit_as", "max", "--rlimit_cpu", "max", "--rlimit_fsize", "max", "--rlimit_stack", "max"]
         argv += ["--rlimit_nofile", "max", "--iface_no_lo"]
-        argv += ["--seccomp_string", policy] if (policy := seccomp.policy()) else []
+        argv += ["--seccomp_string", policy] if (policy := seccomp.kafel_policy()) else []
         size = job.limits.files_mb * 2**20
         for name in ("usr", "bin", "lib", "lib64", "sbin"):
             if os.path.islink(f"/{name}"):
@@ -42,7 +42,7 @@ class Nsjail(Backend):
             argv += ["--bindmount_ro", f"{here}:{there}"]
         for name, value in ENVIRONMENT.items():
             argv += ["--env", f"{name}={value}"]
-        return [*argv, "--", *job.limited(self.counted, nproc=job.limits.processes)]
+        return [*argv, "--", *job.with_limits(self.counted, nproc=job.limits.processes)]
 
     def exit_code(self, status: bytes, code: int) -> int | None:
         if found := re.search(rb"exited with status: (\d+)", status):

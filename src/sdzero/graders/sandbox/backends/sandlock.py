@@ -1,7 +1,7 @@
 """sandlock: Landlock and seccomp, for machines without user namespaces.
 
-Weaker than namespaces by design: programs keep the judge's uid, so Landlock's rules and scopes alone keep their hands
-off its files and processes, and what they write goes to a folder on disk.
+Weaker than namespaces by design: programs keep the server's uid, so only Landlock's rules and scopes protect its files
+and processes, and files are written to a folder on disk.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Sandlock(Backend):
     def missing(self) -> str | None:
         if not find_spec("sandlock"):
             return 'sandlock is not installed: pip install "sandlock>=0.9,<0.10"'
-        import sandlock  # now: once the judge has dropped from root, its files may be out of reach
+        import sandlock  # before the server drops root: its files may be unreadable afterwards
 
         if (has := sandlock.landlock_abi_version()) < (needs := sandlock.min_landlock_abi()):
-            return f"sandlock needs Landlock's interface {needs} (Linux 6.12), this kernel has {has}"
+            return f"sandlock needs Landlock ABI {needs} (Linux 6.12), but this kernel has {has}"
         return None
 
     def command(self, job: Job) -> list[str]:
-        return job.outside().limited(self.counted)
+        return job.in_host_paths().with_limits(self.counted)
 
     def exit_code(self, status: bytes, code: int) -> int | None:
         return int(status) if status else None
@@ -39,7 +39,7 @@ class Sandlock(Backend):
         from sandlock import Sandbox
 
         assert job.folder
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # it looks at its child by /proc, even dropped from root
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # sandlock reads its child's /proc, also without root
         box = Sandbox(
             fs_readable=[*filter(os.path.exists, _READABLE), *(here for here, _ in job.binds)],
             fs_writable=[job.folder, "/dev/null"],

@@ -1,4 +1,4 @@
-"""No sandbox at all, only limits of each process: for programs that one has written oneself."""
+"""No sandbox, only per-process limits: for programs you wrote yourself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Unsafe(Backend):
         return None
 
     def command(self, job: Job) -> list[str]:
-        return job.outside().limited(self.counted)
+        return job.in_host_paths().with_limits(self.counted)
 
     def exit_code(self, status: bytes, code: int) -> int | None:
         return code
