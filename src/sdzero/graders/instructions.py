@@ -56,7 +56,7 @@ def work(job: Job) -> Followed:
     if unknown := [id for id in job.instruction_ids if id not in registry]:
         return Followed(problem=f"{job.benchmark} has no instruction {unknown[0]!r}")
     if not job.instruction_ids:
-        return Followed(problem="the question has no instructions")
+        return Followed(problem="it has no instructions")
     if len(job.kwargs) != len(job.instruction_ids):
         return Followed(problem=f"{len(job.instruction_ids)} instructions, but kwargs for {len(job.kwargs)}")
     from if_verifiable.common import evaluate_instructions

@@ -251,7 +251,7 @@ def test_no_sandbox_no_run(breakable: Path, tmp_path: Path, monkeypatch: pytest.
     breakable.write_text("1\n" * 99)
     (tmp_path / "bin/nsjail").symlink_to("/bin/false")
     (tmp_path / "sandlock.py").write_text("def landlock_abi_version(): return -1\ndef min_landlock_abi(): return 6\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(NoSandboxError) as refused:
         SandboxClient()
     for part in (

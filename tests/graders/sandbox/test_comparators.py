@@ -113,7 +113,7 @@ def test_lines_as_livecodebench_compares_them(expected: str, output: str) -> Non
 
 # --- hostile output -------------------------------------------------------------------------------
 
-SIZE = 4 * 2**20  # bytes: quadratic time would take hours
+SIZE = 2 * 2**20  # bytes: quadratic time would take hours
 HOSTILE = {
     "words": "a " * (SIZE // 2),
     "spaces": "1" + " " * SIZE + "1",
@@ -134,7 +134,7 @@ def test_hostile_output_takes_linear_time(name: str, same: Callable[[str, str], 
     assert not same("1 1\n2", output)
     assert not same(output[: len(output) // 2] + "x", output)  # as long as it is, and almost the same
     assert same(output, output + " ")
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 4
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -291,4 +291,4 @@ def test_forged_lines(forged: bytes, returned: bool) -> None:
     said, value = decode_value(forged)
     assert said is returned
     assert not same_value({"a": [1]}, value)
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 4

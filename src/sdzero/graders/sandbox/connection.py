@@ -150,8 +150,8 @@ def _kill_remains(folder: Path) -> None:
         with suppress(OSError):
             if os.fsencode(folder) in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
                 os.kill(int(process.name), signal.SIGKILL)
-    with suppress(OSError, ValueError):
-        if place := Handshake(**json.loads((folder / "handshake.json").read_text())).cgroup:
+    with suppress(OSError, ValueError, KeyError):
+        if place := json.loads((folder / "handshake.json").read_text())["cgroup"]:
             deadline = time.monotonic() + _END_SECONDS
             while Path(place).exists() and time.monotonic() < deadline:  # killed processes may not have ended yet
                 for group in (*Path(place).glob("*/"), Path(place)):
