@@ -23,7 +23,7 @@ help:
 	@echo "make test     set up if need be, then every check that CI runs"
 	@echo "make chaos    20 random SIGKILLs and more; the runs must end as one without, to the bit: about 10 minutes"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
-	@echo "make docs     docs/config.md from the docstrings"
+	@echo "make docs     write docs/config.md, the reference of all configuration keys"
 	@echo "make notebooks  docs/notebooks from notebooks/ and the run in runs/quickstart (make demo makes one)"
 	@echo "make bench    side by side with TRL and Liger, in .venv-bench: about 45 minutes on one core"
 	@echo "make bench-gpu  the tests and benchmarks that need a CUDA device, in .venv-bench-gpu"

@@ -1,6 +1,7 @@
-"""docs/config.md, from the constructors and their docstrings: `python -m sdzero.cli.config_reference > docs/config.md`.
+"""Reference of all configuration keys, generated from constructors and their docstrings.
 
-A class is found through its base class, so a new file's keys appear by themselves.
+`python -m sdzero.cli.config_reference > docs/config.md`. Classes are found through their base class, so the keys of a
+new file appear automatically.
 """
 
 from __future__ import annotations
@@ -36,45 +37,50 @@ GROUPS: dict[type, tuple[str, str]] = {
     Method: ("Methods", "`model:` of a training or an evaluation."),
     StepDataModule: ("Data modules", "`data:` of a training or an evaluation."),
     Task: ("Tasks", "Questions, and the verifier of the answers."),
-    RolloutEngine: ("Engines", "What samples the responses."),
-    TraceSource: ("Trace sources", "Where `TraceDataModule` takes its traces from."),
-    Context: ("Teacher contexts", "What the teacher reads before the response it scores."),
+    RolloutEngine: ("Engines", "Samplers of responses."),
+    TraceSource: ("Trace sources", "Sources of the traces of `TraceDataModule`."),
+    Context: ("Teacher contexts", "Text that the teacher reads before the response it scores."),
     L.Callback: ("Callbacks", "Items of `trainer.callbacks`."),
     Strategy: ("Strategies", "`trainer.strategy`."),
 }
-"""Base class -> heading of the page, and what stands under it."""
+"""Base class -> heading of the page and the line under it."""
 VALUES = "Values with keys of their own"
 
 HEAD = """# Configuration keys
 
-This page is made from the constructors and their docstrings by `make docs`; change those, not this page.
+`make docs` generates this page from constructors and their docstrings; edit those instead.
 
 A recipe is a folder of YAML files: `collect.yaml` holds the keys of [Collect](#collect) and `seed_everything`, all
-others those of LightningCLI: `seed_everything`, `model`, `data`, `trainer` and `ckpt_path`. Where this page offers one
-of several classes, `class_path` names it and `init_args` holds its keys; a class of your own is named the same way.
-Every key can be set on the command line, after the files, by its path, in which `init_args` may be left out:
+others those of LightningCLI: `seed_everything`, `model`, `data`, `trainer` and `ckpt_path`. Where a key takes one of
+several classes, `class_path` names the class and `init_args` holds its keys; a class of your own is named the same way.
+On the command line a key is set by its path, in which `init_args` may be left out; it overrides the files:
 
 ```bash
 sdzero fit --config configs/recipes/smoke/self_distill.yaml --trainer.max_steps=3 --model.divergence.kind=forward
 ```
 
-Several `--config` files are laid over each other: a later one, such as `configs/trainer/fsdp2.yaml`, changes the keys
-that it names and leaves the others. A list is replaced as a whole (`callbacks:`) or extended (`callbacks+:`). Where the
-keys of a class are expected, the name of another YAML file may stand, relative to the file that names it.
-`--print_config` prints what came of it all. A key that does not exist is refused by name. `null` is written so on the
-command line where a key lies two levels deep: `--data.evaluation='{num_questions: null}'`.
+Several `--config` files are merged: a later one, such as `configs/trainer/fsdp2.yaml`, changes only the keys that it
+names. A list is replaced (`callbacks:`) or extended (`callbacks+:`). The name of a YAML file may take the place of a
+class's keys; it is relative to the file that names it. `--print_config` prints the merged result. An unknown key is
+refused by name. On the command line a `null` two levels deep needs braces: `--data.evaluation='{num_questions: null}'`.
 
 `trainer` is Lightning's Trainer with all of its keys (`sdzero fit --help`). Ours differs in two defaults,
 `num_sanity_val_steps: 0` and `log_every_n_steps: 1`. Gradients are clipped by `model.max_grad_norm`, not by
 `trainer.gradient_clip_val`; a training's `trainer.precision` is `32-true`, `64-true` or `bf16-mixed`; and
-`plugins: {class_path: sdzero.trainer.AtomicCheckpointIO}` makes checkpoints that a kill cannot spoil.
+`plugins: {class_path: sdzero.trainer.AtomicCheckpointIO}` makes checkpoints atomic.
 """
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a config. default: `inspect.Parameter.empty` where the key is required; meaning: empty without a line in
-    the docstring."""
+    """A configuration key.
+
+    Args:
+        name: as in YAML.
+        hint: type.
+        default: `inspect.Parameter.empty` for a required key.
+        meaning: its `Args:` line; empty if there is none.
+    """
 
     name: str
     hint: Any
@@ -82,11 +88,11 @@ class Key:
     meaning: str
 
 
-# --- what there is --------------------------------------------------------------------------------
+# --- contents --------------------------------------------------------------------------------------
 
 
 def import_all() -> None:
-    """Every module of the package, so that each class has told its base class of itself."""
+    """Import every module of the package, which registers each class with its base class."""
     for module in pkgutil.walk_packages(sdzero.__path__, "sdzero."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
@@ -101,13 +107,13 @@ def class_path(cls: type) -> str:
 
 
 def classes(base: type) -> list[type]:
-    """What a config can name or inherit from: subclasses, and the base itself where its package offers it."""
+    """Classes that a config can name: subclasses, and the base itself if its package exports it."""
     found, todo = set[type](), [base]
     while todo:
         found |= {*(new := todo.pop().__subclasses__())}
         todo += new
-    offered = class_path(base) != f"{base.__module__}.{base.__name__}"
-    ours = {cls for cls in found | ({base} if offered else set()) if cls.__module__.startswith("sdzero.")}
+    exported = class_path(base) != f"{base.__module__}.{base.__name__}"
+    ours = {cls for cls in found | ({base} if exported else set()) if cls.__module__.startswith("sdzero.")}
     return sorted((cls for cls in ours if keys(cls) or not inspect.isabstract(cls)), key=class_path)
 
 
@@ -133,7 +139,7 @@ def keys(cls: type) -> list[Key]:
 
 
 def _default(owner: type, parameter: inspect.Parameter) -> Any:
-    """A dataclass shows a stand-in where a factory makes the default."""
+    """Default of a parameter; a dataclass hides one that a factory makes."""
     if dataclasses.is_dataclass(owner):
         field = next(field for field in dataclasses.fields(owner) if field.name == parameter.name)
         if field.default_factory is not dataclasses.MISSING:
@@ -148,14 +154,14 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def _meaning(name: str, documented: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """From the nearest class that has a line on it; `as in X` is what X says."""
-    said = next((args[name] for _, args in documented if name in args), "")
-    refers = re.fullmatch(r"as in (\w+)\.?", said)
-    return dict(documented)[refers[1]][name] if refers else said
+    """Docstring line of the nearest class that has one; `as in X` is resolved."""
+    line = next((args[name] for _, args in documented if name in args), "")
+    refers = re.fullmatch(r"as in (\w+)\.?", line)
+    return dict(documented)[refers[1]][name] if refers else line
 
 
 def nested(hint: Any) -> Iterator[type]:
-    """The dataclasses within a type, and within their keys."""
+    """Yield the dataclasses in a type, recursively."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         yield hint
         for key in keys(hint):
@@ -164,11 +170,11 @@ def nested(hint: Any) -> Iterator[type]:
         yield from nested(part)
 
 
-# --- how it reads ---------------------------------------------------------------------------------
+# --- rendering ------------------------------------------------------------------------------------
 
 
 def type_name(hint: Any) -> str:
-    """A type in the words of a YAML file, with a link where the page tells more."""
+    """Describe a type in terms of YAML, linked to its section."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint == OptimizerCallable:
         return "an optimizer of `torch.optim`"
@@ -203,7 +209,7 @@ def default_text(value: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value on one line of YAML; of an object only what differs from its class's own defaults."""
+    """Format a value as one line of YAML; an object shows only what differs from its class's defaults."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         now = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return _yaml({key.name: now[key.name] for key in keys(type(value)) if now[key.name] != key.default})
@@ -245,7 +251,7 @@ def page() -> str:
     about = {title: text for title, text in GROUPS.values()}
     about |= {
         "Collection": "`collect.yaml`.",
-        "Values with keys of their own": "They are mappings, without a class path.",
+        VALUES: "Mappings, without a class path.",
     }
     parts = [HEAD.rstrip()]
     for title, sections in documented_classes().items():
