@@ -1,4 +1,4 @@
-"""The house stands: one callbacks folder, a complete wheel, light imports, documents that name what exists."""
+"""Layout, wheel, light imports, and documents that name existing files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> None:
 
 
 @pytest.mark.parametrize("name", LINKED)
-def test_a_folder_at_the_top_and_its_place_in_the_package_are_one(name: str) -> None:
+def test_the_package_links_to_the_folder_at_the_top(name: str) -> None:
     link, folder = ROOT / "src/sdzero" / name, ROOT / name
     assert not folder.is_symlink()
     assert link.readlink() == Path("../..") / name
@@ -35,7 +35,7 @@ def test_a_folder_at_the_top_and_its_place_in_the_package_are_one(name: str) -> 
     assert link.samefile(folder)
 
 
-def test_the_console_script_and_the_version_are_those_of_the_package() -> None:
+def test_the_console_script_and_the_version() -> None:
     (script,) = entry_points(group="console_scripts", name="sdzero")
     assert script.value == "sdzero.cli.main:main"
     assert version("sdzero") == sdzero.__version__
@@ -47,7 +47,7 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
 
 
 def built(source: Path, folder: Path) -> zipfile.ZipFile:
-    """The wheel that pip builds from `source`, without a network."""
+    """Build a wheel from `source` with pip, without a network."""
     wheel_command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     run(sys.executable, *wheel_command, "--wheel-dir", str(folder), str(source), cwd=folder.parent)
     (wheel,) = folder.glob("*.whl")
@@ -61,7 +61,7 @@ def test_wheels_from_the_tree_and_from_the_sdist_hold_every_file_and_work(tmp_pa
     linked = [path for name in LINKED for path in (tree / name).rglob("*.*") if path.is_file()]
     files |= {f"sdzero/{path.relative_to(tree)}" for path in linked}
     assert {"sdzero/callbacks/__init__.py", "sdzero/report/page.html", "sdzero/configs/tiny_model/config.json"} <= files
-    (cache := tree / "configs/recipes/own_data/__pycache__").mkdir()  # left by who used that recipe
+    (cache := tree / "configs/recipes/own_data/__pycache__").mkdir()  # left by an import of that recipe
     (cache / "verifier.cpython-311.pyc").touch()
 
     run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')", cwd=tree)
@@ -76,7 +76,7 @@ def test_wheels_from_the_tree_and_from_the_sdist_hold_every_file_and_work(tmp_pa
 
 
 def works_in(folder: Path, site: Path) -> None:
-    """A recipe out of the wheel's own files is written, begun, and reported on."""
+    """Copy a recipe out of the wheel, start it and write its report."""
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     commands = [
         "init smoke",
@@ -106,3 +106,17 @@ def test_documents_name_only_files_that_exist(document: Path) -> None:
     assert [name for name in linked if not (document.parent / name).exists()] == []
     quoted = re.findall(r"\b(?:src|callbacks|configs|tests|docs|notebooks|benchmarks)/[\w./-]*\w", text)
     assert [name for name in quoted if not (ROOT / name).exists()] == []
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    (tree,) = re.findall(r"```\n(configs/ .*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    top = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert {*re.findall(r"^([\w/]+)/(?:  |$)", tree, flags=re.M)} == top - {
+        "src",
+        "runs",
+        "models",
+        "build",
+        "dist",
+    } | {"src/sdzero"}
+    package = {p.name + "/" * p.is_dir() for p in (ROOT / "src/sdzero").iterdir() if not p.name.startswith("__")}
+    assert {*re.findall(r"^  ([\w.]+/?)  ", tree, flags=re.M)} == package - {f"{name}/" for name in LINKED}
