@@ -1,10 +1,10 @@
-"""Which models fit which number of GPUs, by `sdzero.pipeline.dry_run`'s arithmetic: docs/scaling.md's tables.
+"""Memory of large models on 1 to 64 GPUs, computed by `sdzero.pipeline.dry_run`: tables of docs/scaling.md.
 
     python benchmarks/fits.py
 
-Sizes of the steps are the paper's: SRT reads traces of 32,768 tokens, 4 a step (table 4); SelfDistill samples 8,192
-tokens after a prompt of 1,024, 128 a step (table 6). Float32 weights where they train, bfloat16 computation, gradient
-checkpointing, FullShard over all GPUs. Nothing here is measured.
+Step sizes are the paper's: SRT trains on 4 traces of 32,768 tokens (table 4); SelfDistill samples 128 responses of
+8,192 tokens after prompts of 1,024 (table 6). Trained weights are float32, computation bfloat16, with gradient checkpointing
+and FullShard over all GPUs. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdzero.pipeline.dry_run.sampling import engine, rollout_moment
 from sdzero.pipeline.dry_run.training import resident, training_moments
 
 RECIPES = Path(__file__).parents[1] / "configs/recipes"
-LARGE: dict[str, dict[str, Any]] = {  # of their config.json
+LARGE: dict[str, dict[str, Any]] = {  # from their config.json
     "Qwen3-32B": {
         "model_type": "qwen3",
         "hidden_size": 5120,
@@ -51,17 +51,17 @@ LARGE: dict[str, dict[str, Any]] = {  # of their config.json
         "max_position_embeddings": 131_072,
     },
 }
-SMALLER = {"Qwen3-4B": "qwen3-4b-math", "Olmo-3-7B": "olmo3-7b-math"}  # whose sizes stand in a recipe's plan.yaml
+SMALLER = {"Qwen3-4B": "qwen3-4b-math", "Olmo-3-7B": "olmo3-7b-math"}  # sizes from a recipe's dry-run assumptions
 NUM_GPUS = (1, 8, 16, 32, 64)
 GPU_BYTES = int(79.1 * GIB)  # an 80 GB card as its driver reports it
 PROMPT, RESPONSE = 1024, 8192
 ENGINE_GPUS = {"Qwen3-4B": 1, "Olmo-3-7B": 1, "Qwen3-32B": 4, "Llama-3.3-70B": 8}
-"""GPUs of one engine: the fewest, of 1, 4 and 8, on which its weights leave room for keys and values."""
+"""GPUs per engine: the fewest of 1, 4 and 8 on which the weights leave room for keys and values."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Examples of a step, tokens of the longest one and of a micro batch."""
+    """Examples per step, tokens of the longest one and of a micro batch."""
 
     examples: int
     longest: int
@@ -73,12 +73,12 @@ STAGES = {"srt": Stage(4, 32_768, 32_768), "self_distill": Stage(128, PROMPT + 2
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user sets.
+    """Settings of a row.
 
     Args:
         name: as in the table.
-        settings: of `model.student`.
-        teacher_bytes: of an element of the teacher; 0: it is the student without its adapters.
+        settings: keys of `model.student`.
+        teacher_bytes: bytes per element of the teacher; 0: the student without its adapters.
         reduces: `model.reduce_every_micro_batch`.
         tensor_parallel: `strategy.tensor_parallel_size`.
     """
@@ -128,7 +128,7 @@ def settings_of(choice: Choice) -> dict[str, Any]:
 
 
 def largest(stage: str, model: Architecture, choice: Choice, num_gpus: int) -> tuple[int, str]:
-    """Bytes of a GPU at the largest moment of training, and its name."""
+    """Bytes of a GPU at the memory peak of training, and the name of that peak."""
     at, sizes = machine_of(choice, num_gpus), STAGES[stage]
     arguments: dict[str, Any] = {"student": settings_of(choice), "optimizer": {"init_args": {"fused": True}}}
     arguments["reduce_every_micro_batch"] = choice.reduces
@@ -142,7 +142,7 @@ def largest(stage: str, model: Architecture, choice: Choice, num_gpus: int) -> t
 
 
 def table(stage: str) -> str:
-    """GiB of a GPU at the largest moment of a stage's training."""
+    """Table of a stage: GiB of a GPU at the memory peak of training."""
     lines = ["| model | | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in NUM_GPUS) + " |"]
     lines.append("|---|---|" + "--:|" * len(NUM_GPUS))
     for name, model in models().items():
@@ -161,7 +161,7 @@ def _cell(stage: str, model: Architecture, choice: Choice, num_gpus: int) -> str
 
 
 def engines_table() -> str:
-    """The largest gpu_memory_utilization beside a sharded SelfDistill, and how many longest sequences it then holds."""
+    """Table of the largest gpu_memory_utilization beside a sharded SelfDistill, and the longest sequences it holds."""
     lines = ["| model | | GPUs of an engine | " + " | ".join(f"{n} GPUs" for n in NUM_GPUS[1:]) + " |"]
     lines.append("|---|---|--:|" + "--:|" * len(NUM_GPUS[1:]))
     chosen = [choice for choice in CHOICES["self_distill"] if choice.name.startswith(("teacher bfloat16, `", "`lora"))]
@@ -189,7 +189,7 @@ def _room(model: Architecture, choice: Choice, engine_gpus: int, num_gpus: int) 
 
 
 def measured_table(results: Path) -> str:
-    """What benchmarks/memory.py measured, beside the arithmetic."""
+    """Table of the peaks that benchmarks/memory.py measured, beside the computed ones."""
     result = json.loads((results / "memory.json").read_text())
     head = f"torch {result['machine']['packages']['torch']}, {result['date']}. MiB of a process."
     lines = [head, "", "| training | moment | measured | by arithmetic | ratio |", "|---|---|--:|--:|--:|"]

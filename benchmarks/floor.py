@@ -1,12 +1,12 @@
-"""What one step of phase 2 costs at the least, from the model's shape and a GPU's data sheet.
+"""Lower bound on the time of a step of phase 2, from the model's shape and a GPU's data sheet.
 
     python benchmarks/floor.py
 
-Products: the student's pass forward and backward and the teacher's over x + y + P_r + y, at a share of the nominal
-rate; recomputed activations would add a third of the student's. Sampling: every step of decoding reads all weights and
-the keys and values of all responses at the memory's nominal rate, all responses at once. vLLM needs more.
+Training: the student's forward and backward pass and the teacher's over x + y + P_r + y at a fraction of the nominal
+FLOP/s; recomputed activations would add a third of the student's. Sampling: every decoding step reads all weights and
+the keys and values of all responses at the nominal memory bandwidth, all responses at once. vLLM needs more.
 
-Padding: the share of a step's positions that hold no token, for made-up lengths.
+Padding: fraction of a step's positions without a token, for made-up lengths.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from sdzero.methods.batching import micro_batches
 from sdzero.types import Example
 
 H100_FLOPS, H100_BYTES = 989e12, 3.35e12
-"""Dense bfloat16 products, and bytes of memory read, a second: NVIDIA's data sheet of the SXM card."""
+"""Dense bfloat16 FLOP/s and memory bytes/s of the SXM card's data sheet."""
 MFU = 0.5
-"""Share of the nominal rate that good training code reaches."""
+"""Model FLOP utilisation of good training code."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A model's shape and the sizes of a step; the defaults are Qwen3-4B's and table 6's prompts."""
+    """Shape of a model and sizes of a step; defaults are those of Qwen3-4B and of table 6."""
 
     hidden: int = 2560
     layers: int = 36
@@ -41,12 +41,12 @@ class Step:
 
     @property
     def weights(self) -> int:
-        """Of the layers."""
+        """Weights of the layers."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.shared_heads)
         return self.layers * (attention + 3 * self.hidden * self.inner)
 
     def forward(self, length: int) -> float:
-        """Products, twice each, of one sequence without the head; causality leaves half of the attention."""
+        """FLOP of one sequence without the head; causality leaves half of the attention."""
         return length * (2 * self.weights + 2 * self.layers * self.heads * self.head_dim * length)
 
     @property
@@ -63,7 +63,7 @@ class Step:
         return self.responses * self.response * 4 * 2 * self.hidden * self.vocab
 
     def decoding(self, gpus: int) -> float:
-        """Seconds."""
+        """Seconds of sampling."""
         weights = 2 * (self.weights + self.hidden * self.vocab)
         cache = 2 * 2 * self.layers * self.shared_heads * self.head_dim * (self.prompt + self.response / 2)
         return self.response * (weights + self.responses / gpus * cache) / H100_BYTES
@@ -86,13 +86,13 @@ def table() -> str:
 
 
 def lengths(num: int, seed: int) -> list[int]:
-    """Of responses: log-normal around 2,000 tokens with spread 0.8, cut at 8,192."""
-    draw = random.Random(seed)
-    return [min(8192, max(16, int(draw.lognormvariate(7.6, 0.8)))) for _ in range(num)]
+    """Response lengths: log-normal around 2,000 tokens with spread 0.8, cut at 8,192."""
+    rng = random.Random(seed)
+    return [min(8192, max(16, int(rng.lognormvariate(7.6, 0.8)))) for _ in range(num)]
 
 
 def padding_table(budget: int = 20_480, prompt: int = 200, seeds: int = 20) -> str:
-    """Means over seeds; the teacher's sequences, x + y + P_r + y."""
+    """Means over seeds, for the teacher's sequences x + y + P_r + y."""
     lines = [
         "| responses of a rank | padded to the longest | sorted | micro batches | packed |",
         "|---|---|---|---|---|",

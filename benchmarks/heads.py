@@ -1,8 +1,8 @@
-"""The loss heads from hidden states to gradients, against the bare matrix products and other implementations.
+"""Loss heads from hidden states to gradients, against bare matrix products and other implementations.
 
     python benchmarks/heads.py [--rounds 3] [--small]
 
-`floor` is what no exact head can go below: student logits, teacher logits and the two products of the gradient, in
+`floor` is a lower bound for exact heads: student logits, teacher logits and the two products of the gradient, in
 chunks with reused buffers (cross-entropy: without the teacher's). Prints a table and writes results/heads.json.
 """
 
@@ -27,7 +27,7 @@ Side = Callable[[], Any]
 
 @dataclass
 class Case:
-    """Hidden states and heads of a student and of a teacher near to it, float32 on a CPU and bfloat16 on a GPU."""
+    """Hidden states and heads of a student and a nearby teacher, float32 on a CPU and bfloat16 on a GPU."""
 
     num_tokens: int
     hidden_size: int
@@ -50,7 +50,7 @@ class Case:
         return f"H={self.hidden_size} V={self.vocab:,} N={self.num_tokens:,}"
 
     def trained(self, loss: Callable[[], Tensor]) -> Side:
-        """A run of `loss` and its gradients."""
+        """Run `loss` and its gradients."""
 
         def run() -> None:
             self.hidden.grad = self.weight.grad = None
@@ -113,7 +113,7 @@ def trl_kl(case: Case) -> Side:
 
 
 def trl_top_k(case: Case) -> Side:
-    """SDFTTrainer's loss: logits of both are made whole before it."""
+    """SDFTTrainer's loss, from whole logits of both models."""
     from trl.experimental.sdft.loss_utils import (  # pyright: ignore[reportMissingImports]
         compute_topk_self_distillation_loss,
     )
@@ -160,7 +160,7 @@ def trl_ce(case: Case) -> Side:
 
 
 def liger_ce(case: Case) -> Side:
-    """Liger's own needs Triton on a GPU."""
+    """Liger's head, which needs Triton on a GPU."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
     head = LigerFusedLinearCrossEntropyLoss()
@@ -168,7 +168,7 @@ def liger_ce(case: Case) -> Side:
 
 
 def sides(case: Case, kind: str) -> dict[str, Side]:
-    """The sides that can run here; the packages of peers may be missing."""
+    """Sides that can run here; packages of peers may be missing."""
     makers: dict[str, Callable[[Case], Side]] = {
         "floor": functools.partial(floor, with_teacher=kind == "kl"),
         **(
@@ -211,7 +211,7 @@ def main() -> None:
             rows += measure.compare(name, sides(case, kind), "floor", given.rounds, work=num_tokens)
     settings = {"rounds": given.rounds, "chunk": CHUNK}
     about = "Loss heads, hidden states to gradients; ratio to the bare matrix products"
-    measure.write("heads-small" if given.small else "heads", about, settings, rows, given.out)
+    measure.write("heads", about, settings, rows, given)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Training loops that take turns: of Lightning, of transformers, or plain ones.
+"""Training loops that take turns: Lightning's, transformers', or plain ones.
 
-A side stops after each optimizer step until it is called again. So the steps of different trainers alternate, and what
-a trainer does before its first step, or would do after its last, is in no figure. Each side counts the tokens of its
-loss, and the benchmark ends where one has trained on others than were stored.
+A side pauses after each optimizer step until it is called again, so that steps of different trainers alternate and
+start-up and shut-down are not measured. Each side counts the tokens of its loss; the benchmark stops if their number
+differs from the stored one.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Side:
     """One optimizer step of a training loop at each call.
 
     Args:
-        loop: trains until `after_step`, which it calls after each optimizer step, is true. It runs in a thread of
-            its own, and adds to `tokens` and `loss` as it goes.
-        expected: tokens that the loss of every step must hold.
+        loop: trains until `after_step`, called after each optimizer step, returns True. It runs in its own thread and
+            adds to `tokens` and `loss`.
+        expected: tokens in the loss of every step.
     """
 
     def __init__(self, loop: Callable[[Side], None], expected: int) -> None:
@@ -55,7 +55,7 @@ class Side:
         self._done.acquire()
         if self._running.done():
             self._running.result()
-            raise RuntimeError("the training loop ended by itself")
+            raise RuntimeError("the training loop ended early")
         if int(self.tokens) != self.expected:
             raise RuntimeError(f"trained on {int(self.tokens)} tokens where {self.expected} are stored")
         if self.first_loss is None:
@@ -63,15 +63,15 @@ class Side:
 
     def _start(self) -> Future[None]:
         running = self._pool.submit(self._run)
-        running.add_done_callback(lambda _: self._done.release())  # an error in the loop must not leave us waiting
+        running.add_done_callback(lambda _: self._done.release())  # an error in the loop must not block us
         return running
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # a thread starts with as many as the machine has
+        torch.set_num_threads(self._num_threads)  # a new thread starts with the default
         self.loop(self)
 
     def after_step(self) -> bool:
-        """Waits for the next call; true: there is none, end."""
+        """Wait for the next call; return True to end the loop."""
         self._done.release()
         self._go.acquire()
         return self._ending
@@ -106,7 +106,7 @@ class _Turns(L.Callback):
 
 
 def ours(make: Callable[[], Method], batch: Callable[[Method, int], Any], expected: int) -> Side:
-    """A method in Lightning's Trainer. `batch` makes the batch of a step; `expected` is what it adds to the budget."""
+    """Run a method in Lightning's Trainer. `batch` makes a step's batch, which adds `expected` tokens."""
 
     def loop(side: Side) -> None:
         method = make()
@@ -134,9 +134,9 @@ def ours(make: Callable[[], Method], batch: Callable[[Method, int], Any], expect
 
 
 def plain(folder: Path, step: Callable[[list[nn.Module], Side], None], expected: int, num_models: int = 1) -> Side:
-    """A loop in bare torch over one model, or a student and its frozen teacher.
+    """Run a loop in bare torch over one model, or a student and its frozen teacher.
 
-    `step(models, side)` adds up the gradients of a step, one sequence at a time.
+    `step(models, side)` accumulates the gradients of a step, one sequence at a time.
     """
 
     def loop(side: Side) -> None:
@@ -171,7 +171,7 @@ class _TrlTurns(TrainerCallback):
 
 
 def trl(make: Callable[[Side], Any], expected: int) -> Side:
-    """A trainer of TRL; `make` gives the trainer, whose `compute_loss` adds to the side's `tokens` and `loss`."""
+    """Run a trainer of TRL from `make`, whose `compute_loss` adds to the side's `tokens` and `loss`."""
 
     def loop(side: Side) -> None:
         trainer = make(side)
@@ -184,8 +184,7 @@ def trl(make: Callable[[Side], Any], expected: int) -> Side:
 def trl_options(folder: Path, rows: int, num_rows: int) -> dict[str, Any]:
     """Arguments of every TRL trainer: `num_rows` sequences a step, `rows` at a time, and the optimizer of the others.
 
-    The optimizer's implementation is left to TRL, which takes torch's fused one. Recomputing activations is TRL's
-    default and is turned off: no other side does it.
+    TRL uses torch's fused optimizer. Its default of recomputing activations is turned off, as on all sides.
     """
     assert num_rows % rows == 0, (num_rows, rows)
     on_gpu = torch.cuda.is_available()

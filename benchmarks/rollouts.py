@@ -1,24 +1,23 @@
-"""Rollouts: our vLLM engine beside vLLM alone, the sync of weights beside a copy, and what fills a generate call.
+"""Rollouts: our vLLM engine against vLLM alone, weight sync against a copy, and the best shape of a generate call.
 
     python benchmarks/rollouts.py [--small] [--rounds N] [--out FOLDER]
 
-- generate: `vLLM` is a `vllm.LLM` of its own, given the same prompts, settings and seed; `sdzero, journal` keeps each
-  step's tokens on disk, as collection and evaluation do.
+- generate: `vLLM` is a separate `vllm.LLM` with the same prompts, settings and seed; `sdzero, journal` writes each
+  step's tokens to disk, as collection and evaluation do.
 - call size: the same requests in one call, and in calls of 32, 64 and 128.
-- order: more requests than run at once, as they come and the longest prompts first, with response lengths that follow
-  the prompts' and with lengths that do not.
+- order: more requests than run at once, in the given order and longest prompts first, with response lengths that
+  correlate with the prompts' and with lengths that do not.
 - prefix: three revisions of each answer side by side, far apart, and without the prefix cache; tokens are the prompts'.
-- sync: `copy` is `copy_` of all weights into a second model; `vLLM reload` is vLLM's part of ours, without the proof
-  that all arrived; MiB a second.
+- sync: `copy` is `copy_` of all weights into a second model; `vLLM reload` is vLLM's part of our sync, without the
+  check that all weights arrived; MiB per second.
 
-In call size, order and prefix a request ends at a length of its own, the same for all sides; `steps` in the JSON file
-counts the engine's steps, which no other load on the machine changes. `hidden 256` has 4 layers, `tiny` 3 layers of 64;
-weights are random. Needs no network; about five minutes on a CPU, where it takes one thread.
+In call size, order and prefix each request has a fixed length, the same for all sides; `steps` in the JSON file counts
+the engine's steps, which do not depend on other load. `hidden 256` has 4 layers, `tiny` 3 layers of 64; weights are
+random. Needs no network; about five minutes on one thread of a CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import sys
@@ -32,7 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import RESULTS, Row, compare, write
+from measure import Row, compare, one_thread, parser, write
 from stored import SHAPE, TINY, Case, write_model
 from transformers import AutoModelForCausalLM
 
@@ -48,14 +47,14 @@ MODELS = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 192},
 }
 VOCAB, MAX_MODEL_LEN, SEED = 4096, 1024, 1
-END_EVERY = 64  # one id in so many ends a response: lengths then spread as those of a coin that is tossed per token
+END_EVERY = 64  # one id in 64 ends a response, so lengths are geometric
 
 
 class Engines:
-    """Ours and a vLLM of its own, on the same weights; what both took to start and for their first call is told."""
+    """Our engine and a separate vLLM on the same weights, with the seconds of start-up and first calls."""
 
     def __init__(self, folder: Path, num_prompts: int, max_new_tokens: int) -> None:
-        self.folder, self.draw = folder, random.Random(0)
+        self.folder, self.rng = folder, random.Random(0)
         self.builder = PromptBuilder.from_pretrained(folder)
         self.builder.end_ids = frozenset({self.builder.end_id, *range(END_EVERY, VOCAB, END_EVERY)})
         self.sampling = Sampling(1.0, 1.0, max_new_tokens)
@@ -87,11 +86,11 @@ class Engines:
         )
 
     def ids(self, num: int) -> TokenIds:
-        return tuple(self.draw.randrange(VOCAB) for _ in range(num))
+        return tuple(self.rng.randrange(VOCAB) for _ in range(num))
 
     def lengths(self, num: int, mean: float, most: int) -> list[int]:
-        """Many short ones and a few long: exponential, cut at `most`."""
-        return [min(most, 8 + int(self.draw.expovariate(1 / mean))) for _ in range(num)]
+        """Exponential lengths, cut at `most`."""
+        return [min(most, 8 + int(self.rng.expovariate(1 / mean))) for _ in range(num)]
 
     # --- generate -------------------------------------------------------------------------------
 
@@ -123,16 +122,16 @@ class Engines:
         ours = sum(len(rollout.token_ids) for rollout in self.sdzero())
         theirs = sum(len(output.outputs[0].token_ids) for output in self.vllm())
         if abs(ours - theirs) > 0.01 * theirs:
-            raise RuntimeError(f"{name}: not the same work: {ours} tokens of ours, {theirs} of vLLM alone")
+            raise RuntimeError(f"{name}: unequal work: sdzero sampled {ours} tokens, vLLM alone {theirs}")
         sides = {"vLLM": self.vllm, "sdzero": self.sdzero, "sdzero, journal": self.journaled}
         return compare(name, sides, "vLLM", rounds, work=ours)
 
-    # --- requests that end at lengths of their own --------------------------------------------------
+    # --- requests of fixed length ----------------------------------------------------------------
 
     def answer(self, requests: Sequence[Request], cached: bool = True) -> dict[str, int]:
-        """One call: its steps, and how many of the prompts' tokens came from the prefix cache."""
+        """Make one call; return its steps and the prompt tokens read from the prefix cache."""
         plain = sampling_params(self.sampling, self.builder, by_step=False)
-        steps = list[int]()  # of each, the cached tokens of the requests that end with it
+        steps = list[int]()  # per step, the cached tokens of the requests that end with it
 
         def params(max_tokens: int) -> Any:
             made = plain(max_tokens)
@@ -140,7 +139,7 @@ class Engines:
             made.skip_reading_prefix_cache = not cached
             return made
 
-        self.ours.max_num_seqs = len(requests)  # so that it leaves them in the order given
+        self.ours.max_num_seqs = len(requests)  # keeps the given order
         engine = self.ours._llm.llm_engine
         step = engine.step
 
@@ -160,7 +159,7 @@ class Engines:
     def compared(
         self, name: str, sides: Mapping[str, Sequence[Sequence[Request]]], rounds: int, work: int, uncached: str = ""
     ) -> list[Row]:
-        """Sides that make the given calls; the first is the reference."""
+        """Compare sides that make the given calls; the first is the reference."""
         seen: dict[str, list[dict[str, int]]] = {}
 
         def run(side: str) -> Callable[[], None]:
@@ -184,9 +183,9 @@ class Engines:
 
     def order(self, name: str, rounds: int, num: int, mean: float) -> list[Row]:
         prompts = [self.ids(length) for length in self.lengths(num, 2 * mean, MAX_MODEL_LEN // 2)]
-        alike = [max(4, int(len(ids) * self.draw.uniform(0.3, 0.7))) for ids in prompts]
+        alike = [max(4, int(len(ids) * self.rng.uniform(0.3, 0.7))) for ids in prompts]
         rows = []
-        for kind, lengths in (("like the prompts'", alike), ("unlike", self.draw.sample(alike, num))):
+        for kind, lengths in (("like the prompts'", alike), ("unlike", self.rng.sample(alike, num))):
             given = [Request(ids, length) for ids, length in zip(prompts, lengths, strict=True)]
             longest = sorted(given, key=lambda request: -len(request.token_ids))
             sides = {"as they come": [given], "longest first": [longest]}
@@ -194,7 +193,7 @@ class Engines:
         return rows
 
     def prefix(self, name: str, rounds: int, num: int, lengths: tuple[int, int]) -> list[Row]:
-        answers = [Request(self.ids(self.draw.randint(*lengths)), 16) for _ in range(num)]
+        answers = [Request(self.ids(self.rng.randint(*lengths)), 16) for _ in range(num)]
         beside = [answer for answer in answers for _ in range(3)]
         sides = {"side by side": [beside], "far apart": [answers * 3], "no prefix cache": [beside]}
         num_tokens = sum(len(request.token_ids) for request in beside)
@@ -233,7 +232,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def measured(name: str, folder: Path, rounds: int, small: bool) -> tuple[list[Row], dict[str, float]]:
-    """All cases of one model; call sizes and order on the one whose steps cost the most beside the arithmetic."""
+    """Run all cases of one model; call sizes and order on the one with the most overhead per step."""
     num = 8 if small else 128
     engines = Engines(folder, num, 8 if small else 128)
     print(
@@ -252,16 +251,11 @@ def measured(name: str, folder: Path, rounds: int, small: bool) -> tuple[list[Ro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--small", action="store_true", help="few short prompts, to see that everything runs")
-    parser.add_argument("--rounds", type=int, default=3, help="measured runs of each side (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser(__doc__, rounds=3).parse_args()
     if find_spec("vllm") is None:
-        sys.exit("this benchmark needs vLLM: `make setup`, or one of the extras sdzero[cpu] and sdzero[cuda]")
+        sys.exit("this benchmark needs vLLM: install one of the extras sdzero[cpu] and sdzero[cuda]")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+    one_thread()
     rows, once = [], {}
     for name, shape in {"tiny": TINY}.items() if args.small else MODELS.items():
         with TemporaryDirectory() as folder:
@@ -270,7 +264,7 @@ def main() -> None:
             new, once[name] = measured(name, Path(folder), args.rounds, args.small)
             rows += new
     settings = {"rounds": args.rounds, "models": MODELS, "vocabulary": VOCAB, "seconds_once": once}
-    write("rollouts-small" if args.small else "rollouts", __doc__, settings, rows, args.out)
+    write("rollouts", __doc__ or "", settings, rows, args)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How time and memory grow with response length, batch and vocabulary: the divergence head alone and a whole step.
+"""Growth of time and memory with response length, batch and vocabulary: the divergence head and a whole step.
 
     python benchmarks/scaling.py [--rounds 3] [--small]
 
 Head: tokens from 256 to 8,192 and vocabularies from 4,096 to 151,936, with the whole vocabulary's products as floor.
-Step: one optimizer step of SelfDistill on responses of one length, whose number or length grows; attention makes it
-more than linear in length. `first` has the teacher's pass over all micro batches before the student's, the option
-`teacher_first`. Prints a table and writes results/scaling.json.
+Step: one optimizer step of SelfDistill on responses of equal length, with growing number or length; attention makes
+it superlinear in length. `first` is the option `teacher_first`: the teacher's pass over all micro batches comes first.
+Prints a table and writes results/scaling.json.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
         rows += step_rows(num, length, case, given.rounds, max_tokens)
     settings = {"rounds": given.rounds, "hidden_size": hidden_size, "max_tokens_per_micro_batch": max_tokens}
     about = "Time and memory against response length, batch and vocabulary"
-    measure.write("scaling-small" if given.small else "scaling", about, settings, rows, given.out)
+    measure.write("scaling", about, settings, rows, given)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
     python benchmarks/sd_step.py [--small] [--rounds N] [--case NAME]
 
-Sampling is left out: every side is given the same responses y, and does the rest of its training step with them, from
-token lists to AdamW. The teacher is a frozen copy of the student that reads x + y + P_r. About six minutes on one core.
+Without sampling: every side does its training step on the same responses y, from token lists to AdamW. The teacher is a
+frozen copy of the student that reads x + y + P_r. About six minutes on one core.
 
 `sdzero` and `plain` (one sequence at a time, all logits) minimise the reverse KL over the whole vocabulary, and so does
-TRL's DistillationTrainer; their first losses must agree. That trainer has no context for the teacher: a subclass gives
-it one. `sdzero top-64` renormalises over the teacher's 64 likeliest tokens; SDFTTrainer takes the student's 64 and one
-bucket for the rest. TRL pads the responses of a sampling batch to the longest of them, at any size of micro batch.
-SDFTTrainer can be told to sample for each micro batch by itself, which spares the padding here and in a real run makes
-sampling as slow as so few prompts at once are: it is measured both ways.
+TRL's DistillationTrainer; their first losses must agree. A subclass gives that trainer a context for the teacher.
+`sdzero top-64` renormalises over the teacher's 64 likeliest tokens; SDFTTrainer takes the student's 64 and one bucket
+for the rest. TRL pads the responses of a sampling batch to the longest of them. SDFTTrainer is measured both so and
+with sampling per micro batch, which avoids the padding but makes real sampling slow.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ ALIKE = ({"sdzero", "plain", "TRL DistillationTrainer"},)
 
 
 class Rows:
-    """The stored responses as the peers need them: ids, and the teacher's context as ids and as text."""
+    """Stored responses in the form of the peers: ids, and the teacher's context as ids and as text."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.folder, self.case = folder, case
@@ -60,7 +59,7 @@ class Rows:
         return Dataset.from_list([{"prompt": prompt, "privileged_context": extra} for prompt, extra in texts])
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """In place of sampling."""
+        """Replace sampling by the stored responses."""
         by_prompt = dict(zip(self.prompts, self.responses, strict=True))
         return [list(by_prompt[tuple(ids)]) for ids in prompts]
 

@@ -2,15 +2,13 @@
 
     python benchmarks/srt_step.py [--small] [--rounds N] [--case NAME]
 
-Both terms of the objective are there on every side: the revision's loss on y_revised after x + y_init + P_r, and the
-generation's on y_init + P_r + y_revised after x. Ours takes them from one pass over one sequence, the others from two
-rows for each trace. The rate counts a trace's target tokens, y_init + P_r + y_revised, once. About six minutes on one
-core.
+Every side computes both terms: the revision's loss on y_revised after x + y_init + P_r, and the generation's on
+y_init + P_r + y_revised after x. Ours needs one pass over one sequence, the others two rows per trace. The rate counts
+a trace's target tokens, y_init + P_r + y_revised, once. About six minutes on one core.
 
 `sdzero` and `plain` divide each term by its own tokens and their first losses must agree; SFTTrainer divides both by
-all. Its variants: `padded` with the sequences of a micro batch of like length, `padding-free` with them as one
-sequence, `packed` with rows of up to `max_length` tokens filled best-fit. Their first losses must agree as well, which
-they would not if one sequence saw another.
+all. Its variants: `padded`, micro batches of similar lengths; `padding-free`, a micro batch as one sequence; `packed`,
+rows of up to `max_length` tokens filled best-fit. Their first losses must agree too, so no sequence sees another.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ ALIKE = ({"sdzero", "plain"}, {"TRL SFT padded", "TRL SFT padding-free", "TRL SF
 
 
 class Rows:
-    """The traces, and as the others need them two rows for each: (context, target)."""
+    """Traces, and for the peers two rows (context, target) per trace."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.folder, self.case = folder, case
@@ -106,7 +104,7 @@ def sft(rows: Rows, variant: str) -> Side:
     def build(micro: int, num_rows: int) -> Counted:
         config = SFTConfig(
             **loops.trl_options(rows.folder, micro, num_rows),
-            train_sampling_strategy="sequential",  # longest first: the rows of a micro batch are of like length
+            train_sampling_strategy="sequential",  # longest first: micro batches of similar lengths
             completion_only_loss=True,
             padding_free=variant == "padding-free",
             packing=variant == "packed",
@@ -118,7 +116,7 @@ def sft(rows: Rows, variant: str) -> Side:
     def make(side: Side) -> Counted:
         num_rows = 2 * len(rows.traces)
         micro = rows.case.flat_rows if variant == "padding-free" else rows.case.rows
-        if variant == "packed":  # how many rows there are is known once they are packed
+        if variant == "packed":  # the number of rows is known after packing
             num_rows, micro = len(build(1, 1).train_dataset), 1
         trainer = build(micro, num_rows)
         trainer.side = side

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole optimizer steps share: sizes, models, stored responses, and how sides are compared."""
+"""Shared by the benchmarks of whole optimizer steps: sizes, models, stored responses, comparison of sides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from loops import MAX_GRAD_NORM, OPTIMIZER, Side
-from measure import RESULTS, Row, compare, write
+from measure import Row, compare, one_thread, parser, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -32,7 +32,7 @@ MODEL: dict[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": 32_768,
     "tie_word_embeddings": True,
-    "initializer_range": 0.1,  # next-token distributions that are not flat, so that two losses can be told apart
+    "initializer_range": 0.1,  # peaked next-token distributions, so that losses differ
 }
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "<unk>"]
@@ -44,14 +44,14 @@ class Case:
 
     Args:
         name: as in the table.
-        vocab: the vocabulary's size.
+        vocab: size of the vocabulary.
         lengths: tokens of each stored response (of y_init and of y_revised in phase 1).
         max_tokens: ours: `max_tokens_per_micro_batch`.
-        rows: TRL: sequences of a micro batch; they divide the sequences. Like `max_tokens` the fastest of those tried
-            on one core, where padding costs most and larger products gain little.
-        flat_rows: TRL: the same where padding-free, which one row at a time would not be.
+        rows: TRL: sequences of a micro batch, a divisor of their number. Like `max_tokens` the fastest one tried on
+            one core, where padding costs most and larger products gain little.
+        flat_rows: TRL: the same for padding-free batches.
         packed_length: TRL: tokens of a packed row.
-        shape: the model's, as in its configuration.
+        shape: the model's configuration.
     """
 
     name: str
@@ -76,7 +76,7 @@ def spread(num: int, low: int, high: int, skew: float = 1.0) -> tuple[int, ...]:
 
 
 def write_model(folder: Path, case: Case) -> None:
-    """Random weights, and a tokenizer of whole words: peers are given text, and read the same ids from it."""
+    """Write a model of random weights and a tokenizer of whole words, so that peers read the same ids from text."""
     phrases = ControlPhrases()
     known = [*SPECIAL, *sorted({*phrases.correct.split(), *phrases.incorrect.split()})]
     words = [*known, *(f"w{i}" for i in range(case.vocab - len(known)))]
@@ -102,16 +102,16 @@ def write_model(folder: Path, case: Case) -> None:
 
 
 def stored_responses(builder: PromptBuilder, case: Case) -> list[ScoredRollout]:
-    """A response of random words to a prompt of random words for each length, every second one with reward 1."""
-    draw = random.Random(1)
+    """Random responses to random prompts, one for each length; every second one has reward 1."""
+    rng = random.Random(1)
     lowest = len(SPECIAL)
 
     def ids(num: int) -> TokenIds:
-        return tuple(draw.randrange(lowest, case.vocab) for _ in range(num))
+        return tuple(rng.randrange(lowest, case.vocab) for _ in range(num))
 
     scored = []
     for i, length in enumerate(case.lengths):
-        prompt = Prompt(Question(f"stored/{i}", "", ""), ids(draw.randint(20, 40)))
+        prompt = Prompt(Question(f"stored/{i}", "", ""), ids(rng.randint(20, 40)))
         rollout = Rollout(prompt, (*ids(length - 1), builder.end_id), (0.0,) * length, "", "stop", 0)
         scored.append(ScoredRollout(rollout, Verdict(1, "correct") if i % 2 else Verdict(0, "wrong")))
     return scored
@@ -122,7 +122,7 @@ def as_text(builder: PromptBuilder, ids: Sequence[int]) -> str:
 
 
 def quiet() -> None:
-    """The table is what is to be read."""
+    """Silence libraries, so that only the table is printed."""
     warnings.simplefilter("ignore")
     set_verbosity_error()
     disable_progress_bar()
@@ -131,22 +131,19 @@ def quiet() -> None:
 
 
 def _options(about: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each side (default: %(default)s)")
-    parser.add_argument("--case", help="run only the case of this name")
-    parser.add_argument("--max-tokens", type=int, help="ours: tokens of a micro batch; tuned for a CPU where not given")
-    parser.add_argument("--rows", type=int, help="TRL: sequences of a micro batch; tuned for a CPU where not given")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file (default: %(default)s)")
-    return parser.parse_args()
+    options = parser(about, rounds=3)
+    options.add_argument("--case", help="run only the case of this name")
+    options.add_argument("--max-tokens", type=int, help="ours: tokens of a micro batch (default: tuned for a CPU)")
+    options.add_argument("--rows", type=int, help="TRL: sequences of a micro batch (default: tuned for a CPU)")
+    return options.parse_args()
 
 
 def run_case(case: Case, sides_of: SidesOf, alike: Sequence[set[str]], rounds: int, with_trl: bool) -> list[Row]:
-    """Measures the sides of one case, whose first is the one that ratios divide by.
+    """Measure the sides of one case; ratios are to the first.
 
     Args:
-        sides_of: case, model folder, whether TRL is there -> the sides, and the tokens of one step.
-        alike: sides that minimise the same loss: on the same stored tokens their first losses must agree.
+        sides_of: (case, model folder, TRL is installed) -> the sides, and the tokens of one step.
+        alike: sides with the same loss, whose first losses must agree.
     """
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -168,11 +165,10 @@ def run_case(case: Case, sides_of: SidesOf, alike: Sequence[set[str]], rounds: i
 def main(
     name: str, about: str, cases: Sequence[Case], small: Case, sides_of: SidesOf, alike: Sequence[set[str]]
 ) -> None:
-    """The command line of both benchmarks."""
+    """Command line of both benchmarks."""
     args = _options(about)
     quiet()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+    one_thread()
     with_trl = find_spec("trl") is not None
     if not with_trl:
         print("trl is not installed: its sides are left out")
@@ -187,4 +183,4 @@ def main(
         "model": {**MODEL, **SHAPE},
         "cases": [asdict(case) for case in cases],
     }
-    write(f"{name}-small" if args.small else name, about, settings, rows, args.out)
+    write(name, about, settings, rows, args)

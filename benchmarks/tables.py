@@ -1,4 +1,4 @@
-"""Puts what results/ holds into the tables of docs/performance.md and docs/scaling.md, between their marks.
+"""Fills the marked tables of docs/performance.md and docs/scaling.md from results/.
 
 python benchmarks/tables.py
 """
@@ -29,7 +29,7 @@ MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(name: str, results: Path) -> str:
-    """The table of one benchmark, with where and when it was measured."""
+    """Render the table of one benchmark, with machine and date."""
     if name in ARITHMETIC:
         return ARITHMETIC[name]()
     if name == "memory":
@@ -60,7 +60,7 @@ def _seconds(value: float) -> str:
 
 
 def filled(page: str, results: Path) -> str:
-    """The page with every marked table made anew."""
+    """Return the page with every marked table rendered again."""
     return MARKED.sub(lambda match: f"{match[1]}{render(match[2], results)}\n{match[3]}", page)
 
 
