@@ -3,8 +3,8 @@
     python benchmarks/fits.py
 
 Step sizes are the paper's: SRT trains on 4 traces of 32,768 tokens (table 4); SelfDistill samples 128 responses of
-8,192 tokens after prompts of 1,024 (table 6). Trained weights are float32, computation bfloat16, with gradient checkpointing
-and FullShard over all GPUs. Nothing here is measured.
+8,192 tokens after prompts of 1,024 (table 6). Trained weights are float32, computation bfloat16, with gradient
+checkpointing and FullShard over all GPUs. Nothing here is measured.
 """
 
 from __future__ import annotations
