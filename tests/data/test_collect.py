@@ -305,7 +305,7 @@ def test_a_half_written_last_line_is_repaired_and_said(
     journal.write_bytes(journal.read_bytes()[:-cut])
     with caplog.at_level(logging.WARNING):
         assert collect(model, tmp_path).num_generate_calls == 1
-    assert f"{journal}: dropped a half-written last line" in caplog.text
+    assert f"{journal}: dropped an incomplete last line" in caplog.text
     assert bytes_of(tmp_path) == before
     caplog.clear()
     assert collect(model, tmp_path).num_generate_calls == 0 and not caplog.text
@@ -319,7 +319,7 @@ def test_a_damaged_middle_line_is_an_error(model: ModelConfig, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"00001-revision\.jsonl: line 1 is damaged .*: remove the file"):
         collect(model, tmp_path)
     journal.write_bytes(first + b"7\n" + b"".join(others))
-    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
         collect(model, tmp_path)
     journal.unlink()
     assert collect(model, tmp_path).num_generate_calls == len(others) + 1

@@ -480,14 +480,14 @@ def test_a_cut_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     path.write_bytes(b'{"a": 1}\n{"a":')
     with caplog.at_level(logging.WARNING):
         assert read_jsonl(path) == read_jsonl(path) == [{"a": 1}]
-    assert caplog.messages == [f"{path}: dropped a half-written last line (5 bytes)"]
+    assert caplog.messages == [f"{path}: dropped an incomplete last line (5 bytes)"]
 
 
 @pytest.mark.parametrize("line", [b'{"a": 1', b"\x00\x00", b"\xff\xfe", b"[]", b"null"])
 def test_a_damaged_line_is_an_error(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2 is .*: remove the file to have it made again"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: line 2 is .*: remove the file to have it created again"):
         read_jsonl(path)
 
 
@@ -509,7 +509,7 @@ def test_no_bit_that_flips_in_a_journal_changes_a_response(tmp_path: Path) -> No
         try:
             kept = CallJournal(tmp_path).get("g", "0", "f")
         except ValueError as error:
-            assert str(file) in str(error) and "remove the file to have it made again" in str(error)
+            assert str(file) in str(error) and "remove the file to have it created again" in str(error)
             errors["crc32" in str(error)] += 1
         else:
             assert kept == [row] or (kept is None and not damaged.endswith(b"\n"))

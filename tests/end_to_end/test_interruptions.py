@@ -124,7 +124,7 @@ def test_a_command_that_loses_nothing_ends_at_once_with_a_line(
             time.sleep(60)
 
     name = signal.Signals(signum).name
-    line = f"sdzero collect: ended by {name}. Finished generate calls are kept: the same command goes on from there\n"
+    line = f"sdzero collect: ended by {name}. Finished generate calls are kept: the same command resumes from there\n"
     code, said = in_a_fork(collect, capfd)
     assert code == 128 + signum and said.startswith(line)
     assert said[len(line) :] == ("SLURM job 77_3 is requeued\n" if signum == signal.SIGUSR1 else "")

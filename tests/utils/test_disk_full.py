@@ -1,8 +1,9 @@
-"""A disk that is full while a stage writes: one line that says where, whoever was writing."""
+"""A disk that is full while a stage writes gives one line that names the place, whichever library was writing."""
 
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from safetensors import SafetensorError
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sdzero.utils.disk_full import add_path_to_errors
+from sdzero.utils.files import PARTIAL
 from support.runs import SMOKE, refusal
 from support.tiny_model import write_tiny_model
 
 
 def fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: Path) -> str:
-    """Of one step of SelfDistill, with everything that writes at every step."""
+    """Output of one step of SelfDistill, with everything that writes at every step."""
     arguments = (
         *("fit", "--config", SMOKE / "self_distill.yaml", f"--trainer.default_root_dir={out}", "--trainer.max_steps=1"),
         *("--model.student.path=configs/tiny_model", "--model.student.weights=random", "--data.disjoint_from=null"),
@@ -25,19 +27,32 @@ def fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out
     return refusal(capsys, monkeypatch, *arguments)
 
 
-def full(path: Path) -> None:
-    """A file that can be opened, and on whose disk there is no room."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to("/dev/full")
+def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Fail every flush of the atomic write of a file called `name`."""
+    fsync = os.fsync
+
+    def fail(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(f"/{name}{PARTIAL}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", fail)
 
 
-@pytest.mark.parametrize("file", ["journal/rank0/calls.log", "samples/.train-000000-rank0.jsonl.partial"])
-def test_journal_and_samples(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
-) -> None:
-    full(tmp_path / file)
+def test_journal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """/dev/full can be opened, but not written to."""
+    log = tmp_path / "journal/rank0/calls.log"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
     said = fit(capsys, monkeypatch, tmp_path)
     assert f"No space left on device: '{tmp_path}'. Finished work is kept: free some space" in said
+
+
+def test_samples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "samples/train-000000-rank0.jsonl"
+    fill_disk(monkeypatch, file.name)
+    said = fit(capsys, monkeypatch, tmp_path)
+    assert f"No space left on device: '{file}'" in said and not file.exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the writer's thread says it too
@@ -59,7 +74,7 @@ def test_the_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
 
 def test_traces(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    full(tmp_path / ".traces.jsonl.partial")
+    fill_disk(monkeypatch, "traces.jsonl")
     model = write_tiny_model(tmp_path / "model", num_hidden_layers=1, hidden_size=32)
     arguments = ("--config", SMOKE / "collect.yaml", f"--student.path={model}", f"--out={tmp_path}")
     said = refusal(capsys, monkeypatch, "collect", *arguments, "--num_questions=8", "--verified_only=false")

@@ -46,40 +46,47 @@ def atomic_write(path: Path, tag: str = "") -> Iterator[BinaryIO]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        sync(path.parent)  # a power cut may undo the replacement otherwise
+        sync(path.parent)  # otherwise a power cut may undo the replacement
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Folder to fill; it replaces `path` when the block ends, complete and durable, and vanishes if the block raises.
 
+    A kill between the two renames of a replacement leaves neither folder at `path`. The next write removes what it
+    left.
+
     Raises:
         OSError: names `path` unless it names another file.
     """
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    delete(partial)
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                sync(file)
-        delete(path)
-        os.replace(partial, path)
-    finally:
+    partial, replaced = (path.with_name(f"{path.name}{tag}{PARTIAL}") for tag in ("", ".replaced"))
+    with add_path_to_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         delete(partial)
-    sync(path.parent)
+        delete(replaced)
+        partial.mkdir()
+        try:
+            yield partial
+            for entry in (*partial.rglob("*"), partial):  # a folder's own entries too
+                if not entry.is_symlink():
+                    sync(entry)
+            if path.exists() or path.is_symlink():
+                os.replace(path, replaced)  # deleting a large folder takes long
+            os.replace(partial, path)
+        finally:
+            delete(partial)
+        sync(path.parent)
+        delete(replaced)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic write of a small text file."""
+    """Write a small text file atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or a folder's list of names, to the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -88,7 +95,7 @@ def sync(path: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Removes a file, a link or a folder with its content; does nothing if there is none."""
+    """Remove a file, a link or a folder with its content; do nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -101,10 +108,10 @@ def file_sha256(path: Path) -> str:
 
 
 def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
-    """Rows of a JSONL file.
+    """Parse the rows of a JSONL file and verify their checksums.
 
     Raises:
-        ValueError: a line is not a JSON object, or not the one that was sealed; names the file and the line.
+        ValueError: a line is not a JSON object, or its checksum is wrong; names the file and the line.
     """
     rows = []
     for number, line in enumerate(raw.splitlines(), 1):
@@ -113,15 +120,15 @@ def parse_rows(path: Path, raw: bytes) -> list[dict[str, Any]]:
             rows.append(verify_checksum(row) if isinstance(row, dict) else row)
         except ValueError as error:
             raise ValueError(
-                f"{path}: line {number} is damaged ({error}): remove the file to have it made again"
+                f"{path}: line {number} is damaged ({error}): remove the file to have it created again"
             ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number} is no JSON object: remove the file to have it made again")
+            raise ValueError(f"{path}: line {number} is not a JSON object: remove the file to have it created again")
     return rows
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that grows by whole lines. A half-written last line is cut off, and said so.
+    """Read a JSONL file that grows by whole lines; drop an incomplete last line, with a warning.
 
     Raises:
         ValueError: another line is damaged.
@@ -129,7 +136,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     raw = path.read_bytes()
     end = raw.rfind(b"\n") + 1
     if end < len(raw):
-        log.warning("%s: dropped a half-written last line (%d bytes)", path, len(raw) - end)
+        log.warning("%s: dropped an incomplete last line (%d bytes)", path, len(raw) - end)
         with path.open("r+b") as file:
             file.truncate(end)
     return parse_rows(path, raw[:end])

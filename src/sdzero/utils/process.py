@@ -1,4 +1,4 @@
-"""How a process of the command line ends before its time: by a signal, with its parent, or by its watchdog."""
+"""Early ends of a command's process: by a signal, with its parent, or by a watchdog."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PARENT = "SDZERO_PARENT"
-"""Variable with the id of the process without which this one must not go on."""
+"""Environment variable: id of the process with which this one must exit."""
 
 STAGE = "SDZERO_STAGE"
-"""Variable with the folder of the stage of `sdzero run` that this process belongs to."""
+"""Environment variable: folder of the stage of `sdzero run` to which this process belongs."""
 
 STACKS = "stacks.txt"
-"""File in the stage's folder. It holds something only where a process of the stage hung or crashed in native code."""
+"""File in the stage's folder; not empty only if a process of the stage hung or crashed in native code."""
 
-_STDERR = 2  # the descriptor: sys.stderr may be a notebook's or a test's stand-in without one
+_STDERR = 2  # the descriptor: sys.stderr may be replaced, in a notebook or a test, by an object without one
 
 
 class Stopped(SystemExit):
-    """The process was told by a signal to end, and is ready to. `code` is its exit status."""
+    """Orderly exit after a signal. `code` is the exit status."""
 
 
 def exit_status(signum: int) -> int:
-    """Exit status of a process that a signal has ended, as shells have it."""
+    """Return the exit status that shells report for a process ended by a signal."""
     return 128 + signum
 
 
@@ -41,17 +41,17 @@ def signal_name(signum: int) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0, or stands alone. Known from the start: launchers tell it by variables."""
+    """Return whether this is rank 0 or the only process, by the variables that launchers set."""
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def write_stderr(line: str) -> None:
-    """Prints to stderr from a signal handler, which may have interrupted a print."""
+    """Print to stderr from a signal handler, which may have interrupted a print."""
     os.write(_STDERR, f"{line}\n".encode())
 
 
 def exit_now(status: int) -> NoReturn:
-    """Ends without the interpreter's way out: an engine in this process may hang or crash on it."""
+    """Exit without the interpreter's shutdown, in which an engine of this process may hang or crash."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(RuntimeError):  # a handler may have interrupted a print
             stream.flush()
@@ -60,8 +60,7 @@ def exit_now(status: int) -> NoReturn:
 
 @contextmanager
 def handle_signals(handler: Any, *signums: int) -> Iterator[None]:
-    """Around a block in which a function, or signal.SIG_IGN or the like, handles signals. Only Python's main thread can
-    have it so: in others nothing changes."""
+    """Install a signal handler (a function, or signal.SIG_IGN) for the block; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -75,14 +74,13 @@ def handle_signals(handler: Any, *signums: int) -> Iterator[None]:
 
 @contextmanager
 def exit_on_signals(command: str) -> Iterator[None]:
-    """Around a command that loses nothing by a kill: Ctrl-C, SIGTERM and SIGUSR1 end it with a line."""
+    """Exit at once, with one line, on Ctrl-C, SIGTERM and SIGUSR1: for commands that lose nothing when killed."""
 
     def end(signum: int, _: Any) -> None:
         if is_first_process():
-            going_on = "go on with --ckpt_path=newest" if command == "fit" else "the same command goes on from there"
-            write_stderr(
-                f"sdzero {command}: ended by {signal_name(signum)}. Finished generate calls are kept: {going_on}"
-            )
+            resume = "resume with --ckpt_path=newest" if command == "fit" else "the same command resumes from there"
+            line = f"sdzero {command}: ended by {signal_name(signum)}. Finished generate calls are kept: {resume}"
+            write_stderr(line)
             requeue(signum)
         exit_now(exit_status(signum))
 
@@ -91,35 +89,34 @@ def exit_on_signals(command: str) -> Iterator[None]:
 
 
 def requeue(signum: int) -> None:
-    """Has SLURM start the job again, where SIGUSR1 announced its end. A stage leaves that to its `sdzero run`."""
+    """Requeue the SLURM job if SIGUSR1 announced its end. A stage leaves that to its `sdzero run`."""
     job = os.environ.get("SLURM_JOB_ID")
     if signum != signal.SIGUSR1 or job is None or STAGE in os.environ:
         return
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if shutil.which("scontrol") is None:
-        return write_stderr(f"SLURM job {job} is not requeued: there is no scontrol here")
+        return write_stderr(f"SLURM job {job} is not requeued: scontrol is not installed here")
     code = subprocess.run(["scontrol", "requeue", job], check=False).returncode
-    write_stderr(
-        f"SLURM job {job} is requeued" if code == 0 else f"SLURM job {job} is not requeued: scontrol ended with {code}"
-    )
+    failure = f"SLURM job {job} is not requeued: scontrol ended with {code}"
+    write_stderr(failure if code else f"SLURM job {job} is requeued")
 
 
 def exit_with_parent() -> None:
-    """Ends this process soon after the one that PARENT names: a stage, or another rank, must not outlive it.
+    """Watch the process that PARENT names, and exit soon after it: a stage or rank must not outlive it.
 
-    It would go on beside the next run of the same folder, or wait in a collective for a rank that is no more.
+    It would run alongside the next run of the same folder, or wait in a collective for a rank that has exited.
     """
     parent = int(os.environ.pop(PARENT, 0))
     if not parent or (os.getppid() != parent and _is_alive(parent)):
-        return  # an ancestor's ancestor: who started this process stands between them
+        return  # PARENT is a more distant ancestor: the process in between watches it
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+    threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
 
 
 def _is_alive(process: int) -> bool:
@@ -134,7 +131,7 @@ def _is_alive(process: int) -> bool:
 
 @contextmanager
 def export_parent_id() -> Iterator[None]:
-    """Around a command that may start the other ranks of its node: they end with this process."""
+    """Set PARENT for a command that may launch the other ranks of its node: they exit with this process."""
     os.environ[PARENT] = str(os.getpid())
     try:
         yield
@@ -144,8 +141,10 @@ def export_parent_id() -> Iterator[None]:
 
 @contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
-    """Around a call that may hang in native code, where no exception reaches it: after `seconds` the stacks of all
-    threads are written and the process ends with status 1. There is one in a process at a time."""
+    """End the process with status 1 if the block takes longer than `seconds`, after writing all threads' stacks.
+
+    For calls that may hang in native code, where no exception reaches them. Only one at a time in a process.
+    """
     faulthandler.dump_traceback_later(seconds, exit=True, file=stacks_file())
     try:
         yield
@@ -154,13 +153,13 @@ def watchdog(seconds: float) -> Iterator[None]:
 
 
 def enable_crash_stacks() -> None:
-    """Has a stage of `sdzero run` write its stacks where native code crashes it."""
+    """Write the stacks of a stage of `sdzero run` if native code crashes it."""
     if STAGE in os.environ:
         faulthandler.enable(stacks_file())
 
 
 def stacks_file() -> int:
-    """Descriptor of the file that stacks go to: the stage's, for `sdzero run` to find; else stderr."""
+    """Return the descriptor for stacks: the stage's file, where `sdzero run` looks for it; otherwise stderr."""
     stage = os.environ.get(STAGE)
     if stage is None:
         return _STDERR

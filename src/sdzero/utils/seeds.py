@@ -1,4 +1,4 @@
-"""Every random draw has a name, and its seed is a hash of that name: a restarted run draws the same."""
+"""Seeds derived by hashing a purpose, so that a restarted run samples the same."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 
 
 def derive_seed(*name: str | int) -> int:
-    """A seed in [0, 2**31) for the draw called `name`, e.g. (run seed, stage, purpose, counter, call, rank)."""
+    """Hash `name`, e.g. (run seed, stage, purpose, counter, call, rank), to a seed in [0, 2**31)."""
     digest = hashlib.blake2b("\x1f".join(map(str, name)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 2**31
 
 
 def run_seed() -> int:
-    """The run's seed: what `seed_everything` (LightningCLI's key, `sdzero run --seed`) was given; else 0."""
+    """Return the seed given to `seed_everything` (LightningCLI's key, `sdzero run --seed`); 0 by default."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
