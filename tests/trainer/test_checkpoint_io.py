@@ -131,7 +131,7 @@ def break_manifest(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "why"), [(truncate, "bytes where"), (empty, "it has 0 bytes"), (flip_a_bit, "sha256 is"),
+    ("damage", "why"), [(truncate, "bytes, but"), (empty, "it has 0 bytes"), (flip_a_bit, "sha256 is"),
                         (lose_manifest, "no manifest"), (break_manifest, "cannot be read")]
 )  # fmt: skip
 def test_a_damaged_file_is_passed_over_with_the_reason(tmp_path, caplog, damage, why):
@@ -268,8 +268,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path, monkey
     real_open = Path.open
 
     def open_on_a_full_disk(self, mode="r", *args, **kwargs):
-        full = mode == "wb" and (".json" in self.name) == (full_for == "manifest")
-        return real_open(Path("/dev/full") if full else self, mode, *args, **kwargs)
+        if mode == "xb" and (".json" in self.name) == (full_for == "manifest"):
+            return real_open(Path("/dev/full"), "wb")
+        return real_open(self, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", open_on_a_full_disk)
     with pytest.raises(CheckpointError, match=r"No space left on device.*make room") as caught:

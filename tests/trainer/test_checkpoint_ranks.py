@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sdzero.trainer.checkpoint_io import newest_checkpoint
-from sdzero.trainer.checkpoint_manifest import tidy
+from sdzero.trainer.checkpoint_manifest import clean_up
 from sdzero.utils.files import PARTIAL
 from support.tiny_model import write_tiny_model
 
@@ -72,7 +72,7 @@ def test_two_ranks_one_and_two_again(out: Path) -> None:
     assert back["state"] == whole["state"]
     for name, rank, has in (("one", 0, 2), ("back", 0, 1), ("back", 1, 1)):  # fresh random states, and said so
         said = (out / name / f"rank{rank}.log").read_text()
-        assert f"holds the random states of {has} ranks" in said
+        assert f"holds the RNG states of {has} ranks" in said
     draws = [figures(out, name, rank)["drawn"][0][:3] for name, rank in (("one", 0), ("back", 0), ("back", 1))]
     assert len({number for drawn in draws for number in drawn}) == 9
 
@@ -115,7 +115,7 @@ def test_a_rank_that_cannot_save_stops_all_with_the_last_good_checkpoint_intact(
     assert newest_checkpoint(folder) == folder / "step=2.ckpt"
     left = [path.name for path in folder.iterdir() if path.name.endswith(PARTIAL)]
     assert left == ([] if fault == "failed" else [f"step=3.ckpt{PARTIAL}"])
-    tidy(folder)
+    clean_up(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
     for rank in (0, 1) if fault == "failed" else ():
         said = (out / fault / f"rank{rank}.log").read_text()

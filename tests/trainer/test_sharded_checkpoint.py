@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
-from sdzero.trainer.checkpoint_manifest import OLD, CheckpointError, manifest_path, tidy
+from sdzero.trainer.checkpoint_manifest import OLD, CheckpointError, clean_up, manifest_path
 from sdzero.utils.files import PARTIAL
 from support.lone_strategy import Lone, save
 
@@ -69,7 +69,7 @@ def test_a_folder_of_another_strategy_is_refused(tmp_path: Path) -> None:
     class Another(Lone):
         pass
 
-    with pytest.raises(ValueError, match="written by Lone, and Another looks .*go on with the strategy .*Lone"):
+    with pytest.raises(ValueError, match="written by Lone, and Another expects .*resume with the strategy .*Lone"):
         Another().load_checkpoint(save(tmp_path, 1))
 
 
@@ -193,7 +193,7 @@ def test_a_killed_save_over_the_same_name_leaves_the_old_or_the_new_one(killed: 
         ("replace after 3", "replace before 4", "replace after 4", "rmdir before 1", "rmdir after 1")
     )
     assert step_of(newest_checkpoint(folder)) == (2 if replaced else 1)
-    tidy(folder)
+    clean_up(folder)
     assert names(folder) == ["step=1.ckpt"] and step_of(folder / "step=1.ckpt") == (2 if replaced else 1)
     save(folder, 3, "step=1.ckpt")
     assert names(folder) == ["step=1.ckpt"] and step_of(folder / "step=1.ckpt") == 3

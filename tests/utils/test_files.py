@@ -51,9 +51,7 @@ def test_planted_entries_are_replaced_and_links_never_followed(tmp_path: Path, p
     else:
         write_text(path, "new")
         assert path.read_text() == "new" and not path.is_symlink() and [*folder.iterdir()] == [path]
-    assert victim.exists() == (planted != "dangling link") and (
-        not victim.exists() or victim.read_text() == "untouched"
-    )
+    assert not victim.exists() if planted == "dangling link" else victim.read_text() == "untouched"
 
 
 def test_a_link_planted_while_the_partial_file_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

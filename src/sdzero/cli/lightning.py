@@ -20,7 +20,7 @@ from sdzero.callbacks.base import rank_file
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
 from sdzero.pipeline.summary import print_evaluation
-from sdzero.trainer.checkpoint_io import finished_checkpoints, first_that_verifies
+from sdzero.trainer.checkpoint_io import finished_checkpoints, first_verified
 from sdzero.trainer.collectives import all_gather_objects
 from sdzero.trainer.sharded_checkpoint import AtomicFolders
 from sdzero.trainer.strategies import share_of
@@ -137,7 +137,7 @@ class SDZeroCLI(LightningCLI):
             return None
         if isinstance(self.trainer.strategy, AtomicFolders) and not self.trainer.is_global_zero:
             return finished[0][0]  # it asks rank 0 when it loads: one rank has to read whole models, not all
-        newest = first_that_verifies(finished)
+        newest = first_verified(finished)
         if newest is None:
             raise ValueError(
                 f"ckpt_path={NEWEST}: none of the checkpoints in {folder} verifies. Mend the disk or bring back a "

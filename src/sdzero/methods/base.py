@@ -32,7 +32,7 @@ from sdzero.models.lora import check_strategy
 from sdzero.models.parallelize import average_copies, check_tensor_parallel, clip_grad_norm, shard_fsdp1, shard_fsdp2
 from sdzero.models.weights import full_weights
 from sdzero.prompts import Context, Revision
-from sdzero.trainer.rng_state import random_states, restore
+from sdzero.trainer.rng_state import gather_rng_states, restore_rng_states
 from sdzero.trainer.strategies import Share, share_of
 from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
 from sdzero.utils.seeds import run_seed
@@ -171,7 +171,7 @@ class Method(Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sdzero"] = {name: getattr(self, name) for name in ("policy_version", *BUDGET, *FAULTS)}
-        checkpoint["random_states"] = random_states(self.device)
+        checkpoint["random_states"] = gather_rng_states(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, value in checkpoint["sdzero"].items():
@@ -180,7 +180,9 @@ class Method(Evaluated):
 
     def on_train_start(self) -> None:
         if self._random_states is not None:  # not earlier: what comes between loading and the first step draws too
-            restore(self._random_states, self.device, self.global_rank, self.trainer.world_size, self.global_step)
+            restore_rng_states(
+                self._random_states, self.device, self.global_rank, self.trainer.world_size, self.global_step
+            )
             self._random_states = None
 
     # --- the policy, as the data modules see it -----------------------------------------------

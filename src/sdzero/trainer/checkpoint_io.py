@@ -1,12 +1,12 @@
-"""Checkpoints that a kill, a full disk or a bad disk cannot silently spoil, in one file; and which one is the newest.
+"""Atomic, verified one-file checkpoints, and the search for the newest one.
 
     save   : <name>.sdzero-partial in the SAME folder, fsync, os.replace, fsync the folder,
              then its manifest <name>.sha256.json in the same way
     load   : size and sha256 must be the manifest's
     resume : `newest_checkpoint` walks back to the newest file, or folder of a sharded strategy, that verifies
 
-The manifest is a list of every content its file may rightly have: one, and two while a file of the same name
-(last.ckpt) is being replaced, so that a kill on either side of the replacement leaves a checkpoint that verifies.
+The manifest lists every content that is valid for its file: one, or two while a file of the same name (last.ckpt) is
+being replaced, so that a kill before or after the replacement leaves a checkpoint that verifies.
 `sdzero.trainer.sharded_checkpoint` does the same for folders.
 """
 
@@ -25,11 +25,13 @@ from sdzero.trainer.checkpoint_manifest import (
     CheckpointError,
     Content,
     FolderContent,
-    contents,
+    clean_up,
+    damaged,
     manifest_path,
+    read_manifest,
     remove,
     set_aside,
-    tidy,
+    warn_unverified,
     write_manifest,
 )
 from sdzero.utils.files import atomic_write
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class _HashingFile:
-    """What torch.save needs of a file. Hashes what was meant to be written, and remembers why a write failed."""
+    """File for torch.save that hashes the data passed to it and keeps the error of a failed write."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
@@ -58,19 +60,19 @@ class _HashingFile:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves one-file checkpoints so that each of them is either whole and verified, or not there.
+    """Lightning plugin that saves each one-file checkpoint complete and verified, or not at all.
 
-    In a recipe: `trainer.plugins: [sdzero.trainer.AtomicCheckpointIO]`. Sharded strategies write their
-    folders without it (`sdzero.trainer.strategies`). One process at a time may save into a folder.
+    In a recipe: `trainer.plugins: [sdzero.trainer.AtomicCheckpointIO]`. Sharded strategies write their folders without
+    it (`sdzero.trainer.strategies`). Only one process at a time may save into a folder.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes `checkpoint` to a local path and then its manifest; removes what killed saves left in the folder.
+        """Write `checkpoint` and then its manifest; remove leftovers of killed saves from the folder.
 
         Raises:
             TypeError: `storage_options` was given.
             ValueError: the path is a URL.
-            CheckpointError: the file could not be written. Whatever was there before still is.
+            CheckpointError: the file could not be written; the previous content is untouched.
         """
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} writes local files: storage_options are not supported")
@@ -83,7 +85,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             raise CheckpointError(
                 f"could not save {path}: {error}. Earlier checkpoints are untouched; "
-                "make room on the disk or mend it, and resume from the newest of them"
+                "make room on the disk or repair it, and resume from the newest of them"
             ) from error
 
     def load_checkpoint(
@@ -92,14 +94,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Loads what `save_checkpoint` wrote; `map_location` and `weights_only` as in `torch.load`.
+        """Verify and load a checkpoint; `map_location` and `weights_only` as in `torch.load`.
 
-        A file without a manifest (written by something else, or a save killed just before its manifest) is loaded with
+        A file without a manifest (from another writer, or from a save killed just before its manifest) is loaded with
         a warning.
 
         Raises:
             FileNotFoundError: there is no such file.
-            CheckpointError: the file's size or sha256 is not its manifest's, or it is a sharded strategy's folder.
+            CheckpointError: size or sha256 differ from the manifest, or it is a sharded strategy's folder.
         """
         local = Path(path)
         if local.is_dir():
@@ -108,33 +110,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "--trainer.strategy sdzero.trainer.FullShard, which also runs in one process"
             )
         if local.is_file():
-            listed = contents(local)
+            listed = read_manifest(local)
             faults = [content.fault(local) for content in listed]
             if not listed:
-                log.warning("%s has no manifest: loading it unverified", local)
+                warn_unverified(local)
             elif all(faults):
-                raise CheckpointError(
-                    f"{path} is damaged: {faults[0]}. Resume from an older one: "
-                    f"newest_checkpoint(Path({str(local.parent)!r})) finds the newest that verifies"
-                )
+                raise damaged(local, faults[0])
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes the file, then its manifest; or a folder with all that is in it."""
+        """Remove the file, then its manifest; or a folder with its content."""
         remove(Path(path))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest `*.ckpt` of a folder that verifies, by global step and then time of change; None without one.
+    """Return the newest `*.ckpt` of a folder that verifies, by global step and then modification time; or None.
 
-    A checkpoint is a file, or the folder of a sharded strategy. Logs a warning for each that it passes over, with the
-    reason. Changes nothing on disk.
+    A checkpoint is a file, or the folder of a sharded strategy. Logs a warning with the reason for each that is passed
+    over. Changes nothing on disk.
     """
-    return first_that_verifies(finished_checkpoints(folder))
+    return first_verified(finished_checkpoints(folder))
 
 
-def first_that_verifies(finished: Iterable[tuple[Path, Content | FolderContent]]) -> Path | None:
-    """Reads whole checkpoints. Logs a warning for each that does not hold what it should."""
+def first_verified(finished: Iterable[tuple[Path, Content | FolderContent]]) -> Path | None:
+    """Return the first checkpoint that verifies, reading whole checkpoints; log a warning for each that does not."""
     for path, content in finished:
         fault = content.fault(path)
         if fault is None:
@@ -144,13 +143,13 @@ def first_that_verifies(finished: Iterable[tuple[Path, Content | FolderContent]]
 
 
 def finished_checkpoints(folder: Path) -> list[tuple[Path, Content | FolderContent]]:
-    """The checkpoints of a folder whose save was finished, newest first, with what they should hold."""
+    """List the checkpoints of a folder whose save was finished, newest first, with the content of their manifests."""
     found: list[tuple[int, int, Path, Content | FolderContent]] = []
     for path in folder.glob("*.ckpt"):
-        if path.is_symlink():  # a link's target is here under its own name
+        if path.is_symlink():  # its target is listed under its own name
             continue
         try:
-            listed = contents(path)
+            listed = read_manifest(path)
         except CheckpointError as error:
             log.warning("passing over %s: %s", path, error)
             continue
@@ -164,10 +163,10 @@ def finished_checkpoints(folder: Path) -> list[tuple[Path, Content | FolderConte
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tidy(path.parent)
+    clean_up(path.parent)
     folder = set_aside(path) if path.is_dir() else None  # a sharded strategy's
     try:
-        old = [content for content in contents(path) if isinstance(content, Content)]
+        old = [content for content in read_manifest(path) if isinstance(content, Content)]
     except CheckpointError as error:
         log.warning("replacing %s: %s", path, error)
         old = []
@@ -181,10 +180,10 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> Content:
-    """torch.save, raising the OSError of a failed write, which torch's zip writer hides behind a RuntimeError."""
+    """Run torch.save; raise the OSError of a failed write, which torch's zip writer hides behind a RuntimeError."""
     sink = _HashingFile(file)
     try:
-        torch.save(checkpoint, sink)  # pyright: ignore[reportArgumentType] - it needs write and flush, no more
+        torch.save(checkpoint, sink)  # pyright: ignore[reportArgumentType] - write and flush suffice
     except RuntimeError:
         if sink.error is not None:
             raise sink.error from None

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: what each of them rightly holds, and how one takes the place of another.
+"""Manifests of checkpoints, and the steps by which one checkpoint replaces another.
 
 A file's manifest lies beside it (<name>.sha256.json), a folder's is the last file written into it (sha256.json).
-A checkpoint without one was not finished.
+A checkpoint without a manifest was not finished.
 """
 
 from __future__ import annotations
@@ -19,36 +19,47 @@ from sdzero.utils.row_checksum import dumps_with_checksum, verify_checksum
 log = logging.getLogger(__name__)
 
 OLD = ".sdzero-old"
-"""In the name of a folder whose successor is just being put in its place. It is a checkpoint like any other."""
+"""In the name of a checkpoint that is being replaced; it still verifies and can be resumed from."""
 MANIFEST = "sha256.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not what was written."""
+    """A checkpoint could not be written, or differs from what was written."""
+
+
+def damaged(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged: {fault}. Resume from an older one: "
+        f"newest_checkpoint(Path({str(path.parent)!r})) finds the newest that verifies"
+    )
+
+
+def warn_unverified(path: Path) -> None:
+    log.warning("%s has no manifest: loading it unverified", path)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint file holds. sha256: hex digest; size: bytes; global_step: optimizer steps taken."""
+    """Content of a checkpoint file. sha256: hex digest; size: bytes; global_step: optimizer steps taken."""
 
     sha256: str
     size: int
     global_step: int
 
     def fault(self, path: Path) -> str | None:
-        """Why the file does not hold that; None if it does."""
-        return _fault(path, self.sha256, self.size)
+        """Return a reason why the file differs from this content; None if it does not."""
+        return _compare(path, self.sha256, self.size)
 
 
 @dataclass(frozen=True)
 class FolderContent:
-    """What a checkpoint folder holds.
+    """Content of a checkpoint folder.
 
     Attributes:
         global_step: optimizer steps taken.
         num_ranks: processes that wrote it.
-        strategy: name of the class that wrote it; another one looks for other names in it.
-        files: name -> (sha256, size in bytes), all files but the manifest.
+        strategy: name of the class that wrote it; other classes expect other names of tensors.
+        files: name -> (sha256, size in bytes), for all files except the manifest.
     """
 
     global_step: int
@@ -57,32 +68,31 @@ class FolderContent:
     files: dict[str, tuple[str, int]]
 
     def fault(self, path: Path, files: Collection[str] | None = None) -> str | None:
-        """Why the folder does not hold that; None if it does. `files`: those to look at; None looks at all."""
+        """Return a reason why the folder differs from this content; None if it does not. `files`: None verifies all."""
         for name in sorted(self.files if files is None else files):
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if fault := _fault(path / name, *self.files[name]):
+            if fault := _compare(path / name, *self.files[name]):
                 return f"{name}: {fault}"
         return None
 
 
-def _fault(path: Path, sha256: str, size: int) -> str | None:
-    found_size = path.stat().st_size
-    if found_size != size:
-        return f"it has {found_size} bytes where its manifest says {size}"
+def _compare(path: Path, sha256: str, size: int) -> str | None:
+    if (found_size := path.stat().st_size) != size:
+        return f"it has {found_size} bytes, but its manifest says {size}"
     found = file_sha256(path)
-    return None if found == sha256 else f"its sha256 is {found} where its manifest says {sha256}"
+    return None if found == sha256 else f"its sha256 is {found}, but its manifest says {sha256}"
 
 
 def manifest_path(checkpoint: Path) -> Path:
-    """Where the manifest of a checkpoint lies: beside a file, inside a folder."""
+    """Return the path of a checkpoint's manifest: beside a file, inside a folder."""
     if checkpoint.is_dir():
         return checkpoint / MANIFEST
     return checkpoint.with_name(f"{checkpoint.name}.{MANIFEST}")
 
 
-def contents(path: Path) -> list[Content] | list[FolderContent]:
-    """What a checkpoint's manifest lists: of a file that is being replaced both contents; [] without a manifest.
+def read_manifest(path: Path) -> list[Content] | list[FolderContent]:
+    """Return the valid contents of a checkpoint: two for a file that is being replaced, none without a manifest.
 
     Raises:
         CheckpointError: the manifest is damaged.
@@ -106,7 +116,7 @@ def write_manifest(path: Path, listed: Iterable[Content | FolderContent]) -> Non
 
 
 def put_in_place(folder: Path, path: Path) -> None:
-    """Renames a finished folder to `path`. What was there is a checkpoint until the new one is."""
+    """Rename a finished folder to `path`. The one that was there remains a checkpoint until then."""
     old = set_aside(path) if path.exists() else None
     os.replace(folder, path)
     sync(path.parent)
@@ -115,7 +125,7 @@ def put_in_place(folder: Path, path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a checkpoint whose name is needed; returns its new name, under which it still verifies."""
+    """Rename a checkpoint whose name is needed; return its new path, under which it still verifies."""
     old = path.with_name(path.stem + OLD + path.suffix)
     _move(path, old)
     return old
@@ -128,8 +138,8 @@ def _move(path: Path, to: Path) -> None:
         os.replace(manifest, manifest_path(to))
 
 
-def tidy(folder: Path) -> None:
-    """Removes what killed saves left in a folder, and puts back what they had moved out of their way."""
+def clean_up(folder: Path) -> None:
+    """Remove what killed saves left in a folder, and restore the checkpoints they had set aside."""
     for old in folder.glob(f"*{OLD}*"):
         path = old.with_name(old.name.replace(OLD, ""))
         if old.name.endswith((PARTIAL, MANIFEST)):
@@ -137,7 +147,7 @@ def tidy(folder: Path) -> None:
         if path.exists():
             remove(old)
         else:
-            log.warning("%s is back in its place: the save that was to replace it was killed", path)
+            log.warning("%s is restored: the save that should replace it was killed", path)
             _move(old, path)
     for partial in folder.glob(f"*{PARTIAL}"):
         log.info("removing %s, left by a save that was killed", partial)
@@ -145,7 +155,7 @@ def tidy(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint and its manifest. A kill leaves it whole, or no checkpoint."""
+    """Remove a checkpoint and its manifest. A kill leaves a complete checkpoint or none."""
     if path.is_dir() and not path.is_symlink():
         partial = path.with_name(path.name + PARTIAL)
         delete(partial)

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other."""
+"""Collectives over Python objects."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from torch import distributed as dist
 T = TypeVar("T")
 
 
-def all_gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks; of one process alone its own. Collective."""
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gather every rank's value, in rank order; without a process group, only this process's. Collective.
+
+    Args:
+        value: any picklable object.
+        group: ranks to gather from; None: all.
+    """
     if not dist.is_initialized():
         return [value]
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values

@@ -1,7 +1,7 @@
-"""The global random states of every rank, as a checkpoint holds them.
+"""Global RNG states of all ranks, for checkpoints.
 
-The project's own draws have names and seeds of their own (`sdzero.utils.seeds`). These are for what draws without one:
-dropout, a model's noise, a user's callback.
+The project's own sampling derives its seeds (`sdzero.utils.seeds`). These states serve the rest: dropout, a model's
+noise, a user's callback.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from sdzero.utils.seeds import derive_seed, run_seed
 log = logging.getLogger(__name__)
 
 
-def random_states(device: torch.device) -> list[dict[str, Any]]:
-    """Of each rank those of Python, numpy, torch, and its own device if that is a GPU; numbers and tensors only.
-
-    Collective.
-    """
+def gather_rng_states(device: torch.device) -> list[dict[str, Any]]:
+    """Gather each rank's states of Python, numpy, torch and its own GPU, as numbers and tensors. Collective."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     states: dict[str, Any] = {
@@ -36,15 +33,14 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     return all_gather_objects(states)
 
 
-def restore(states: list[dict[str, Any]], device: torch.device, rank: int, num_ranks: int, step: int) -> None:
-    """Sets this rank's random states. For another number of ranks they come from the run's seed, the step and the rank.
-
-    The latter is logged.
-    """
+def restore_rng_states(
+    states: list[dict[str, Any]], device: torch.device, rank: int, num_ranks: int, step: int
+) -> None:
+    """Set this rank's RNG states; for another number of ranks, seed them by run seed, step and rank, with a warning."""
     if len(states) != num_ranks:
         log.warning(
-            "the checkpoint holds the random states of %d ranks, and there are %d now: rank %d takes new ones from the "
-            "run's seed, the step (%d) and its number",
+            "the checkpoint holds the RNG states of %d ranks, but this run has %d: rank %d seeds its own from the "
+            "run's seed, the step (%d) and its rank",
             *(len(states), num_ranks, rank, step),
         )
         seed = derive_seed(run_seed(), "random states", step, rank)
