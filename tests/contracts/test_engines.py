@@ -471,7 +471,7 @@ def test_weights_that_another_trainer_put_into_the_server_are_refused(
     other = FACTORIES["remote"]()
     other.start(started.spec, builder)
     other.sync(scaled(trainer, 0.9).items(), 1)
-    with pytest.raises(EngineDied, match=r"was drawn from weights \['1-.*'\], not 1-.*: another trainer uses"):
+    with pytest.raises(EngineDied, match=r"was sampled from weights \['1-.*'\], not 1-.*: another trainer uses"):
         engine.generate(prompts(builder, 2), Sampling(1.0, 1.0, 4), seed=0, policy_version=1)
     other.close()
 

@@ -192,9 +192,9 @@ def start(urls: list[str], path: str, builder: PromptBuilder, folder: Path | Non
 def test_arguments_that_cannot_be_right_are_refused() -> None:
     with pytest.raises(ValueError, match="urls is empty"):
         RemoteVLLMEngine([])
-    with pytest.raises(ValueError, match="'node7:8000' does not begin with http://"):
+    with pytest.raises(ValueError, match="'node7:8000' does not start with http://"):
         RemoteVLLMEngine(["node7:8000"])
-    with pytest.raises(ValueError, match="several servers: these need a folder"):
+    with pytest.raises(ValueError, match="several servers: set folder"):
         RemoteVLLMEngine(["http://a", "http://b"])
 
 
@@ -263,7 +263,7 @@ def test_a_sync_pauses_reloads_checks_and_names(
     ("where", "answer", "message"),
     [
         ("/collective_rpc", (500, {"error": {"message": "out of memory"}}), "with 500: .*out of memory"),
-        ("/reset_prefix_cache", (200, {"success": False}), "could not drop its cached prefixes"),
+        ("/reset_prefix_cache", (200, {"success": False}), "could not reset its prefix cache"),
         ("/weight_info", (200, {"weight_version": "6-other"}), "holds weights 6-other, not 7-"),
         (
             "/weight_checker",
@@ -309,7 +309,7 @@ def test_weights_that_do_not_change_with_the_trainers_are_stale(
     engine.sync(weights.items(), 1)
     server.faults["/collective_rpc"] = lambda body: (200, {"results": [None]})
     engine.sync(weights.items(), 2)  # the same weights: nothing has to change
-    with pytest.raises(EngineError, match="holds the weights of the sync before: stale"):
+    with pytest.raises(EngineError, match="still holds the weights of the previous sync"):
         engine.sync({**weights, "model.norm.weight": weights["model.norm.weight"] * 2}.items(), 3)
 
 
@@ -396,7 +396,7 @@ def altered(server: FakeServer, **changes: Any) -> Callable[[Any], tuple[int, An
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"finish_reason": "abort"}, r"vLLM gave up question 'q0': \['abort'\]"),
+        ({"finish_reason": "abort"}, r"vLLM aborted question 'q0': \['abort'\]"),
         ({"token_ids": [20, 21]}, "broken response to question 'q0': 2 tokens of at most 3, 3 log-prob"),
         ({"token_ids": []}, "broken response to question 'q0': 0 tokens"),
         ({"weight_versions": [{"version": "default", "start": 0, "end": 3}]}, r"drawn from weights \['default'\]"),
@@ -464,7 +464,7 @@ def test_a_late_server_is_given_up_and_so_is_one_whose_engine_is_closed(
     engine.deadline_seconds, faults = 60, list[EngineError]()
 
     def ask() -> None:
-        with pytest.raises(EngineError, match="was given up: the engine was closed") as given_up:
+        with pytest.raises(EngineError, match="was cancelled: the engine was closed") as given_up:
             engine.generate(prompts(3), SAMPLING, 0, 1)
         faults.append(given_up.value)
 

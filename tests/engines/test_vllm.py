@@ -256,11 +256,11 @@ def test_the_deadline_ends_a_slow_call_and_tells_how_far_it_came(start: Any) -> 
     ("step", "message"),
     [
         (lambda: [], "returned 0 of 4 responses"),
-        (lambda: [finished("0", [9, 9]), finished("0", [9, 9])], "went on with request 0"),
+        (lambda: [finished("0", [9, 9]), finished("0", [9, 9])], "continued request 0"),
         (lambda: [finished(str(i), []) for i in range(4)], "broken response to question 'q0': 0 tokens"),
         (lambda: [finished(str(i), [9]) for i in range(4)], "broken response to question 'q0': 1 tokens"),
         (lambda: [finished(str(i), [2, 9]) for i in range(4)], None),
-        (lambda: [finished(str(i), [9, 9], "abort") for i in range(4)], "gave up request 0"),
+        (lambda: [finished(str(i), [9, 9], "abort") for i in range(4)], "aborted request 0"),
     ],
 )
 def test_what_is_not_a_response_is_an_error(start: Any, step: Callable[[], list[Any]], message: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Rollout engines. The classes are imported on first use: `import sdzero.engines` brings neither vLLM nor torch."""
+"""Rollout engines, imported on first use: `import sdzero.engines` loads neither vLLM nor torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rollout engine: its own copy of the policy's weights, and a fast way to sample from them."""
+"""Base class of rollout engines, which hold their own copy of the policy's weights and sample from it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from sdzero.types import Prompt, Rollout, Sampling, TokenIds
 
 
 class EngineError(RuntimeError):
-    """The engine is dead, late, or holds other weights than it should. Never a reward."""
+    """The engine failed, timed out, or holds the wrong weights. Never a reward."""
 
 
 class EngineDied(EngineError):
-    """It died, was late, or returned nothing or something broken: started anew it may do better.
+    """The engine crashed, timed out or returned garbage; a restart may help.
 
-    Any other EngineError means wrong weights, and stops the run.
+    Any other EngineError means wrong weights and stops the run.
     """
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is started for.
+    """Settings with which an engine is started.
 
     Args:
         model_path: model folder or hub id: config and tokenizer always, weights if `load_weights`.
         max_model_len: longest prompt + response in tokens, derived from the recipe's lengths.
         dtype: dtype of the engine's weights, "float32" or "bfloat16".
-        load_weights: False where a `sync` follows at once.
+        load_weights: False if a `sync` follows immediately.
     """
 
     model_path: str
@@ -47,7 +47,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """seconds: wall clock of the sync; checksum: of all weights sent, in the engine's dtype."""
+    """Result of a weight sync. seconds: wall-clock time; checksum: of all weights sent, in the engine's dtype."""
 
     seconds: float
     checksum: str
@@ -55,57 +55,58 @@ class SyncReport:
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """Consecutive tokens of a response, and the engine's untempered log-probability of each."""
+    """Consecutive tokens of a response, with the engine's untempered log-probability of each."""
 
     token_ids: TokenIds = ()
     logprobs: tuple[float, ...] = ()
 
 
 OnTokens = Callable[[Mapping[int, TokenChunk]], None]
-"""Takes what one step of the engine drew: a prompt's place in the call -> the new tokens of its response."""
+"""Callback for each engine step: index of a prompt in the call -> new tokens of its response."""
 
 
 def ignore(pieces: Mapping[int, TokenChunk]) -> None:
-    """Does nothing with new tokens."""
+    """Ignore new tokens."""
 
 
 def is_complete(token_ids: Sequence[int], end_ids: Collection[int], max_new_tokens: int) -> bool:
-    """Whether a response is at its end: an end-of-turn token, or the limit."""
+    """Return whether a response has ended: by an end-of-turn token or at the limit."""
     return len(token_ids) == max_new_tokens or (bool(token_ids) and token_ids[-1] in end_ids)
 
 
 class RolloutEngine(ABC):
-    """Life: `start`, then any number of `sync` and `generate`, then `close`; then perhaps `start` again.
+    """Samples responses from a policy whose weights it is sent.
 
-    The trainer's Python, numpy and torch random states are the same after each call as before it.
+    Lifecycle: `start`, then any number of `sync` and `generate`, then `close`; possibly `start` again. No call changes
+    the trainer's RNG states of Python, numpy and torch.
     """
 
     policy_version: int | None = None
-    """Version of the last completed sync (0 after a start with `load_weights`); None: no weights yet."""
+    """Version of the last completed sync, 0 after a start with `load_weights`; None: no weights yet."""
 
     resumes_partial: ClassVar[bool] = False
-    """Whether a call that broke off is continued where it stood: an engine that draws token by token, and would not
-    repeat the call to the bit anyway. The others ignore `on_tokens` and `partials`."""
+    """Whether an interrupted call resumes from its partial responses, which suits an engine that could not repeat the
+    call bit for bit. The others ignore `on_tokens` and `partials`."""
 
     starts_collectively: ClassVar[bool] = False
-    """Whether `start` is collective over all ranks: none can start its engine anew while another is in a call."""
+    """Whether `start` is collective: no rank can restart its engine while another is in a call."""
 
     is_remote: ClassVar[bool] = False
-    """Whether it samples elsewhere, on nothing that the trainer computes with, and `generate` may run in a thread."""
+    """Whether it samples on hardware that the trainer does not use, so that `generate` may run in a thread."""
 
     @abstractmethod
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
-        """Builds the engine.
+        """Start the engine.
 
         Raises:
-            ModuleNotFoundError: the engine's library is missing; names the extra that brings it.
+            ModuleNotFoundError: the engine's library is missing; names the extra that installs it.
         """
 
     @abstractmethod
     def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
-        """Replaces all weights by Hugging Face (name, full tensor) pairs and forgets cached prefixes.
+        """Replace all weights by Hugging Face (name, full tensor) pairs and clear the prefix cache.
 
-        Consumes the whole iterator (on every rank in the same order: producing it may gather).
+        Consumes the whole iterator, on every rank in the same order: producing it may be collective.
 
         Raises:
             EngineError: the engine's tensors differ from what was sent.
@@ -113,9 +114,7 @@ class RolloutEngine(ABC):
         """
 
     def warm_up(self) -> None:
-        """Pays in advance what the first `generate` would take longer than later ones, once weights are there.
-
-        It changes no later draw. Nothing where the first call is like the others.
+        """Do the one-time work of the first `generate`, such as compilation; needs weights, changes no later sample.
 
         Raises:
             EngineDied: the engine died.
@@ -131,33 +130,33 @@ class RolloutEngine(ABC):
         on_tokens: OnTokens = ignore,
         partials: Sequence[TokenChunk] = (),
     ) -> list[Rollout]:
-        """One response per prompt, in order. The unit of durability: same call, same seed, same weights.
+        """Sample one response per prompt, in order. The unit of durability: same call, same seed, same weights.
 
         Args:
-            on_tokens: is handed what is drawn, once per step of the engine and for all responses of that step at once,
-                so that what it has seen is always the state of one moment.
-            partials: what was drawn of each response before, none or one piece per prompt. Only what follows is drawn,
-                and nothing where a response is complete; the result is the whole.
+            on_tokens: called once per engine step with the new tokens of all its responses, so that the tokens received
+                are always a consistent state.
+            partials: beginning of each response from an earlier attempt, none or one per prompt. Only the rest is
+                sampled, nothing for a complete response; the rollouts contain both parts.
 
         Raises:
-            ValueError: a prompt with its new tokens is longer than the engine's `max_model_len`; nothing is cut.
-            EngineError: the engine holds another version.
-            EngineDied: it died, passed its deadline, or returned nothing or something broken.
+            ValueError: prompt and new tokens exceed the engine's `max_model_len`; nothing is truncated.
+            EngineError: the engine holds another policy version.
+            EngineDied: it crashed, passed its deadline or returned garbage.
         """
 
     def sleep(self) -> None:
-        """Gives back what memory it can until `wake`; nothing where the platform has no such thing."""
+        """Release memory until `wake`, on platforms that support it."""
 
     def wake(self) -> None:
-        """Undoes `sleep`. Weights may be gone: a `sync` follows before the next `generate`."""
+        """Undo `sleep`. Weights may be lost: a `sync` must precede the next `generate`."""
 
     def close(self) -> None:
-        """Frees everything, whatever state the engine is in: also one that died, or never started."""
+        """Free all resources in any state, also of an engine that crashed or never started."""
 
     def _check_version(self, policy_version: int) -> None:
         if self.policy_version != policy_version:
             raise EngineError(
-                f"asked for responses of policy version {policy_version}, but the engine holds {self.policy_version}"
+                f"responses of policy version {policy_version} requested, but the engine holds {self.policy_version}"
             )
 
     @staticmethod
@@ -185,7 +184,7 @@ class RolloutEngine(ABC):
         logprobs: Sequence[float],
         max_new_tokens: int,
     ) -> Rollout:
-        """A response from what the engine returned, checked: it ends at its first end-of-turn token or at the limit."""
+        """Check an engine's output, which must end at its first end-of-turn token or at the limit, and wrap it."""
         ended = bool(token_ids) and token_ids[-1] in builder.end_ids
         body = builder.body(token_ids)
         complete = is_complete(token_ids, builder.end_ids, max_new_tokens)
@@ -207,10 +206,7 @@ class RolloutEngine(ABC):
 
 @contextmanager
 def preserve_rng(seed: int | None = None) -> Iterator[None]:
-    """Python's, numpy's and torch's random states (every CUDA device's too) end as they began.
-
-    Inside, all of them are seeded with `seed`; None leaves them be.
-    """
+    """Restore the RNG states of Python, numpy and torch (including CUDA) after the block; seed them within it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:

@@ -1,4 +1,4 @@
-"""An engine without a model: it answers what it is told to. For tests and for dry runs of a recipe."""
+"""Engine without a model that returns given responses, for tests and dry runs of a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdzero.types import Prompt, Rollout, Sampling
 
 
 class ScriptedEngine(RolloutEngine):
-    """Responses from a table or a function, with log-probabilities of 0.
+    """Returns responses from a table or a function, with log-probabilities of 0.
 
     Args:
         responses: question id -> response text, or a function of the prompt and the call's seed. A response ends with
@@ -54,7 +54,7 @@ class ScriptedEngine(RolloutEngine):
     def _respond(self, prompt: Prompt, max_new_tokens: int, seed: int) -> Rollout:
         builder = self._builder
         body = builder.tokenizer.encode(self._text(prompt, seed), add_special_tokens=False)
-        end = next((place for place, token in enumerate(body) if token in builder.end_ids), len(body))
+        end = next((index for index, token in enumerate(body) if token in builder.end_ids), len(body))
         ids = [*body[:end], builder.end_id][:max_new_tokens]
         return self._rollout(builder, prompt, ids, [0.0] * len(ids), max_new_tokens)
 

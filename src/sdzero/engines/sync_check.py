@@ -1,8 +1,8 @@
-"""Proof that a weight sync arrived: every weight once, and a few tensors equal to the bit on both sides.
+"""Verification of a weight sync: every weight arrives once, and some tensors are compared bit for bit.
 
-A missed sync at a learning rate of 5e-6 hides in bfloat16's noise; an exact checksum sees it. The compared tensors
-are those which the engine keeps under their own name and in their own shape: all in `transformers`; in vLLM, which
-fuses and packs, embeddings, the head, norms and biases, and on a GPU the projections back into the residual stream.
+A missed sync at a learning rate of 5e-6 hides in bfloat16's noise; an exact checksum detects it. The compared tensors
+are those that the engine keeps under their own name and shape: all in `transformers`; in vLLM, which fuses and packs,
+the embeddings, head, norms and biases, and on a GPU the projections back into the residual stream.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from sdzero.engines.base import EngineError
 
-_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24  # elements at once: what fits the cache; what keeps a GPU busy
+_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24  # elements: fits the CPU cache; keeps a GPU busy
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """Exact checksum of a tensor's bits and their places, computed where the tensor lies.
+    """Compute an exact checksum of a tensor's bits and their positions, on the tensor's device.
 
-    The sum of bits[i] * (2i + 1) in 64-bit integers that wrap: any single change and any swap of unlike elements show.
+    The sum of bits[i] * (2i + 1) modulo 2**64 detects any single change and any swap of unequal elements.
     """
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
     chunk = min(bits.numel(), _CPU_CHUNK if bits.device.type == "cpu" else _GPU_CHUNK)
@@ -37,7 +37,7 @@ def fingerprint(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Names and shapes of a model's weights. `required` names arrive once each; the others are second names of tied
+    """Names and shapes of a model's weights. Each of `required` must arrive; the others are second names of tied
     weights, which may arrive too."""
 
     shapes: Mapping[str, torch.Size]
@@ -53,7 +53,7 @@ class WeightLayout:
 
     @classmethod
     def of_pretrained(cls, path: str) -> WeightLayout:
-        """From a model folder or hub id; reads the config only."""
+        """Read the layout from the config of a model folder or hub id."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -61,11 +61,11 @@ class WeightLayout:
 
 
 class SyncCheck:
-    """Watches the weights on their way into an engine, then compares what the engine holds.
+    """Records the weights sent to an engine, then compares the tensors that the engine holds.
 
     Args:
-        layout: what must arrive.
-        held: the engine's own tensors before the sync: their shapes and dtypes tell which can be compared.
+        layout: weights that must arrive.
+        held: the engine's own tensors before the sync; their shapes and dtypes decide which can be compared.
         dtype: dtype of the engine's weights.
     """
 
@@ -77,8 +77,11 @@ class SyncCheck:
         self._faults: list[str] = []
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights, detached, without the faulty ones. `finish` tells the faults: an engine may not survive an
-        exception in mid-reload, and other ranks wait for this one to consume all."""
+        """Pass the weights on, detached, without the faulty ones.
+
+        Faults are raised by `finish`: an engine may not survive an exception during a reload, and other ranks wait for
+        this one to consume all weights.
+        """
         for name, tensor in weights:
             fault = self._fault(name, tensor)
             if fault:
@@ -96,7 +99,7 @@ class SyncCheck:
     def _fault(self, name: str, tensor: Tensor) -> str | None:
         shape = self._layout.shapes.get(name)
         if shape is None:
-            return f"{name!r} is no weight of the engine's model"
+            return f"{name!r} is not a weight of the engine's model"
         if name in self._sent:
             return f"{name!r} was sent twice"
         if shape != tensor.shape:
@@ -113,22 +116,22 @@ class SyncCheck:
         return is_vocabulary and len(shape) == 2 and shape[0] >= tensor.shape[0] and shape[1] == tensor.shape[1]
 
     def finish(self, held: Mapping[str, Tensor]) -> str:
-        """Checksum of all that was sent, once the engine holds it.
+        """Verify the engine's tensors after the sync; return the checksum of the weights sent.
 
         Raises:
-            EngineError: something faulty was sent, or a compared tensor of the engine differs from what was sent.
+            EngineError: a faulty weight was sent, or a compared tensor of the engine differs from the one sent.
         """
         wrong = [name for name, (rows, sent) in self._compared.items() if fingerprint(held[name][:rows]) != sent]
         self._faults += [f"{name!r} of the engine differs from what was sent" for name in wrong]
         if not self._compared:
-            self._faults.append("the engine keeps no tensor in a form that can be compared with what was sent")
+            self._faults.append("the engine holds no tensor in a form that can be compared with the weights sent")
         return self.checksum()
 
     def checksum(self) -> str:
-        """Checksum of all that was sent.
+        """Return the checksum of the weights sent.
 
         Raises:
-            EngineError: something faulty was sent.
+            EngineError: a faulty weight was sent.
         """
         if self._faults:
             raise EngineError(

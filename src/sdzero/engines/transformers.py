@@ -1,4 +1,4 @@
-"""Sampling with `transformers`: needs no extra, runs wherever torch does, and repeats to the bit."""
+"""Sampling with `transformers`: needs no extra, runs on every torch device, and is bitwise reproducible."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _CPU = torch.device("cpu")
 
 
 class TransformersEngine(RolloutEngine):
-    """Its own copy of the model, sampled in left-padded batches.
+    """Samples from its own copy of the model in left-padded batches.
 
-    The same prompts, seed and weights give the same responses to the bit. A call is split into batches of
-    `max_batch_size` prompts whose lengths are neighbours: sorted, they are padded least.
+    The same prompts, seed and weights give bitwise equal responses. A call is split into batches of `max_batch_size`
+    prompts of similar length, which minimises padding.
 
     Args:
-        max_batch_size: prompts sampled at once. It bounds the key-value cache, and is part of what a seed means.
+        max_batch_size: prompts sampled at once. It bounds the key-value cache; another size samples other responses.
     """
 
     def __init__(self, max_batch_size: int = 256) -> None:
@@ -43,13 +43,13 @@ class TransformersEngine(RolloutEngine):
             else:
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model_path), dtype=dtype)
         self._model: Any = model
-        self._model.generation_config = GenerationConfig()  # the model's own sampling defaults must not leak in
+        self._model.generation_config = GenerationConfig()  # otherwise the model's own sampling defaults apply
         self._model.requires_grad_(False).eval().to(self._device)
         self.policy_version = 0 if spec.load_weights else None
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
         started = perf_counter()
-        self.policy_version = None  # a sync that breaks off leaves an engine that refuses to generate
+        self.policy_version = None  # after an interrupted sync the engine refuses to generate
         held = self._model.state_dict(keep_vars=True)
         check = SyncCheck(WeightLayout.of(self._model), held, getattr(torch, self._spec.dtype))
         with torch.no_grad():
@@ -72,14 +72,14 @@ class TransformersEngine(RolloutEngine):
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
         rollouts: dict[int, Rollout] = {}
         with preserve_rng(seed), torch.inference_mode():
-            for places in self._batches(prompts):
-                rollouts |= zip(places, self._sample([prompts[place] for place in places], sampling), strict=True)
-        return [rollouts[place] for place in range(len(prompts))]
+            for indices in self._batches(prompts):
+                rollouts |= zip(indices, self._sample([prompts[index] for index in indices], sampling), strict=True)
+        return [rollouts[index] for index in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Places of the prompts that are sampled at once: the longest first, so that memory runs out at once or never;
-        inside a batch in their own order, so that what is one batch draws as it would unsorted."""
-        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].token_ids))
+        """Split prompt indices into batches: the longest prompts first, so that memory runs out at once or never; in
+        their own order within a batch, so that a single batch samples as it would unsorted."""
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].token_ids))
         return [sorted(order[i : i + self.max_batch_size]) for i in range(0, len(order), self.max_batch_size)]
 
     def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
@@ -90,13 +90,13 @@ class TransformersEngine(RolloutEngine):
             attention_mask=attention_mask,
             generation_config=_generation_config(sampling, self._builder),
             logits_processor=LogitsProcessorList([recorder]),
-            synced_gpus=False,  # ranks sample on their own
+            synced_gpus=False,  # ranks sample independently
         )
         logprobs = recorder.finish(sequences[:, -1]).tolist()  # [B, N]
         new_ids = sequences[:, input_ids.shape[1] :].tolist()  # [B, N], padded after an end-of-turn token
         rollouts = []
         for prompt, ids, values in zip(prompts, new_ids, logprobs, strict=True):
-            ends = (place + 1 for place, token in enumerate(ids) if token in self._builder.end_ids)
+            ends = (index + 1 for index, token in enumerate(ids) if token in self._builder.end_ids)
             length = next(ends, len(ids))
             rollouts.append(
                 self._rollout(self._builder, prompt, ids[:length], values[:length], sampling.max_new_tokens)
@@ -115,10 +115,10 @@ class TransformersEngine(RolloutEngine):
 
 
 class _RecordLogprobs(LogitsProcessor):
-    """Keeps the log-probability of each sampled token, before temperature and top-p, one [B, V] at a time.
+    """Records the log-probability of each sampled token before temperature and top-p, holding one [B, V] at a time.
 
-    `generate` runs custom processors before its own temperature and top-p; each call shows the token that was sampled
-    from the scores of the call before.
+    `generate` runs custom processors before its own temperature and top-p; each call receives the token sampled
+    from the scores of the previous call.
     """
 
     def __init__(self) -> None:
@@ -135,13 +135,13 @@ class _RecordLogprobs(LogitsProcessor):
             self._columns.append(self._last.gather(1, sampled[:, None]).squeeze(1))
 
     def finish(self, sampled: Tensor) -> Tensor:
-        """Log-probabilities [B, N]; `sampled` [B] are the last step's tokens, which no further call has shown."""
+        """Return log-probabilities [B, N]; `sampled` [B] are the last step's tokens, which no call has received."""
         self._record(sampled)
         return torch.stack(self._columns, dim=1)
 
 
 def _left_pad(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, both [B, T], the prompts at the right edge."""
+    """Return input_ids and attention_mask, both [B, T], with the prompts at the right edge."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     pads = [longest - len(prompt.token_ids) for prompt in prompts]
     rows = [[pad_id] * pad + list(prompt.token_ids) for prompt, pad in zip(prompts, pads, strict=True)]
@@ -150,7 +150,7 @@ def _left_pad(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> t
 
 
 def _generation_config(sampling: Sampling, builder: PromptBuilder) -> GenerationConfig:
-    """Every option that changes what is sampled: left out, it would come from library defaults such as top_k=50."""
+    """Set every option that affects sampling; the others would come from library defaults such as top_k=50."""
     options: dict[str, Any] = dict(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=sorted(builder.end_ids),

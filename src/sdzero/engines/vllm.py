@@ -1,4 +1,4 @@
-"""vLLM in the trainer's own process: each rank samples from its own engine on its own device."""
+"""vLLM in the trainer's process: each rank samples from its own engine on its own device."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from sdzero.engines.base import (
     preserve_rng,
 )
 from sdzero.engines.sync_check import SyncCheck, WeightLayout
-from sdzero.engines.vllm_requests import Request, longest_first, run_requests, sampling_params, shared_requests
+from sdzero.engines.vllm_requests import Request, gather_requests, longest_first, run_requests, sampling_params
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
 from sdzero.utils.process import watchdog
 
-_GRACE_SECONDS = 60.0  # past the deadline, before a call that hangs in native code ends the process
-_WARM_UP_LENGTH = 16  # requests, and tokens of each prompt
+_GRACE_SECONDS = 60.0  # after the deadline, until the watchdog ends a process that hangs in native code
+_WARM_UP_LENGTH = 16  # number of requests, and of tokens in each prompt
 
 log = logging.getLogger(__name__)
 
 
 class VLLMEngine(RolloutEngine):
-    """A co-located vLLM engine, fed by `sync` without a copy on disk.
+    """Co-located vLLM engine that receives weights by `sync`, without a copy on disk.
 
-    The engine is seeded once per call, so a repeated call repeats its tokens, but other prompts beside a prompt change
-    its draw. On a GPU it gives its memory back between `sleep` and `wake`.
+    The engine is seeded once per call: a repeated call repeats its tokens, but a prompt's response depends on the other
+    prompts of the call. On a GPU its memory is released between `sleep` and `wake`.
 
     Args:
         gpu_memory_utilization: share of a GPU's memory for weights and key-value cache, in (0, 1].
-        tensor_parallel_size: GPUs one engine spans. Above 1, that many neighbouring ranks form an engine and answer
-            the prompts of all of them together.
-        kv_cache_gib: key-value cache in GiB where the engine runs on the CPU.
+        tensor_parallel_size: GPUs per engine. Above 1, that many consecutive ranks form one engine, which samples the
+            prompts of all of them together.
+        kv_cache_gib: size of the key-value cache in GiB when the engine runs on the CPU.
         max_num_seqs: responses sampled at the same time.
-        enforce_eager: no compilation and no CUDA graphs; null means on the CPU only, where compiling takes longer
+        enforce_eager: disable compilation and CUDA graphs; null does so on the CPU only, where compiling takes longer
             than it saves.
-        enable_prefix_caching: prompts of one call that begin alike share the work on their common part.
-        longest_first: where a call has more than max_num_seqs prompts, those with the longest go first: a revision is
-            about as long as the answer in its prompt, and a long one that starts last runs on alone. Off, the prompts'
-            own order, and so the draws of runs that were made in it.
-        deadline_seconds: limit of one generate call; passing it raises EngineDied. A start, sync or generate that
-            hangs in native code ends the process a minute later, with the stacks of all threads on stderr;
-            under `sdzero run` in stacks.txt of the stage, which is then restarted.
+        enable_prefix_caching: reuse the key-value cache of prefixes that prompts of one call have in common.
+        longest_first: schedule the longest prompts first in a call of more than max_num_seqs prompts: a revision is
+            about as long as the response in its prompt, and a long one that starts last runs alone. False keeps the
+            prompts' own order, and thereby the samples of runs made in it.
+        deadline_seconds: limit of one generate call; exceeding it raises EngineDied. A start, sync or generate that
+            hangs in native code ends the process a minute later, with the stacks of all threads on stderr; under
+            `sdzero run` in the stage's stacks.txt, after which the stage is restarted.
     """
 
     resumes_partial = True
@@ -77,7 +77,7 @@ class VLLMEngine(RolloutEngine):
         longest_first: bool = True,
         deadline_seconds: float = 3600.0,
     ) -> None:
-        if find_spec("vllm") is None:  # said here too: a trainer loads its weights before it starts the engine
+        if find_spec("vllm") is None:  # already here: a trainer loads its weights before it starts the engine
             raise _missing()
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
@@ -96,15 +96,15 @@ class VLLMEngine(RolloutEngine):
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
         self._spec, self._builder = spec, builder
         self._asleep.clear()
-        os.environ.update(vllm_patches.environment(self.tensor_parallel_size))
+        os.environ.update(vllm_patches.environment_variables(self.tensor_parallel_size))
         with preserve_rng(), vllm_patches.preserve_num_threads():
             self._layout = WeightLayout.of_pretrained(spec.model_path)
             llm_class, self._is_cpu = _import_vllm()
             self._runs_eagerly = self._is_cpu if self.enforce_eager is None else self.enforce_eager
             if dist.is_initialized():
-                vllm_patches.spare_process_group()
+                vllm_patches.keep_process_group()
                 if self._is_cpu:
-                    vllm_patches.own_shared_memory()
+                    vllm_patches.use_unique_shared_memory()
             with self._guarded():
                 self._llm = self._construct(llm_class)
         self.policy_version = 0 if spec.load_weights else None
@@ -112,11 +112,11 @@ class VLLMEngine(RolloutEngine):
     def _construct(self, llm_class: Callable[..., Any]) -> Any:
         try:
             return llm_class(**self._llm_options())
-        except ValueError as error:  # vLLM's advice names options of its own
+        except ValueError as error:  # vLLM's message names its own options
             memory = "kv_cache_gib" if self._is_cpu else "gpu_memory_utilization"
             raise ValueError(
                 f"vLLM does not start with {memory} {getattr(self, memory)} and a longest prompt + response of "
-                f"{self._spec.max_model_len} tokens; change these. It says: {error}"
+                f"{self._spec.max_model_len} tokens; change these. Its error: {error}"
             ) from error
 
     def _llm_options(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class VLLMEngine(RolloutEngine):
             "max_num_seqs": self.max_num_seqs,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "tensor_parallel_size": self.tensor_parallel_size,
-            # with a process group of several ranks vLLM must join it rather than spawn workers of its own
+            # in a process group of several ranks vLLM must join it instead of spawning workers
             "distributed_executor_backend": "external_launcher" if vllm_patches.world_size() > 1 else None,
             "enforce_eager": self._runs_eagerly,
             "enable_prefix_caching": self.enable_prefix_caching,
@@ -144,12 +144,12 @@ class VLLMEngine(RolloutEngine):
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
         started = perf_counter()
-        self.policy_version = None  # a sync that breaks off leaves an engine that refuses to generate
+        self.policy_version = None  # after an interrupted sync the engine refuses to generate
         self._wake("weights")
         with preserve_rng(), self._guarded():
             check = SyncCheck(self._layout, self._held(), getattr(torch, self._spec.dtype))
             self._reload(check.watch(weights))
-            self._forget_prefixes()
+            self._reset_prefix_cache()
             checksum = check.finish(self._held())
         self._wake("kv_cache")
         self.policy_version = policy_version
@@ -161,15 +161,15 @@ class VLLMEngine(RolloutEngine):
             if self._is_cpu:
                 self._llm.apply_model(vllm_patches.repack_heads)
         except Exception as error:  # whatever vLLM raises
-            deque(weights, 0)  # other ranks wait for this one to gather its part of the rest
-            raise EngineDied("vLLM died while it took new weights") from error
+            deque(weights, 0)  # gathering the rest is collective
+            raise EngineDied("vLLM died while it received new weights") from error
 
     def _held(self) -> Mapping[str, Tensor]:
         return self._llm.apply_model(_parameters)[0]
 
-    def _forget_prefixes(self) -> None:
+    def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
-            raise EngineDied("vLLM could not drop its cached prefixes, which belong to older weights")
+            raise EngineDied("vLLM could not reset its prefix cache, which belongs to older weights")
 
     def generate(
         self,
@@ -183,24 +183,25 @@ class VLLMEngine(RolloutEngine):
         self._check_version(policy_version)
         self._check_lengths(prompts, sampling, self._spec.max_model_len)
         partials, limit = partials or [TokenChunk()] * len(prompts), sampling.max_new_tokens
-        drawn = [(list(piece.token_ids), list(piece.logprobs)) for piece in partials]
-        asked = [place for place, (ids, _) in enumerate(drawn) if not is_complete(ids, self._builder.end_ids, limit)]
-        mine = [Request((*prompts[place].token_ids, *drawn[place][0]), limit - len(drawn[place][0])) for place in asked]
-        requests, first, seed = shared_requests(mine, seed, self.tensor_parallel_size)
-        own = {first + index: place for index, place in enumerate(asked)}  # the others are those of sharing ranks
+        sampled = [(list(partial.token_ids), list(partial.logprobs)) for partial in partials]
+        incomplete = [i for i, (ids, _) in enumerate(sampled) if not is_complete(ids, self._builder.end_ids, limit)]
+        own = [Request((*prompts[i].token_ids, *sampled[i][0]), limit - len(sampled[i][0])) for i in incomplete]
+        requests, first, seed = gather_requests(own, seed, self.tensor_parallel_size)
+        prompt_of = dict(
+            enumerate(incomplete, first)
+        )  # of this rank's requests, among those of all ranks of the engine
         params = sampling_params(sampling, self._builder, by_step=on_tokens is not ignore)
         with self._steps(requests, params, seed) as steps:
             for step in steps:
-                pieces = {own[index]: piece for index, piece in step.items() if index in own}
-                for place, piece in pieces.items():
-                    drawn[place][0].extend(piece.token_ids)
-                    drawn[place][1].extend(piece.logprobs)
-                on_tokens(pieces)
-        return [self._rollout(self._builder, prompt, *drawn[place], limit) for place, prompt in enumerate(prompts)]
+                chunks = {prompt_of[index]: chunk for index, chunk in step.items() if index in prompt_of}
+                for i, chunk in chunks.items():
+                    sampled[i][0].extend(chunk.token_ids)
+                    sampled[i][1].extend(chunk.logprobs)
+                on_tokens(chunks)
+        return [self._rollout(self._builder, prompt, *sampled[i], limit) for i, prompt in enumerate(prompts)]
 
     def warm_up(self) -> None:
-        """A few tokens drawn with and without top-p: unless it runs eagerly, vLLM compiles each way of its sampler at
-        the first call that takes it."""
+        """Sample a few tokens with and without top-p: vLLM compiles each path of its sampler at its first call."""
         length = min(_WARM_UP_LENGTH, self._spec.max_model_len - 2)
         requests = [Request((self._builder.pad_id,) * length, 2)] * min(_WARM_UP_LENGTH, self.max_num_seqs)
         for top_p in (1.0, 0.9) if length > 0 else ():
@@ -212,13 +213,13 @@ class VLLMEngine(RolloutEngine):
     def _steps(
         self, requests: Sequence[Request], params: Callable[[int], Any], seed: int
     ) -> Iterator[Iterator[dict[int, TokenChunk]]]:
-        """Around the steps that answer `requests`. An engine that they leave midway refuses to generate."""
+        """Yield the engine's steps for `requests`. After an interruption the engine refuses to generate."""
         with preserve_rng(seed), self._guarded():
-            self._forget_prefixes()  # what a call returns must not depend on the calls before it
+            self._reset_prefix_cache()  # a call must not depend on earlier calls
             order = longest_first(requests) if self.longest_first and len(requests) > self.max_num_seqs else None
             try:
                 yield run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds, order)
-            except BaseException:  # requests may be left in vLLM: its scheduler's state is unknown from here on
+            except BaseException:  # requests may remain in vLLM's scheduler
                 self.policy_version = None
                 raise
 
@@ -229,7 +230,7 @@ class VLLMEngine(RolloutEngine):
             self._asleep = {"weights", "kv_cache"}
 
     def wake(self) -> None:
-        """Brings back room for the weights; the next `sync` fills it, and then makes room for the cache."""
+        """Allocate the weights again; the next `sync` fills them and allocates the cache."""
         self._wake("weights")
 
     def _wake(self, tag: str) -> None:
@@ -238,24 +239,23 @@ class VLLMEngine(RolloutEngine):
             self._asleep.remove(tag)
 
     def close(self) -> None:
-        """Frees the engine and leaves the trainer's process group alone."""
+        """Free the engine without touching the trainer's process group."""
         self.policy_version = None
         llm = getattr(self, "_llm", None)
         self._llm: Any = None
         if llm is not None:
             try:
                 llm.llm_engine.engine_core.shutdown()
-            except Exception:  # a dead one's, which must not hide what it died of
-                log.warning("vLLM did not shut down in order", exc_info=True)
+            except Exception:  # of a crashed engine; it must not hide the cause
+                log.warning("vLLM did not shut down cleanly", exc_info=True)
         del llm
         gc.collect()  # vLLM's objects refer to each other
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Around a call into vLLM: a watchdog, and no compilation where the engine runs eagerly.
+        """Run a call into vLLM under a watchdog, and without compilation if the engine is eager.
 
-        Even an eager vLLM compiles helpers of its sampler with the system's C++ compiler, 5 to 20 seconds at the first
-        call.
+        Even an eager vLLM compiles parts of its sampler with the system's C++ compiler, 5 to 20 seconds at first call.
         """
         stance = torch.compiler.set_stance("force_eager") if self._runs_eagerly else nullcontext()
         with watchdog(self.deadline_seconds + _GRACE_SECONDS), stance:
@@ -271,7 +271,7 @@ def _missing() -> ModuleNotFoundError:
 
 
 def _import_vllm() -> tuple[Callable[..., Any], bool]:
-    """What makes a `vllm.LLM`, and whether this vLLM runs on the CPU."""
+    """Return a constructor of `vllm.LLM`, and whether this vLLM runs on the CPU."""
     try:
         import vllm
     except ModuleNotFoundError as error:
@@ -280,7 +280,7 @@ def _import_vllm() -> tuple[Callable[..., Any], bool]:
         raise _missing() from error
     from vllm.platforms import current_platform
 
-    return vllm_patches.sparing_model_classes(vllm.LLM), current_platform.is_cpu()
+    return vllm_patches.restore_model_classes(vllm.LLM), current_platform.is_cpu()
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:

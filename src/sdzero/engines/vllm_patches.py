@@ -1,4 +1,4 @@
-"""What vLLM reads in a process that is not its own, and what it does to it, undone: here the trainer lives in it."""
+"""Environment variables and patches that let vLLM run inside the trainer's process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import distributed as dist
 
 
-def spare_process_group() -> None:
-    """vLLM's shutdown destroys torch's default process group, whoever made it. Here the trainer did, and needs it."""
+def keep_process_group() -> None:
+    """Keep vLLM's shutdown from destroying torch's default process group, which is the trainer's."""
     from vllm.distributed import parallel_state
 
     def destroy_world() -> None:
@@ -24,9 +24,11 @@ def spare_process_group() -> None:
     parallel_state.destroy_distributed_environment = destroy_world
 
 
-def own_shared_memory() -> None:
-    """On the CPU the ranks of an engine meet in shared memory, whose name vLLM makes the same on a whole machine: no
-    second run would start, and none after a killed one, which leaves it behind. Collective."""
+def use_unique_shared_memory() -> None:
+    """Give the shared memory of this run's CPU engines a unique name. Collective.
+
+    vLLM uses one name per machine: a second run would not start, nor any run after a killed one.
+    """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     run = [uuid4().hex]
@@ -38,34 +40,36 @@ def own_shared_memory() -> None:
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
-def sparing_model_classes(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, which makes a vLLM, without its harm to transformers' classes. Models that vLLM runs by transformers' own
-    code, as Olmo 3, are built from classes that it changes for the whole process: they could no longer be made outside
-    vLLM, nor called where they were made before."""
+def restore_model_classes(make_llm: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a constructor of `vllm.LLM` to undo its changes to transformers' model classes.
+
+    Models that vLLM runs by transformers' code, such as Olmo 3, are built from classes that vLLM changes for the whole
+    process: outside vLLM they could no longer be constructed, nor called if they were constructed before.
+    """
     from vllm.model_executor.models.transformers.base import Base
 
     decorate, inits = Base._decorate_cls_for_torch_compile, {}
 
-    def decorate_and_note(self: Any, cls: type, *args: Any, **kwargs: Any) -> None:
+    def decorate_and_record(self: Any, cls: type, *args: Any, **kwargs: Any) -> None:
         inits.setdefault(cls, cls.__init__)
         decorate(self, cls, *args, **kwargs)
-        cls.do_not_compile = True  # pyright: ignore[reportAttributeAccessIssue] - vLLM's own models say otherwise
+        cls.do_not_compile = True  # pyright: ignore[reportAttributeAccessIssue] - vLLM's own models override it
 
-    def sparing(**options: Any) -> Any:
-        Base._decorate_cls_for_torch_compile = decorate_and_note
+    def construct(**options: Any) -> Any:
+        Base._decorate_cls_for_torch_compile = decorate_and_record
         try:
-            return make(**options)
+            return make_llm(**options)
         finally:
             Base._decorate_cls_for_torch_compile = decorate
             for cls, init in inits.items():
                 cls.__init__ = init
 
-    return sparing
+    return construct
 
 
 @contextmanager
 def preserve_num_threads() -> Iterator[None]:
-    """vLLM's CPU worker changes torch's thread count and replaces `torch.set_num_threads`, for the trainer too."""
+    """Restore torch's thread count and `torch.set_num_threads`, both of which vLLM's CPU worker replaces."""
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     try:
         yield
@@ -75,8 +79,10 @@ def preserve_num_threads() -> Iterator[None]:
 
 
 def repack_heads(model: Any) -> None:
-    """vLLM's CPU layers multiply by a packed copy of their weight, and a reload packs anew only what was sent to a
-    layer by name: a head tied to the embedding would keep the copy of its first weights for good."""
+    """Update the packed weight copies of vLLM's CPU layers after a reload.
+
+    A reload packs only the layers whose weights are sent by name: a head tied to the embedding would never change.
+    """
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():
             module.quant_method.process_weights_after_loading(module)
@@ -86,8 +92,8 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def environment(tensor_parallel_size: int) -> dict[str, str]:
-    """What vLLM reads from the environment; the ranks' part is missing under Lightning's own launcher."""
+def environment_variables(tensor_parallel_size: int) -> dict[str, str]:
+    """Return the variables that vLLM reads; Lightning's own launcher does not set those of the ranks."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -107,7 +113,7 @@ def environment(tensor_parallel_size: int) -> dict[str, str]:
         variables |= {
             "RANK": str(rank),
             "WORLD_SIZE": str(num_ranks),
-            # the GPU that vLLM takes: the trainer's
+            # selects the trainer's GPU for vLLM
             "LOCAL_RANK": str(torch.cuda.current_device()) if on_gpu else os.environ.get("LOCAL_RANK", str(rank)),
             "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
             "MASTER_PORT": os.environ.get("MASTER_PORT", "29500"),

@@ -149,7 +149,8 @@ class AtomicFolders(ParallelStrategy):
             free = shutil.disk_usage(path.parent).free / 2**20
             raise CheckpointError(
                 f"could not save {path} onto a disk with {free:.0f} MiB free: {'; '.join(filter(None, messages))}. "
-                "Earlier checkpoints are untouched; make room on the disk or repair it, and resume from the newest of them"
+                "Earlier checkpoints are untouched; make room on the disk or repair it, and resume from the newest of "
+                "them"
             ) from failure
         return list(results)
 

@@ -1,4 +1,4 @@
-"""vLLM servers as rollout engine: the engine, its HTTP client, what servers must offer, how weights reach them."""
+"""vLLM servers as rollout engine: engine, HTTP client, server requirements, weight transfer."""
 
 from sdzero.engines.remote.engine import RemoteVLLMEngine
 

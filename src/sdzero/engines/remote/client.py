@@ -1,4 +1,4 @@
-"""JSON over HTTP to vLLM servers: hundreds of requests at once, from any thread, each call under a deadline."""
+"""JSON over HTTP to vLLM servers: hundreds of concurrent requests, from any thread, each call with a deadline."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import aiohttp
 
 from sdzero.engines.base import EngineDied, EngineError
 
-_CONNECTIONS = 512  # what a server runs at once, twice over; more would only queue there, at a descriptor each
-_SHORT_SECONDS = 60.0  # for questions that need no work
+_CONNECTIONS = 512  # twice what a server runs at once; more would only queue there, using a descriptor each
+_SHORT_SECONDS = 60.0  # for calls without work
 
 
 class Client:
-    """A connection pool on a thread of its own, so that a call may come from any thread, and from a notebook too.
+    """Connection pool on its own thread, usable from any thread and from a notebook.
 
-    Every method raises EngineDied where a server cannot be reached, fails or passes the deadline, and EngineError where
-    it refuses what it was asked.
+    Every method raises EngineDied if a server cannot be reached, fails or passes the deadline, and EngineError if it
+    rejects the request.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Client:
         return self._run(self._send("POST", url, body), seconds, url)
 
     def post_all(self, requests: Sequence[tuple[str, Any]], seconds: float) -> list[Any]:
-        """The answers to (url, body) pairs, in order. The first fault takes the others back."""
+        """Post (url, body) pairs concurrently; return the answers in order. The first error cancels the others."""
         return self._run(self._send_all(requests), seconds, requests[0][0]) if requests else []
 
     async def _send_all(self, requests: Sequence[tuple[str, Any]]) -> list[Any]:
@@ -50,18 +50,18 @@ class Client:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
-                task.cancel()  # a server drops the request whose connection closes
+                task.cancel()  # a server aborts a request when its connection closes
 
     async def _send(self, method: str, url: str, body: Any) -> Any:
         try:
             async with self._session.request(method, url, json=body) as response:
                 if response.status == 200:
                     return await response.json(content_type=None) if response.content_length != 0 else None
-                said = (await response.text())[:500]
+                text = (await response.text())[:500]
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise EngineDied(f"the vLLM server does not answer {method} {url}: {error!r}. Is it running?") from error
         kind = EngineDied if response.status >= 500 else EngineError
-        raise kind(f"the vLLM server answered {method} {url} with {response.status}: {said}")
+        raise kind(f"the vLLM server answered {method} {url} with {response.status}: {text}")
 
     def _run(self, work: Coroutine[Any, Any, Any], seconds: float, what: str) -> Any:
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop)
@@ -71,13 +71,13 @@ class Client:
         except TimeoutError as error:
             raise EngineDied(f"the vLLM server did not finish {what} in {seconds:g} seconds") from error
         except CancelledError as error:
-            raise EngineError(f"{what} was given up: the engine was closed") from error
+            raise EngineError(f"{what} was cancelled: the engine was closed") from error
         finally:
-            future.cancel()  # where the wait itself was broken off, as by Ctrl-C
+            future.cancel()  # if the wait itself was interrupted, as by Ctrl-C
             self._pending.discard(future)
 
     def close(self) -> None:
-        """Gives up what is under way, in other threads too."""
+        """Cancel running calls, also those of other threads, and close the connections."""
         for future in list(self._pending):
             future.cancel()
         self._run(self._session.close(), _SHORT_SECONDS, "close")

@@ -1,4 +1,4 @@
-"""A vLLM server elsewhere: other GPUs, or another machine, sample while the trainer trains."""
+"""vLLM servers on other GPUs or machines, which sample while the trainer trains."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from sdzero.types import Prompt, Rollout, Sampling
 from sdzero.utils.process import watchdog
 from sdzero.utils.seeds import derive_seed
 
-_GRACE_SECONDS = 60.0  # past the deadline, before a transfer that hangs in NCCL ends the process
-_FAULTS = (RuntimeError, OSError, ValueError, SafetensorError)  # of a transfer: EngineError, NCCL, a full disk, ...
+_GRACE_SECONDS = 60.0  # after the deadline, until the watchdog ends a process that hangs in NCCL
+_FAULTS = (RuntimeError, OSError, ValueError, SafetensorError)  # of a transfer: EngineError, NCCL, full disk, ...
 
 
 class RemoteVLLMEngine(RolloutEngine):
-    """vLLM servers that were started apart from the trainer, and are fed by `sync`.
+    """vLLM servers that are started separately from the trainer and receive weights by `sync`.
 
-    Each rank asks one server, rank 0 hands the weights to all of them. Each response has a seed of its own, so a
-    repeated call repeats its tokens as far as the server's arithmetic does: what else it computes at the time decides
-    how products are added up. Every response names the weights that drew it, by their checksum: those of another
-    trainer, or of a server that was started again, are refused.
+    Each rank samples from one server; rank 0 sends the weights to all of them. Each response has its own seed, so a
+    repeated call repeats its tokens up to the server's arithmetic: the order of its sums depends on its other load.
+    Every response names the checksum of its weights: responses from weights of another trainer, or of a restarted
+    server, are rejected.
 
     Args:
-        urls: of the servers, as `http://node7:8000`; ranks take turns.
-        folder: weights are handed over as files in this folder, which trainer and servers see under the same path
-            (/dev/shm on one machine); null sends them by NCCL, from GPU to GPU, to one server.
-        deadline_seconds: limit of one generate call, and of one transfer; passing it raises EngineError.
-        start_seconds: how long the start waits for servers that are not up yet.
+        urls: addresses of the servers, e.g. `http://node7:8000`; ranks are assigned round-robin.
+        folder: folder for the transfer of weights as files, which trainer and servers see under the same path (/dev/shm
+            on one machine); null sends them by NCCL, from GPU to GPU, to one server.
+        deadline_seconds: limit of one generate call and of one transfer; exceeding it raises EngineError.
+        start_seconds: time that the start waits for servers that are not up yet.
     """
 
     is_remote = True
@@ -67,9 +67,9 @@ class RemoteVLLMEngine(RolloutEngine):
         if not urls:
             raise ValueError("urls is empty: name the vLLM server, as http://node7:8000")
         if wrong := [url for url in urls if not url.startswith(("http://", "https://"))]:
-            raise ValueError(f"urls: {wrong[0]!r} does not begin with http:// or https://")
+            raise ValueError(f"urls: {wrong[0]!r} does not start with http:// or https://")
         if folder is None and len(urls) > 1:
-            raise ValueError("urls names several servers: these need a folder, NCCL serves one")
+            raise ValueError("urls names several servers: set folder, since NCCL transfers to one server only")
         if deadline_seconds <= 0 or start_seconds <= 0:
             raise ValueError("deadline_seconds and start_seconds must be positive")
         self.urls = [url.rstrip("/") for url in urls]
@@ -80,12 +80,16 @@ class RemoteVLLMEngine(RolloutEngine):
         self._transport: Transport | None = None
 
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
-        """Raises: ValueError if a server lacks what is needed; names it, and how to start the server."""
+        """Connect to the servers and check them.
+
+        Raises:
+            ValueError: a server lacks a requirement; names it, and how to start the server.
+        """
         self._spec, self._builder, self._dtype = spec, builder, getattr(torch, spec.dtype)
         self._layout = WeightLayout.of_pretrained(spec.model_path)
         self._url = self.urls[_rank() % len(self.urls)]
         self._http = Client()
-        self._sent, self._held = "", dict[str, Any]()  # checksum of the last weights, and the servers' digests of them
+        self._sent, self._held = "", dict[str, Any]()  # checksum of the last weights; digests by server
         self._label = ""
         tied = len(self._layout.required) < len(self._layout.shapes)
         try:
@@ -106,7 +110,7 @@ class RemoteVLLMEngine(RolloutEngine):
         return self._http
 
     def _sync_from_files(self) -> None:
-        """A server may hold what another stage left in it."""
+        """Send the weights of the model folder: a server may hold those of another stage."""
         from transformers import AutoModelForCausalLM
 
         with preserve_rng():
@@ -118,17 +122,17 @@ class RemoteVLLMEngine(RolloutEngine):
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
         started = perf_counter()
-        self.policy_version = None  # a sync that breaks off leaves an engine that refuses to generate
+        self.policy_version = None  # after an interrupted sync the engine refuses to generate
         if _world_size() > 1:
-            dist.barrier()  # no rank may still be drawing from the old weights
+            dist.barrier()  # no rank may still sample from the old weights
         weights = iter(weights)
-        outcome: list[Any] = ["", "", "", False]  # checksum, label, fault, whether a server died
+        outcome: list[Any] = ["", "", "", False]  # checksum, label, error, whether a server died
         if _rank() == 0:
             try:
-                outcome[:2] = self._hand_over(weights, policy_version)
+                outcome[:2] = self._transfer(weights, policy_version)
             except _FAULTS as error:
                 outcome[2:] = f"{type(error).__name__}: {error}", isinstance(error, EngineDied)
-        deque(weights, 0)  # gathering them takes every rank, to the end
+        deque(weights, 0)  # gathering them is collective
         if _world_size() > 1:
             dist.broadcast_object_list(outcome)
         checksum, self._label, fault, died = outcome
@@ -138,8 +142,8 @@ class RemoteVLLMEngine(RolloutEngine):
         self.policy_version = policy_version
         return SyncReport(perf_counter() - started, checksum)
 
-    def _hand_over(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> tuple[str, str]:
-        """The checksum of the weights, and their name on the servers."""
+    def _transfer(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> tuple[str, str]:
+        """Send and verify the weights; return their checksum and their label on the servers."""
         check, digests = SyncCheck(self._layout, {}, self._dtype), Digests(self._dtype)
         pairs = (pair for pair in digests.watch(check.watch(weights)) if pair[0] in self._layout.required)
         with self._paused():
@@ -150,7 +154,7 @@ class RemoteVLLMEngine(RolloutEngine):
             if any(server.repacks for server in self._servers.values()):
                 self._post_all("/collective_rpc", {"method": "repack_heads"})
             if not all(answer["success"] for answer in self._post_all("/reset_prefix_cache")):
-                raise EngineError("a vLLM server could not drop its cached prefixes, which belong to older weights")
+                raise EngineError("a vLLM server could not reset its prefix cache, which belongs to older weights")
             self._compare(digests, checksum)
             self._post_all("/update_weight_version", {"new_version": label})
         for url in self.urls:
@@ -159,17 +163,21 @@ class RemoteVLLMEngine(RolloutEngine):
         return checksum, label
 
     def _compare(self, digests: Digests, checksum: str) -> None:
-        """Raises: EngineError if a server's weights differ where they can be compared, or did not change with ours."""
+        """Compare the servers' weights with those sent.
+
+        Raises:
+            EngineError: a comparable tensor differs, or a server's weights did not change when the sent ones did.
+        """
         held = [answer["checksums"] for answer in self._post_all("/weight_checker", {"action": "checksum"})]
         for url, own in zip(self.urls, held, strict=True):
             digests.compare(url, own, self._servers[url].world_size)
-            # of what a server has packed away there is no digest to change
+            # packed weights have no digest that could change
             if self._sent not in ("", checksum) and own == self._held[url] and EMPTY not in own.values():
-                raise EngineError(f"weight sync: the vLLM server at {url} holds the weights of the sync before: stale")
+                raise EngineError(f"weight sync: the vLLM server at {url} still holds the weights of the previous sync")
         self._sent, self._held = checksum, dict(zip(self.urls, held, strict=True))
 
     def _connected(self) -> Transport:
-        """Made at the first sync: with NCCL both sides meet."""
+        """Connect at the first sync, since NCCL needs both sides."""
         if self._transport is None:
             if self.folder is not None:
                 self._transport = FolderTransport(
@@ -184,7 +192,7 @@ class RemoteVLLMEngine(RolloutEngine):
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """Requests that run are finished first, those of others too; new ones wait."""
+        """Pause all servers: running requests finish first, new ones wait."""
         self._post_all("/pause?mode=wait")
         try:
             yield
@@ -192,7 +200,7 @@ class RemoteVLLMEngine(RolloutEngine):
             self._post_all("/resume")
 
     def _guarded(self) -> AbstractContextManager[None]:
-        """NCCL waits for good for a server that died."""
+        """Guard against NCCL, which waits forever for a dead server."""
         return watchdog(self.deadline_seconds + _GRACE_SECONDS) if self.folder is None else nullcontext()
 
     def _post_all(self, path: str, body: Any = None) -> list[Any]:
@@ -217,7 +225,7 @@ class RemoteVLLMEngine(RolloutEngine):
         return [self._read(p, answer, label, sampling) for p, answer in zip(prompts, answers, strict=True)]
 
     def _request(self, prompt: Prompt, sampling: Sampling, seed: int) -> dict[str, Any]:
-        """Every option that changes what is sampled: left out, it would come from the model's own defaults."""
+        """Set every option that affects sampling; the others would come from the model's own defaults."""
         params = {
             "max_tokens": sampling.max_new_tokens,
             "min_tokens": 0,
@@ -230,8 +238,8 @@ class RemoteVLLMEngine(RolloutEngine):
             "frequency_penalty": 0.0,
             "seed": seed,
             "stop_token_ids": sorted(self._builder.end_ids),
-            "ignore_eos": True,  # the builder's end-of-turn tokens are the only ones
-            "logprobs": 0,  # of the sampled token alone
+            "ignore_eos": True,  # only the builder's end-of-turn tokens end a response
+            "logprobs": 0,  # of the sampled token only
             "detokenize": False,
         }
         return {"token_ids": list(prompt.token_ids), "sampling_params": params}
@@ -240,18 +248,18 @@ class RemoteVLLMEngine(RolloutEngine):
         name = prompt.question.id
         choices = answer["choices"]
         if len(choices) != 1 or choices[0]["finish_reason"] not in ("stop", "length"):
-            raise EngineDied(f"vLLM gave up question {name!r}: {[c['finish_reason'] for c in choices]}")
+            raise EngineDied(f"vLLM aborted question {name!r}: {[c['finish_reason'] for c in choices]}")
         [choice] = choices
         if others := {span["version"] for span in choice["weight_versions"] or ()} - {label}:
             raise EngineDied(
-                f"the response to question {name!r} was drawn from weights {sorted(others)}, not {label}: another "
-                "trainer uses the vLLM server, or it was started again"
+                f"the response to question {name!r} was sampled from weights {sorted(others)}, not {label}: another "
+                "trainer uses the vLLM server, or it was restarted"
             )
         logprobs = [at["logprob"] for at in choice["logprobs"]["content"]]
         return self._rollout(self._builder, prompt, choice["token_ids"], logprobs, sampling.max_new_tokens)
 
     def close(self) -> None:
-        """Gives up what is under way and leaves the servers running."""
+        """Cancel running requests; the servers keep running."""
         self.policy_version = None
         if self._transport is not None:
             self._transport.close()

@@ -1,4 +1,4 @@
-"""What a vLLM server must offer, asked before anything is sent to it."""
+"""Check that a vLLM server has the required API and settings, before anything is sent to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 EXTENSION = "sdzero.engines.remote.worker.RepackHeads"
 GENERATE = "/inference/v1/generate"
-_DEVELOPMENT = (  # vLLM has these where VLLM_SERVER_DEV_MODE=1
+_DEVELOPMENT = (  # available with VLLM_SERVER_DEV_MODE=1
     *("/server_info", "/collective_rpc", "/reset_prefix_cache", "/pause", "/resume", "/is_paused"),
     *("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"),
     *("/update_weight_version", "/weight_info", "/weight_checker", "/get_world_size"),
@@ -23,12 +23,12 @@ _DEVELOPMENT = (  # vLLM has these where VLLM_SERVER_DEV_MODE=1
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself.
+    """Properties of a running server.
 
     Attributes:
-        version: of vLLM.
-        world_size: its workers, over all its parallelisms.
-        repacks: whether its worker has the extension above.
+        version: version of vLLM.
+        world_size: number of workers, over all its parallelisms.
+        repacks: True if its workers have the extension above.
     """
 
     version: str
@@ -37,8 +37,12 @@ class ServerInfo:
 
 
 def wait_until_up(client: Client, url: str, seconds: float) -> None:
-    """Raises: EngineError if the server is not up in time."""
-    deadline, told = time.monotonic() + seconds, False
+    """Wait for a server to start.
+
+    Raises:
+        EngineError: it is not up after `seconds`.
+    """
+    deadline, logged = time.monotonic() + seconds, False
     while True:
         try:
             return client.get(f"{url}/health")
@@ -48,21 +52,21 @@ def wait_until_up(client: Client, url: str, seconds: float) -> None:
                     f"no vLLM server at {url} after {seconds:g} seconds: start one there, correct urls, or raise "
                     f"start_seconds. {error}"
                 ) from error
-        if not told:
-            log.warning("waits up to %g seconds for the vLLM server at %s", seconds, url)
-            told = True
+        if not logged:
+            log.warning("waiting up to %g seconds for the vLLM server at %s", seconds, url)
+            logged = True
         time.sleep(min(1.0, seconds / 10))
 
 
 def check_server(client: Client, url: str, spec: EngineSpec, tied: bool, by_folder: bool) -> ServerInfo:
-    """Asks a server that is up.
+    """Check a running server.
 
     Args:
         tied: the model's head is its embedding.
-        by_folder: weights come in a folder, not by NCCL.
+        by_folder: weights are sent in a folder, not by NCCL.
 
     Raises:
-        ValueError: it lacks something; names all of it, and how to start the server.
+        ValueError: a requirement is not met; names all of them, and how to start the server.
     """
     paths = client.get(f"{url}/openapi.json")["paths"].keys()
     version = client.get(f"{url}/version")["version"]
@@ -86,7 +90,7 @@ def check_server(client: Client, url: str, spec: EngineSpec, tied: bool, by_fold
 
 
 def _faults(config: Any, spec: EngineSpec, tied: bool, by_folder: bool) -> dict[str, str]:
-    """What is wrong with a server's configuration -> the option that mends it."""
+    """Return the unmet requirements of a server's configuration -> the option that meets each."""
     model, faults = config["model_config"], {}
     if model["logprobs_mode"] != "raw_logprobs":
         faults[f"untempered log-probabilities (it has {model['logprobs_mode']})"] = "--logprobs-mode raw_logprobs"
@@ -103,14 +107,14 @@ def _faults(config: Any, spec: EngineSpec, tied: bool, by_folder: bool) -> dict[
 
 
 def _faults_on_cpu(config: Any, tied: bool) -> dict[str, str]:
-    """What vLLM's CPU build cannot do."""
+    """Return what vLLM's CPU build needs additionally."""
     faults = {}
     if config["scheduler_config"]["enable_chunked_prefill"]:  # "CPU Generator does not use offset", and vLLM ends
-        faults["a seed per response: on the CPU vLLM dies of a seeded prompt that it takes in parts"] = (
+        faults["a seed per response: on the CPU vLLM crashes on a seeded prompt with chunked prefill"] = (
             "--no-enable-chunked-prefill"
         )
     if tied and config["parallel_config"].get("worker_extension_cls") != EXTENSION:
-        faults["a head that follows the embedding: on the CPU vLLM keeps its first one"] = (
+        faults["updates of a head tied to the embedding: on the CPU vLLM keeps the first one"] = (
             f"--worker-extension-cls {EXTENSION}"
         )
     return faults

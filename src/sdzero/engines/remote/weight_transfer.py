@@ -1,4 +1,4 @@
-"""Two ways for weights to reach a vLLM server, and the proof that they did."""
+"""Weight transfer to vLLM servers, by folder or NCCL, and its verification."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from sdzero.engines.remote.client import Client
 from sdzero.engines.sync_check import WeightLayout
 
 _SHARD_BYTES = 2 * 2**30
-_VOCABULARY_MULTIPLE = 64  # vLLM pads a vocabulary to it
-EMPTY = hashlib.sha256().hexdigest()  # of a weight that vLLM's CPU build has packed away
+_VOCABULARY_MULTIPLE = 64  # vLLM pads vocabularies to it
+EMPTY = hashlib.sha256().hexdigest()  # of a weight that vLLM's CPU build has packed
 
 
 class Transport(Protocol):
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Has all servers hold `weights`, each (Hugging Face name, full tensor)."""
+        """Send (Hugging Face name, full tensor) pairs to all servers."""
         ...
 
     def close(self) -> None: ...
 
 
 class FolderTransport:
-    """Weights written as safetensors into a folder that the servers see under the same path, and read by them.
+    """Writes weights as safetensors into a folder from which the servers load them, under the same path.
 
-    /dev/shm will do where trainer and servers share a machine, else a shared file system. Nothing stays there.
+    Use /dev/shm if trainer and servers share a machine, otherwise a shared file system. Files are removed after use.
     """
 
     def __init__(self, client: Client, urls: Sequence[str], folder: Path, dtype: torch.dtype, seconds: float) -> None:
@@ -69,7 +69,7 @@ class FolderTransport:
 
 
 class NCCLTransport:
-    """Weights sent from GPU to GPU by vLLM's own weight transfer; this process is the group's rank 0."""
+    """Sends weights from GPU to GPU by vLLM's own weight transfer; this process is rank 0 of the group."""
 
     def __init__(self, url: str, layout: WeightLayout, num_workers: int, dtype: torch.dtype, seconds: float) -> None:
         from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, WeightTransferTrainerFactory
@@ -91,7 +91,7 @@ class NCCLTransport:
 
 
 def nccl_source(layout: WeightLayout, device: torch.device, dtype: torch.dtype) -> Any:
-    """A vLLM `WeightSource`, to whose `weights` each sync's are given. It says beforehand what will come."""
+    """Return a vLLM `WeightSource` with the metadata of `layout`; each sync sets its `weights`."""
     from vllm.distributed.weight_transfer import ParamMeta, WeightSource
 
     class Source(WeightSource):
@@ -109,18 +109,18 @@ def nccl_source(layout: WeightLayout, device: torch.device, dtype: torch.dtype) 
 
 
 def _own_address(url: str) -> tuple[str, int]:
-    """This machine's address as the server sees it, and a free port."""
+    """Return this machine's address as seen from the server, and a free port."""
     parts = urlparse(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
-        towards.connect((parts.hostname, parts.port or 80))  # sends nothing, but chooses the way
-        address = towards.getsockname()[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((parts.hostname, parts.port or 80))  # sends nothing, but selects the interface
+        address = route.getsockname()[0]
     with socket.socket() as listener:
         listener.bind(("", 0))
         return address, listener.getsockname()[1]
 
 
 class Digests:
-    """The SHA-256 of tensors that vLLM keeps as they are, as they go by; then against the servers'."""
+    """SHA-256 digests of the sent tensors that vLLM keeps unchanged, to compare with those of the servers."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -135,8 +135,12 @@ class Digests:
             yield name, tensor
 
     def compare(self, url: str, held: Mapping[str, str], num_workers: int) -> None:
-        """Raises: EngineError if a tensor of the server is another than was sent. `held`: dp0:...:NAME -> SHA-256."""
-        if num_workers > 1:  # each holds a part, which nothing here was the digest of
+        """Compare with the digests that a server holds, `dp0:...:NAME` -> SHA-256.
+
+        Raises:
+            EngineError: a tensor of the server differs from the one sent.
+        """
+        if num_workers > 1:  # each holds a part, whose digest is unknown here
             return
         own = {key.rpartition(":")[2]: digest for key, digest in held.items()}
         wrong = [name for name, sent in self._sent.items() if own.get(name, EMPTY) not in (EMPTY, sent)]

@@ -1,4 +1,4 @@
-"""What a vLLM server on the CPU takes into its worker, where the model's head is tied to its embedding."""
+"""Worker extension for vLLM servers on the CPU whose model ties its head to its embedding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from sdzero.engines.vllm_patches import repack_heads
 
 
 class RepackHeads:
-    """For `vllm serve --worker-extension-cls sdzero.engines.remote.worker.RepackHeads`. vLLM mixes it into its worker;
-    what it does after a reload says `repack_heads`. Servers on GPUs need none."""
+    """Mixin for vLLM's worker: `vllm serve --worker-extension-cls sdzero.engines.remote.worker.RepackHeads`.
+
+    Called after each reload. Servers on GPUs do not need it.
+    """
 
     model_runner: Any
 
