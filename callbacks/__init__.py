@@ -1,4 +1,4 @@
-"""Callbacks hold what is not essential. None relies on another."""
+"""Optional parts of a training, as Lightning callbacks. None depends on another."""
 
 from sdzero.callbacks.copy_tracker import CopyTracker
 from sdzero.callbacks.export_model import ExportModel

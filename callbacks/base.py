@@ -1,4 +1,4 @@
-"""What the callbacks that read responses share: they take them as they pass by, whatever the method."""
+"""Base classes of the callbacks that read responses, of training steps and of evaluations."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sdzero.methods import Method
 from sdzero.types import EvalBatch, RolloutBatch
 
 
-def drop_nan(figures: Scalars) -> Scalars:
-    """Without the figures that have nothing to count from, such as a rate of wrong answers where all are right."""
-    return {name: value for name, value in figures.items() if not value.isnan()}
+def drop_nan(metrics: Scalars) -> Scalars:
+    """Drop metrics without data, such as a rate over wrong responses when all are right."""
+    return {name: value for name, value in metrics.items() if not value.isnan()}
 
 
 def rank_file(trainer: L.Trainer, name: str, ending: str) -> Path:
-    """`NAME-rankR.ENDING` in the stage's folder, for what is this rank's of a draw.
+    """Return `NAME-rankR.ENDING` in the stage's folder, for this rank's responses.
 
-    Files of ranks that there were before a restart on fewer are removed: each of their responses is another's now.
+    Removes the files of higher ranks, which a run with more ranks left before a restart.
     """
     path = Path(trainer.default_root_dir) / f"{name}-rank{trainer.global_rank}.{ending}"
     for file in path.parent.glob(f"{path.name.partition('-rank')[0]}-rank*.{ending}"):
@@ -32,15 +32,15 @@ def rank_file(trainer: L.Trainer, name: str, ending: str) -> Path:
 
 
 class EvaluationReader(L.Callback, ABC):
-    """Reads the responses of every validation and test. Where training samples nothing (SRT), there are no others."""
+    """Reads the responses of every validation and test."""
 
     @abstractmethod
     def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
-        """Takes in one generate call of an evaluation."""
+        """Read one generate call of an evaluation."""
 
     @abstractmethod
     def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
-        """Logs or writes what was read, and forgets it."""
+        """Log or write the evaluation's result, and reset."""
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -48,28 +48,22 @@ class EvaluationReader(L.Callback, ABC):
         assert isinstance(pl_module, Method)
         self.read(trainer, pl_module, batch)
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        assert isinstance(pl_module, Method)
-        self.read(trainer, pl_module, batch)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Method)
         self.finish(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Method)
-        self.finish(trainer, pl_module)
+    on_test_epoch_end = on_validation_epoch_end
 
 
 class ResponseTracker(EvaluationReader):
-    """Logs figures of each step's rollouts under rollout/, and of each evaluation's responses under eval/.
+    """Logs metrics of each step's rollouts under rollout/, and of each evaluation's responses under eval/.
 
-    It keeps nothing from one step to the next, so a resumed run goes on with the same curves.
+    Nothing is kept from one step to the next, so a resumed run continues the same curves.
 
     Args:
-        metrics: the sums behind the figures, over all ranks' shares.
+        metrics: sums over the responses of all ranks.
     """
 
     def __init__(self, **metrics: Metric) -> None:
@@ -77,14 +71,14 @@ class ResponseTracker(EvaluationReader):
 
     @abstractmethod
     def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
-        """Adds a batch's responses to the metrics."""
+        """Add a batch's responses to the metrics."""
 
     @abstractmethod
     def compute(self, evaluates: bool) -> Scalars:
-        """The figures of all that was seen; `evaluates` tells an evaluation from a training step.
+        """Return the values to log; `evaluates` is True after an evaluation, False after a training step.
 
-        In a training step what has nothing to count from stays nan: without it Lightning would log the value of the
-        step before once more.
+        After a training step, values without data must stay NaN: if they were missing, Lightning would log those of
+        the previous step again.
         """
 
     def read(self, trainer: L.Trainer, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
@@ -96,8 +90,8 @@ class ResponseTracker(EvaluationReader):
         self._log(pl_module, "eval")
 
     def _log(self, pl_module: Method, prefix: str) -> None:
-        figures = self.compute(prefix == "eval")
-        pl_module.log_dict({f"{prefix}/{name}": value for name, value in figures.items()}, rank_zero_only=True)
+        values = self.compute(prefix == "eval")
+        pl_module.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=True)
         for metric in self.metrics.values():
             metric.reset()
 

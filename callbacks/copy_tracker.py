@@ -1,4 +1,4 @@
-"""How much of an attempt its revision copies, and how often P_r leaks into first attempts."""
+"""Share of an attempt that its revision copies, and rate of control phrases in first attempts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RUN = 4
 
 
 def num_copied(revision: Sequence[int], attempt: Sequence[int], run: int = RUN) -> int:
-    """Tokens of `revision` that lie in a run of at least `run` tokens which `attempt` holds too.
+    """Count the tokens of `revision` that lie in a run of at least `run` tokens that `attempt` contains too.
 
-    A revision shorter than that counts as one run.
+    A shorter revision counts as one run.
     """
     run = max(1, min(run, len(revision)))
     known = {tuple(attempt[i : i + run]) for i in range(len(attempt) - run + 1)}
@@ -30,7 +30,7 @@ def num_copied(revision: Sequence[int], attempt: Sequence[int], run: int = RUN) 
 
 
 def copied_within(builder: PromptBuilder, text: str) -> tuple[int, int]:
-    """(copied, all) tokens of the attempts that follow a control phrase in one response, each held against the attempt
+    """Count (copied, all) tokens of the attempts after a control phrase in one response, each compared with the attempt
     before its phrase."""
     attempts = re.split("|".join(re.escape(builder.control_phrases[r]) for r in (0, 1)), text)
     ids = [builder.tokenizer.encode(attempt.strip(), add_special_tokens=False) for attempt in attempts]
@@ -38,10 +38,13 @@ def copied_within(builder: PromptBuilder, text: str) -> tuple[int, int]:
 
 
 class CopyTracker(ResponseTracker):
-    """Logs how often a first attempt says a control phrase unasked: `phrase_leak_p0`, `phrase_leak_p1`, and
-    `phrase_leak` for either. And how much of an attempt stands again after it, as the share of the later one's tokens
-    in common runs of at least 4: `copy_rate` where the model said the phrase itself, and in evaluations with
-    data.evaluation.num_revised `revise_copy_rate` where it was told to, by the first reward with `_r0` and `_r1`."""
+    """Logs control phrases in first attempts, and the part of an attempt that the next one copies.
+
+    `phrase_leak_p0`, `phrase_leak_p1` and `phrase_leak` (either) are the shares of responses with a phrase that was not
+    requested. The copied part is the share of the later attempt's tokens in common runs of at least 4: `copy_rate` if
+    the model wrote the phrase itself; in evaluations with data.evaluation.num_revised `revise_copy_rate` for requested
+    revisions, also by the first reward with `_r0` and `_r1`.
+    """
 
     def __init__(self) -> None:
         names = ("phrase_leak", "phrase_leak_p0", "phrase_leak_p1", "copy_rate")
@@ -50,25 +53,25 @@ class CopyTracker(ResponseTracker):
     def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
         builder = pl_module.builder
         phrases = [builder.control_phrases[r] for r in (0, 1)]
-        said = [[phrase in s.rollout.text for phrase in phrases] for s in batch.scored]
-        for name, leaks in (("", map(any, said)), ("_p0", (f[0] for f in said)), ("_p1", (f[1] for f in said))):
-            self.metrics[f"phrase_leak{name}"].update(sum(leaks), len(said))
+        found = [[phrase in s.rollout.text for phrase in phrases] for s in batch.scored]
+        for name, leaks in (("", map(any, found)), ("_p0", (f[0] for f in found)), ("_p1", (f[1] for f in found))):
+            self.metrics[f"phrase_leak{name}"].update(sum(leaks), len(found))
         own = [
-            copied_within(builder, s.rollout.text) for s, flags in zip(batch.scored, said, strict=True) if any(flags)
+            copied_within(builder, s.rollout.text) for s, flags in zip(batch.scored, found, strict=True) if any(flags)
         ]
         self._add("copy_rate", own)
-        told = [
+        requested = [
             (first.verdict.reward, (num_copied(revision, builder.body(first.rollout.token_ids)), len(revision)))
             for first, second in (batch.revised if isinstance(batch, EvalBatch) else ())
             if (revision := builder.body(second.rollout.token_ids))
         ]
-        self._add("revise_copy_rate", [counts for _, counts in told])
+        self._add("revise_copy_rate", [counts for _, counts in requested])
         for r in (0, 1):
-            self._add(f"revise_copy_rate_r{r}", [counts for reward, counts in told if reward == r])
+            self._add(f"revise_copy_rate_r{r}", [counts for reward, counts in requested if reward == r])
 
     def _add(self, name: str, counts: list[tuple[int, int]]) -> None:
         self.metrics[name].update(sum(copied for copied, _ in counts), sum(num for _, num in counts))
 
     def compute(self, evaluates: bool) -> Scalars:
-        figures = {name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name}
-        return drop_nan(figures) if evaluates else figures
+        values = {name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name}
+        return drop_nan(values) if evaluates else values

@@ -1,4 +1,4 @@
-"""Leaves the trained student as a Hugging Face folder."""
+"""Export of the trained student as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class ExportModel(L.Callback):
     """Writes the student at the end of training, for vLLM, transformers and the next stage.
 
     Args:
-        folder: where; null takes `model` in the Trainer's default_root_dir.
+        folder: folder to write; null: `model` in the Trainer's default_root_dir.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
-    # not on_train_end: a run that goes on from its last step's checkpoint has nothing to train, and skips that hook
+    # not on_train_end, which a run resumed from the checkpoint of its last step skips
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Method)
         folder = self.folder or Path(trainer.default_root_dir) / "model"

@@ -1,4 +1,4 @@
-"""Generate-then-Revise (section 3.2, table 9): does the model correct its first attempt when told the reward?"""
+"""Generate-then-Revise (section 3.2, table 9): correction of first attempts, given their reward."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 
 
 class GenerateThenRevise(ResponseTracker):
-    """Compares revisions, as many as data.evaluation.num_revised asks for, with plainly sampling another answer.
+    """Compares revisions, as many as data.evaluation.num_revised, with sampling another response.
 
     Logs eval/revise_* (a revision from prompt + y + P_r, and the mean tokens of both attempts) and eval/resample_* (an
-    independent second answer, paired from the k samples at hand, so at no cost).
+    independent second response, paired from the k samples of a question).
     """
 
     def __init__(self) -> None:
@@ -46,8 +46,8 @@ class GenerateThenRevise(ResponseTracker):
     def compute(self, evaluates: bool) -> Scalars:
         if not evaluates:
             return {}
-        figures = {f"{kind}_{k}": v for kind in ("revise", "resample") for k, v in self.metrics[kind].compute().items()}
+        values = {f"{kind}_{k}": v for kind in ("revise", "resample") for k, v in self.metrics[kind].compute().items()}
         for name in ("tokens1", "tokens2"):
-            figures[f"revise_{name}"] = self.metrics[name].compute()
-        figures["revise_dropped"] = self.metrics["dropped"].compute()
-        return figures
+            values[f"revise_{name}"] = self.metrics[name].compute()
+        values["revise_dropped"] = self.metrics["dropped"].compute()
+        return values

@@ -1,4 +1,4 @@
-"""How often responses speak of revising (figure 6)."""
+"""Frequency of self-revision keywords in responses (figure 6)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ class KeywordTracker(ResponseTracker):
             self.metrics[f"r{reward}"].update(sum(of_reward), len(of_reward))
 
     def compute(self, evaluates: bool) -> Scalars:
-        rates = self.metrics["rate"].compute()  # which every evaluation has by itself
-        figures = {f"keywords_{name}": self.metrics[name].compute() for name in ("share", "r0", "r1")}
-        return drop_nan(figures) if evaluates else {**rates, **figures}
+        rates = self.metrics["rate"].compute()  # evaluations log these themselves
+        values = {f"keywords_{name}": self.metrics[name].compute() for name in ("share", "r0", "r1")}
+        return drop_nan(values) if evaluates else {**rates, **values}

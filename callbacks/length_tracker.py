@@ -1,4 +1,4 @@
-"""How long responses are, and how much of them is thought (figure 6, appendix F)."""
+"""Length of responses, and of the part before </think> (figure 6, appendix F)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ END_OF_THOUGHT = "</think>"
 
 class LengthTracker(ResponseTracker):
     """Logs the response length by reward (`length_r0`, `length_r1`), its median, ninth decile and maximum
-    (`length_p50`, `length_p90`, `length_max`) and, where the tokenizer knows `</think>`, the mean tokens up to it
+    (`length_p50`, `length_p90`, `length_max`) and, if the tokenizer has `</think>`, the mean number of tokens up to it
     (`length_think`)."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class LengthTracker(ResponseTracker):
         self.metrics["think"].update(sum(thoughts), len(responses))
 
     def compute(self, evaluates: bool) -> Scalars:
-        figures = self.metrics["length"].compute()
+        values = self.metrics["length"].compute()
         if self.thinks:
-            figures["length_think"] = self.metrics["think"].compute()
-        return drop_nan(figures) if evaluates else figures
+            values["length_think"] = self.metrics["think"].compute()
+        return drop_nan(values) if evaluates else values

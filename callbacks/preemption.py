@@ -1,4 +1,4 @@
-"""A run that is told to end: SIGTERM, or SLURM's SIGUSR1 before a time limit, saves at the next step boundary."""
+"""Checkpoint and exit at the next step boundary after SIGTERM, or SLURM's SIGUSR1 before a time limit."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from sdzero.utils.process import Stopped, exit_now, exit_status, requeue, signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECOND_SECONDS = 1.0
-"""A signal to a whole process group comes twice where a parent passes it on too."""
+"""Signals within this time count as one: a process group's signal arrives twice if a parent forwards it too."""
 
 
 class Preemption(L.Callback):
-    """Ends a fit at the next step boundary after SIGTERM or SIGUSR1, with a checkpoint from which it goes on.
+    """Ends a fit at the next step boundary after SIGTERM or SIGUSR1, with a checkpoint to resume from.
 
-    A boundary is the end of a step or of a generate call of a validation, which is then made anew. All ranks agree
-    there: a signal may reach one of them only. The process ends with status 128 + signal. After the last step
-    the checkpoint is saved and the run goes on to its end. A second signal ends the process at once.
+    A boundary is the end of a step, or of a generate call of a validation, which is then repeated. All ranks agree
+    there, since a signal may reach only one of them. The process exits with status 128 + signal. After the last step
+    the checkpoint is saved and the run continues to its end. A second signal ends the process at once.
 
-    It takes the place of Lightning's own handlers, which talk to other ranks, and under SLURM save, in the midst of a
-    step. `sdzero fit` has it always; in a Trainer of your own it stands last in the list of callbacks.
+    It replaces Lightning's own handlers, which communicate with other ranks, and save under SLURM, in the middle of a
+    step. `sdzero fit` always adds it; in your own Trainer, list it last among the callbacks.
     """
 
     def __init__(self) -> None:
-        self._signum = 0  # the first that came
-        self._came_at = 0.0
-        self._before: dict[int, Any] = {}  # the handlers that were there
-        self._acts = False
-        self._is_over = False
-        self._says = True
+        self._signum = 0  # the first one received
+        self._received_at = 0.0
+        self._before: dict[int, Any] = {}  # handlers installed before
+        self._is_active = False
+        self._has_ended = False
+        self._prints = True
         self._saved: Path | None = None
 
-    # --- whose signals ------------------------------------------------------------------------
+    # --- signal handlers ----------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._signum, self._saved, self._is_over = 0, None, False
+        self._signum, self._saved, self._has_ended = 0, None, False
         self._before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-        self._says = trainer.is_global_zero
+        self._prints = trainer.is_global_zero
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._acts = True
-        self._install({signum: self._handle for signum in SIGNALS})  # Lightning puts these back after training
+        self._is_active = True
+        self._install({signum: self._handle for signum in SIGNALS})  # Lightning restores these after training
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install(self._before)
@@ -58,7 +58,7 @@ class Preemption(L.Callback):
     on_predict_start = on_test_start
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._acts = False
+        self._is_active = False
         self._install(self._before)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -71,29 +71,29 @@ class Preemption(L.Callback):
                 signal.signal(signum, handler)
 
     def _handle(self, signum: int, _: Any) -> None:
-        if not self._acts:  # Lightning has put this handler back after an exception
+        if not self._is_active:  # Lightning has restored this handler after an exception
             self._install(self._before)
             signal.raise_signal(signum)
         elif not self._signum:
-            self._signum, self._came_at = signum, time.monotonic()
-            when = "is over, and writes what is left" if self._is_over else "ends at the next step boundary"
-            if self._says:
+            self._signum, self._received_at = signum, time.monotonic()
+            when = "is over and writes its last files" if self._has_ended else "ends at the next step boundary"
+            if self._prints:
                 write_stderr(f"{signal_name(signum)}: the training {when}; a second signal ends it at once")
-        elif time.monotonic() - self._came_at >= SECOND_SECONDS:
+        elif time.monotonic() - self._received_at >= SECOND_SECONDS:
             exit_now(exit_status(signum))
 
     # --- step boundaries ----------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install({signum: self._handle for signum in SIGNALS})
-        if signum := self._agreed(trainer):
-            self._stop(trainer, signum)  # there is nothing new to save
+        if signum := self._received_signal(trainer):
+            self._stop(trainer, signum)  # nothing new to save
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        signum = self._agreed(trainer)
-        if not signum or _validates_next(trainer):  # then its start is the boundary
+        signum = self._received_signal(trainer)
+        if not signum or _validates_next(trainer):  # whose start is the boundary then
             return
         if not _is_at_end(trainer):
             # Lightning logs a step after this hook
@@ -103,25 +103,29 @@ class Preemption(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return self._install(self._before)
-        if not trainer.sanity_checking and (signum := self._agreed(trainer)):
+        if not trainer.sanity_checking and (signum := self._received_signal(trainer)):
             self._end(trainer, signum)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and (signum := self._agreed(trainer)):
+        if (
+            trainer.state.fn == TrainerFn.FITTING
+            and not trainer.sanity_checking
+            and (signum := self._received_signal(trainer))
+        ):
             self._end(trainer, signum)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._is_over = True
+        self._has_ended = True
 
-    def _agreed(self, trainer: L.Trainer) -> int:
-        """The signal that came to any rank; 0 where none did. Collective."""
+    def _received_signal(self, trainer: L.Trainer) -> int:
+        """Return the signal that any rank received; 0 for none. Collective."""
         tensor = torch.tensor(self._signum, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(tensor, reduce_op="max"))  # pyright: ignore[reportArgumentType] - a name
+        return int(trainer.strategy.reduce(tensor, reduce_op="max"))  # pyright: ignore[reportArgumentType] - a string
 
     def _end(self, trainer: L.Trainer, signum: int) -> None:
         at_end = _is_at_end(trainer)
         if trainer.validating and not at_end:
-            _have_validation_made_anew(trainer)
+            _rewind_validation(trainer)
         if self._saved is None:
             self._save(trainer)
         if not at_end:
@@ -137,15 +141,15 @@ class Preemption(L.Callback):
         for path in older:
             if path != self._saved:
                 trainer.strategy.remove_checkpoint(path)
-        if self._says:
+        if self._prints:
             write_stderr(f"saved {self._saved}")
 
     def _stop(self, trainer: L.Trainer, signum: int) -> None:
-        if self._says:
-            write_stderr(f"ended by {signal_name(signum)}: go on with --ckpt_path=newest or the same `sdzero run`")
+        if self._prints:
+            write_stderr(f"ended by {signal_name(signum)}: resume with --ckpt_path=newest or the same `sdzero run`")
             requeue(signum)
-        trainer.strategy.barrier()  # a launcher may end rank 0 as soon as another rank has ended
-        # the launcher of Lightning kills rank 0 for another rank's status
+        trainer.strategy.barrier()  # a launcher may kill rank 0 once another rank has exited
+        # Lightning's launcher kills rank 0 if another rank exits with an error status
         is_follower = isinstance(_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
         raise Stopped(0 if is_follower else exit_status(signum))
 
@@ -155,22 +159,24 @@ def _environment(trainer: L.Trainer) -> Any:
 
 
 def _validates_next(trainer: L.Trainer) -> bool:
-    """Whether this step's end is followed by a validation of something."""
+    """Return whether a validation follows this step."""
     loop = trainer.fit_loop.epoch_loop
     assert trainer.fit_loop._data_fetcher is not None
     return loop._should_check_val_fx(trainer.fit_loop._data_fetcher) and not loop.val_loop.skip
 
 
 def _is_at_end(trainer: L.Trainer) -> bool:
-    """Whether no step follows."""
+    """Return whether this is the last step."""
     is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
     is_last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return is_last_step or trainer.should_stop or (trainer.is_last_batch and is_last_epoch)
 
 
-def _have_validation_made_anew(trainer: L.Trainer) -> None:
-    """Sets Lightning's counts to those of the first batch of a validation: it makes such a one anew, from its first
-    batch, when it goes on. Finished calls come from the journal then."""
+def _rewind_validation(trainer: L.Trainer) -> None:
+    """Reset Lightning's counts to the first batch of the validation, with which a resumed run then starts.
+
+    Its finished calls are read from the journal.
+    """
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     progress.reset()
     progress.increment_ready()

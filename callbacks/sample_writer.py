@@ -1,4 +1,4 @@
-"""Keeps responses for the eye: with their rewards and reasons, as JSON lines and as TensorBoard text."""
+"""Sampled responses with rewards and reasons for inspection, as JSON lines and TensorBoard text."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ Row = dict[str, Any]
 
 
 class SampleWriter(EvaluationReader):
-    """Writes `samples/train-STEP-rankR.jsonl` and `samples/eval-STEP-rankR.jsonl` into the stage's folder, a response a
-    line; `sample` tells the responses to a question apart. A step that is taken again after a restart replaces its
-    file. Evaluations are always written, whole or not at all: the first answer to each of the first questions, or all
-    answers to all, with their revisions where data.evaluation.num_revised asks for some.
+    """Writes `samples/train-STEP-rankR.jsonl` and `samples/eval-STEP-rankR.jsonl` into the stage's folder.
+
+    One response per line; `sample` numbers the responses to a question. A step that is repeated after a restart
+    replaces its file. Evaluations are always written, atomically: the first response to each of the first questions,
+    or all responses to all questions, with their revisions if data.evaluation.num_revised is set.
 
     Args:
         every_n_steps: training steps between two files.
-        num_samples: responses in a file, per rank; null keeps all of them.
+        num_samples: responses per file and rank; null: all.
     """
 
     def __init__(self, every_n_steps: int = 10, num_samples: int | None = 16) -> None:
@@ -37,7 +38,7 @@ class SampleWriter(EvaluationReader):
             raise ValueError("SampleWriter: every_n_steps and num_samples must be at least 1 (num_samples: or null)")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
-        self._file: RowFile | None = None  # of the evaluation that is under way
+        self._file: RowFile | None = None  # of the current evaluation
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -78,8 +79,7 @@ class SampleWriter(EvaluationReader):
 
 
 class RowFile:
-    """A JSONL file that gets its name once it is whole: rows go to the disk as they come, for all may not fit into
-    memory. `first` are the first few."""
+    """Atomic JSONL file that is written row by row, since all rows may not fit into memory. `first` keeps a few."""
 
     NUM_FIRST = 16
 
@@ -130,7 +130,7 @@ def _judged(scored: ScoredRollout) -> Row:
 
 
 def _as_text(row: Row) -> str:
-    """A response in Markdown. All that is not ours is indented as code: shown as it is and never rendered."""
+    """Format a response as Markdown. Foreign text is indented as code, so that it is never rendered."""
     parts = [("Question", f"{row['text']}\n(answer: {row['answer']})")]
     parts.append((f"**{row['reason']}**, {row['num_tokens']} tokens", row["response"]))
     if row["revision"]:

@@ -1,4 +1,4 @@
-"""Iterative self-evolution (section 3.4): the student becomes the teacher."""
+"""Iterative self-evolution (section 3.4): synchronisation of the teacher with the student."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sdzero.methods import SelfDistill
 
 
 class TeacherSync(L.Callback):
-    """Copies the student into the teacher now and then, or averages it in after every step.
+    """Copies the student into the teacher at intervals, or averages it in after every step (EMA).
 
-    Optimizer and schedule go on; the generation number is logged as teacher/generation.
+    Optimizer and schedule are unaffected; the generation number is logged as teacher/generation.
 
     Args:
         every_n_steps: synchronise after every n optimizer steps.
         every_n_epochs: synchronise after every n passes over the questions.
-        plateau_monitor: synchronise when this logged metric (higher is better), e.g. `eval/avg_at_k`, has not risen.
-            A run that resumes between a step and its validation goes without that validation.
-        plateau_patience: validations without a rise before that.
-        ema_decay: instead of copies, teacher <- decay * teacher + (1 - decay) * student after every step.
+        plateau_monitor: synchronise when this logged metric (higher is better), e.g. `eval/avg_at_k`, stops rising.
+            A run that resumes between a step and its validation skips that validation.
+        plateau_patience: validations without a rise before a synchronisation.
+        ema_decay: instead of copying, teacher <- decay * teacher + (1 - decay) * student after every step.
     """
 
     def __init__(
@@ -53,22 +53,25 @@ class TeacherSync(L.Callback):
             raise TypeError(f"TeacherSync needs a method with a teacher, not {type(pl_module).__name__}")
         if pl_module.shares_base:
             raise ValueError(
-                "TeacherSync: the teacher is the student with its adapters switched off, and cannot change. Leave the "
-                "callback out, or give the teacher weights of its own: teacher: {path: ..., lora: ...} like model's"
+                "TeacherSync: the teacher is the student without its adapters, and cannot change. Remove the callback, "
+                "or give the teacher its own weights: teacher: {path: ..., lora: ...}, like student's"
             )
         teacher = pl_module.teacher_config
-        # beside adapters of float32, only they differ from the student's
+        # then only the adapters differ from the student's, and they are float32
         frozen = teacher.lora is not None and teacher.path == pl_module.student_config.path
         if self.ema_decay is not None and teacher.dtype != "float32" and not frozen:
             raise ValueError(
-                "TeacherSync: ema_decay moves weights by less than bfloat16 holds: set teacher.dtype=float32"
+                "TeacherSync: ema_decay changes weights by less than bfloat16 resolves: set teacher.dtype=float32"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, SelfDistill)
         student, teacher = ([p.shape for p in m.parameters()] for m in (pl_module.student, pl_module.teacher))
         if student != teacher:
-            raise ValueError("TeacherSync: the teacher has another shape than the student: leave out one of the two")
+            raise ValueError(
+                "TeacherSync: teacher and student have different shapes: remove the callback, or use a teacher of the "
+                "student's architecture"
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,7 +98,9 @@ class TeacherSync(L.Callback):
             return
         if self.plateau_monitor not in trainer.callback_metrics:
             known = sorted(trainer.callback_metrics)
-            raise ValueError(f"TeacherSync: plateau_monitor {self.plateau_monitor!r} is not logged; there are {known}")
+            raise ValueError(
+                f"TeacherSync: plateau_monitor {self.plateau_monitor!r} is not logged: choose one of {known}"
+            )
         value = float(trainer.callback_metrics[self.plateau_monitor])
         self.num_without_rise = 0 if value > self.best else self.num_without_rise + 1
         self.best = max(self.best, value)

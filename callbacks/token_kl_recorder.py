@@ -1,4 +1,4 @@
-"""Where the reviser disagrees: KL and token KL reward at every token of sampled responses (section 4.1, figure 4)."""
+"""Per-token KL between student and reviser on sampled responses (section 4.1, figure 4)."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ Row = dict[str, Any]
 
 
 class TokenKLRecorder(EvaluationReader):
-    """Writes `token_kl/train-STEP-rankR.parquet` and `token_kl/eval-STEP-rankR.parquet` into the stage's folder, a
-    response a row. A step that is taken again after a restart replaces its file.
+    """Writes `token_kl/train-STEP-rankR.parquet` and `token_kl/eval-STEP-rankR.parquet` into the stage's folder.
 
-    Per token: `kl`, KL(student || teacher) over the whole vocabulary; `token_kl_reward`, log student - log teacher of
-    the sampled token, positive where the reviser would take it back; and the likeliest tokens of both. The teacher is
-    the method's own; a method without one (SRT) is its own reviser, which reads x, y and P_r. Scored before the step is
-    taken, by forward passes of its own. Logs `kl_top10_share_r0` and `_r1` under teacher/ or eval/: the share of a
-    response's KL that a tenth of its tokens holds.
+    One row per response; a step that is repeated after a restart replaces its file. Per token: `kl`, KL(student ||
+    teacher) over the whole vocabulary; `token_kl_reward`, log student - log teacher of the sampled token, positive if
+    the reviser finds it less likely; and the most likely tokens of both. The teacher is the method's; a method without
+    one (SRT) is its own reviser, which reads x, y and P_r. Computed before the step, in separate forward passes. Logs
+    `kl_top10_share_r0` and `_r1` under teacher/ or eval/: the share of a response's KL in the top tenth of its tokens.
 
     Args:
         every_n_steps: training steps between two files. Evaluations are always recorded.
-        num_responses: responses in a file, per rank; of an evaluation, first answers to its first questions.
-        top_k: likeliest tokens that are kept of either distribution.
+        num_responses: responses per file and rank; of an evaluation, the first response to each of the first questions.
+        top_k: most likely tokens kept of each distribution.
     """
 
     def __init__(self, every_n_steps: int = 10, num_responses: int = 32, top_k: int = 5) -> None:
@@ -85,7 +84,7 @@ class TokenKLRecorder(EvaluationReader):
             share.reset()
         if kind == "eval":
             pl_module.log_dict({f"eval/{name}": value for name, value in shares.items()}, rank_zero_only=True)
-        else:  # past Lightning's own log, which would repeat the values at the steps in between
+        else:  # not by Lightning's own log, which would repeat the values at the steps in between
             for logger in trainer.loggers:
                 logger.log_metrics({f"teacher/{name}": float(v) for name, v in shares.items()}, trainer.global_step)
 
@@ -94,13 +93,13 @@ class TokenKLRecorder(EvaluationReader):
 def score_tokens(
     method: Method, scored: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout], top_k: int
 ) -> list[Row]:
-    """A row for each response that has a token and fits the model with its teacher's context. Collective.
+    """Return a row for each response that is not empty and fits the model with its teacher context. Collective.
 
     Args:
         method: student and reviser.
-        scored: the responses, in order.
-        siblings: the responses among which a context may look for others to the same question.
-        top_k: tokens kept of either distribution.
+        scored: responses to record, in order.
+        siblings: responses among which a context may look for others to the same question.
+        top_k: most likely tokens kept of each distribution.
     """
     context = method.reviser()[1]
     examples = []
@@ -110,8 +109,8 @@ def score_tokens(
         read = context(method.builder, one, group).token_ids
         examples.append(Example(str(place), one.rollout.prompt.token_ids, one.rollout.token_ids, teacher_context=read))
     fitting = [e for e in examples if e.target and e.length <= method.max_positions]
-    if len(fitting) < len(examples):
-        log.warning("token KL: left out %d responses, empty or too long with context", len(examples) - len(fitting))
+    if num_left_out := len(examples) - len(fitting):
+        log.warning("token KL: left out %d responses that are empty or too long with their context", num_left_out)
     batches = micro_batches(fitting, method.max_tokens_per_micro_batch)
     num_batches = int(method.reduce(torch.tensor(len(batches)), "max"))
     batches += [[method.blank()]] * (num_batches - len(batches))
@@ -125,7 +124,7 @@ def score_tokens(
 
 
 def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Row]:
-    """The per-token values of each example."""
+    """Compute the per-token values of each example."""
     targets, pad = [e.target for e in examples], method.builder.pad_id
     student_batch = collate([e.context for e in examples], targets, pad).to(method.device)
     teacher_batch = collate([e.teacher_context for e in examples], targets, pad).to(method.device)
@@ -149,7 +148,7 @@ def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Ro
 
 
 def _row(method: Method, values: dict[str, list[Any]]) -> Row:
-    """The columns of one response that have an entry a token."""
+    """Return the columns of one response that have one entry per token."""
     decode = method.builder.tokenizer.decode
     pairs = zip(values["student_logprobs"], values["teacher_logprobs"], strict=True)
     row: Row = {
@@ -180,7 +179,7 @@ def _about(method: Method, scored: ScoredRollout) -> Row:
 
 
 def _write_parquet(path: Path, rows: list[Row]) -> None:
-    """Whole or not at all."""
+    """Write the rows atomically."""
     import pyarrow as pa
     from pyarrow import parquet
 

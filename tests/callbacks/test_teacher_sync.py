@@ -183,7 +183,7 @@ def test_a_method_without_a_teacher_is_refused(path: Path, builder: PromptBuilde
 def test_a_teacher_that_cannot_take_the_student_is_refused(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     larger = write_tiny_model(tmp_path / "larger", num_hidden_layers=2, hidden_size=32)
     method = SelfDistill(ModelConfig(str(path)), teacher=ModelConfig(str(larger)))
-    with pytest.raises(ValueError, match="another shape than the student"):
+    with pytest.raises(ValueError, match="teacher and student have different shapes"):
         fit(method, stored(builder, 1), tmp_path, TeacherSync(every_n_steps=1))
     method = SelfDistill(ModelConfig(str(path)), teacher=ModelConfig(str(path), dtype="bfloat16"))
     with pytest.raises(ValueError, match=r"ema_decay.*teacher\.dtype=float32"):

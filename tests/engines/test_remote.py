@@ -399,7 +399,7 @@ def altered(server: FakeServer, **changes: Any) -> Callable[[Any], tuple[int, An
         ({"finish_reason": "abort"}, r"vLLM aborted question 'q0': \['abort'\]"),
         ({"token_ids": [20, 21]}, "broken response to question 'q0': 2 tokens of at most 3, 3 log-prob"),
         ({"token_ids": []}, "broken response to question 'q0': 0 tokens"),
-        ({"weight_versions": [{"version": "default", "start": 0, "end": 3}]}, r"drawn from weights \['default'\]"),
+        ({"weight_versions": [{"version": "default", "start": 0, "end": 3}]}, r"sampled from weights \['default'\]"),
     ],
 )
 def test_a_broken_response_is_no_rollout(

@@ -104,7 +104,7 @@ def test_faults_do_not_stop_the_stream() -> None:
 
     check = SyncCheck(WeightLayout.of(Tied()), {}, torch.float32)
     assert [name for name, _ in check.watch(weights())] == seen[1:] and len(seen) == 3
-    with pytest.raises(EngineError, match=r"'odd\.weight' is no weight"):
+    with pytest.raises(EngineError, match=r"'odd\.weight' is not a weight"):
         check.finish({})
 
 

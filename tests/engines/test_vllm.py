@@ -86,7 +86,7 @@ def start(model_path: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tup
 
     def start(on_cpu: bool = True, load_weights: bool = True, **options: Any) -> tuple[VLLMEngine, FakeLLM]:
         monkeypatch.setattr(vllm, "_import_vllm", lambda: (FakeLLM, on_cpu))
-        monkeypatch.setattr(vllm.vllm_patches, "environment", lambda tensor_parallel_size: {})
+        monkeypatch.setattr(vllm.vllm_patches, "environment_variables", lambda tensor_parallel_size: {})
         engine = VLLMEngine(**options)
         engine.start(EngineSpec(model_path, 64, load_weights=load_weights), PromptBuilder.from_pretrained(model_path))
         return engine, engine._llm
@@ -338,7 +338,7 @@ def test_a_hang_in_native_code_ends_the_process_with_its_stacks() -> None:
 def test_without_vllm_the_error_names_the_extras(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VLLMEngine()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr(vllm.vllm_patches, "environment", lambda tensor_parallel_size: {})
+    monkeypatch.setattr(vllm.vllm_patches, "environment_variables", lambda tensor_parallel_size: {})
     extras = r'pip install "sdzero\[cpu\]".*pip install "sdzero\[cuda\]"'
     with pytest.raises(ModuleNotFoundError, match=extras):  # before any weight is loaded
         VLLMEngine()

@@ -169,7 +169,7 @@ def test_a_teacher_without_adapters_cannot_take_the_students(
     path: Path, scored: list[ScoredRollout], tmp_path: Path
 ) -> None:
     method = SelfDistill(config(path), teacher=ModelConfig(str(path)))
-    with pytest.raises(ValueError, match="another shape than the student"):
+    with pytest.raises(ValueError, match="teacher and student have different shapes"):
         fit(method, batches(scored, 1), tmp_path, TeacherSync(every_n_steps=1))
 
 
