@@ -39,7 +39,7 @@ def started(out: Path, overlay: Path, fault: str, **variables: str) -> subproces
     """The run with an engine that goes wrong once."""
     mark = out.with_name(fault)
     overlay.mkdir(exist_ok=True)
-    engine = {"class_path": "distributed.faults.Faulty", "init_args": {"fault": None, "call": CALL}}
+    engine = {"class_path": "support.ranks.faults.Faulty", "init_args": {"fault": None, "call": CALL}}
     (overlay / "self_distill.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"engine": engine}}}))
     paths = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables |= {"SDZERO_TEST_FAULT": fault, "SDZERO_TEST_MARK": str(mark), "PYTHONPATH": paths}

@@ -47,9 +47,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--time-limit", type=float, default=defaults.time, metavar="S", help="CPU seconds per test")
     parser.add_argument("--memory-limit", type=float, default=defaults.memory_mb, metavar="MB", help="MiB per test")
-    parser.add_argument(
-        "--backend", default="auto", choices=["auto", *BACKENDS], help="sandbox; unsafe: none"
-    )
+    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS], help="sandbox; unsafe: none")
     parser.add_argument("--python", help="interpreter in the sandbox, below /usr; default: the system's python3")
     given = parser.parse_args(arguments)
     limits = Limits(time=given.time_limit, memory_mb=given.memory_limit)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import distributed as dist
 
+from sdzero.trainer.collectives import all_gather_objects
+
 # A rank may wait as long as another samples. One that dies closes its connections, which ends the wait at once.
 _PATIENCE = timedelta(days=7)
 
@@ -61,11 +63,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value. Collective."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._everyone)
-        return values
+        return [value] if self.world_size == 1 else all_gather_objects(value, self._everyone)
 
     def to_first(self, values: list[Any], owner: int) -> list[Any]:
         """On the first rank the owner's list, elsewhere an empty one. Collective for these two."""

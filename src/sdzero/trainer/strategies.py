@@ -12,6 +12,7 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from sdzero.trainer.collectives import all_gather_objects
 from sdzero.trainer.sharded_checkpoint import AtomicFolders, load_optimizer
 
 T = TypeVar("T")
@@ -132,8 +133,7 @@ class Share:
         """The items of the share in order, from each member's `part`. Collective over the members."""
         if self.num_members == 1:
             return part
-        parts: list[list[T]] = [[]] * self.num_members
-        dist.all_gather_object(parts, part, group=self.within)
+        parts = all_gather_objects(part, self.within)
         whole: list[Any] = [None] * sum(map(len, parts))
         for member, items in enumerate(parts):
             whole[member :: self.num_members] = items

@@ -29,7 +29,7 @@ FIT = [
 def fit(out: Path, **engine: Any) -> list[str]:
     """`sdzero`'s arguments. `engine`: those of Faulty."""
     options = [f"--data.engine.{name}={value}" for name, value in engine.items()]
-    return [*FIT, "--data.engine=distributed.faults.Faulty", *options, f"--trainer.default_root_dir={out}"]
+    return [*FIT, "--data.engine=support.ranks.faults.Faulty", *options, f"--trainer.default_root_dir={out}"]
 
 
 class Faulty(TransformersEngine):
