@@ -1,5 +1,5 @@
-"""Every tracker works alone, with every method, and a run that was stopped leaves the curves and files of one that was
-not."""
+"""Every tracker works alone, with every method, and a resumed run leaves the curves and files of one that was not
+interrupted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sdzero.types import Prompt, Sampling, Trace
 from support.helpers import Curves, Notes, Toy, make_trace, make_trainer
 from support.tiny_model import write_tiny_model
 
-NUM_STEPS, STOPPED_AT = 4, 2
+NUM_STEPS, RESUMED_AT = 4, 2
 Points = dict[int, dict[str, float]]
 READERS: dict[str, Callable[[], L.Callback]] = {
     "keywords": KeywordTracker,
@@ -40,7 +40,7 @@ READERS: dict[str, Callable[[], L.Callback]] = {
     "samples": lambda: SampleWriter(every_n_steps=1),
     "token_kl": lambda: TokenKLRecorder(every_n_steps=1, num_responses=2),
 }
-NOT_READERS = {"ExportModel", "Preemption", "TeacherSync"}  # they act on the model; their own tests say how
+NOT_READERS = {"ExportModel", "Preemption", "TeacherSync"}  # they act on the model, and have their own tests
 
 
 def test_no_callback_is_forgotten() -> None:
@@ -63,8 +63,8 @@ def say(prompt: Prompt, seed: int) -> str:
     return f"1+1={prompt.question.answer}" if (seed + len(prompt.token_ids)) % 2 else wrong
 
 
-def run(path: Path, root: Path, name: str, method: str, max_steps: int, ckpt: Path | None = None) -> Points:
-    """What was logged, by step, but for the method's own figures, seconds, and which responses the check read."""
+def run(path: Path, root: Path, name: str, method: str, ckpt: Path | None = None) -> Points:
+    """Logged values by step, without the method's own, seconds, and those of the engine's check."""
     sampling = Sampling(temperature=0.7, max_new_tokens=64)
     evaluation = Evaluation(num_questions=3, num_samples=2, num_revised=1, sampling=sampling, call_size=4)
     shared: dict[str, Any] = {"evaluation": evaluation, "max_logprob_gap": 99.0}
@@ -77,32 +77,38 @@ def run(path: Path, root: Path, name: str, method: str, max_steps: int, ckpt: Pa
         module = SelfDistill(config)
     checkpoints = ModelCheckpoint(root / "ckpt", "{step}", save_top_k=-1, every_n_train_steps=1)
     curves = Curves()
-    options = {"max_steps": max_steps, "enable_checkpointing": True, "val_check_interval": 1, "logger": curves}
+    options = {"max_steps": NUM_STEPS, "enable_checkpointing": True, "val_check_interval": 1, "logger": curves}
     trainer = make_trainer(root, READERS[name](), checkpoints, **options)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
     return {
-        step: {name: value for name, value in figures.items() if not re.match(r"train/|.*seconds|.*logprob_gap", name)}
-        for step, figures in curves.points.items()
+        step: {name: value for name, value in values.items() if not re.match(r"train/|.*seconds|.*logprob_gap", name)}
+        for step, values in curves.points.items()
     }
 
 
 @pytest.mark.parametrize("method", ["srt", "self_distill"])
 @pytest.mark.parametrize("name", READERS)
 def test_alone_with_every_method_and_resumed(path: Path, tmp_path: Path, name: str, method: str) -> None:
-    whole = run(path, tmp_path / "whole", name, method, NUM_STEPS)
-    resumed = tmp_path / "resumed"
-    first = run(path, resumed, name, method, STOPPED_AT)
-    second = run(path, resumed, name, method, NUM_STEPS, ckpt=resumed / f"ckpt/step={STOPPED_AT}.ckpt")
-    assert first.keys() | second.keys() == whole.keys() == set(range(NUM_STEPS)) and not first.keys() & second.keys()
-    for step, figures in {**first, **second}.items():
-        assert figures == pytest.approx(whole[step], nan_ok=True), step
-    files = {f.relative_to(tmp_path / "whole"): f for kind in ("samples", "token_kl") for f in files_of(tmp_path, kind)}
+    """The run up to the checkpoint is the interrupted one's, too."""
+    whole = run(path, tmp_path / "whole", name, method)
+    resumed = run(path, tmp_path / "resumed", name, method, tmp_path / f"whole/ckpt/step={RESUMED_AT}.ckpt")
+    assert whole.keys() == set(range(NUM_STEPS)) and resumed.keys() == set(range(RESUMED_AT, NUM_STEPS))
+    for step, values in resumed.items():
+        assert values == pytest.approx(whole[step], nan_ok=True), step
+    files, again = files_of(tmp_path / "whole"), files_of(tmp_path / "resumed")
     assert bool(files) == (name in ("samples", "token_kl"))
-    for relative, file in files.items():
-        assert file.read_bytes() == (resumed / relative).read_bytes(), relative
-    kinds = {file.name.split("-")[0] for file in files}
+    assert again == {file: content for file, content in files.items() if is_of_resumed_part(file)}
+    kinds = {file.split("-")[0] for file in files}
     assert not files or kinds == ({"eval"} if method == "srt" else {"train", "eval"})
 
 
-def files_of(tmp_path: Path, kind: str) -> list[Path]:
-    return sorted((tmp_path / "whole" / kind).rglob("*-rank0.*"))
+def files_of(root: Path) -> dict[str, bytes]:
+    return {
+        file.name: file.read_bytes() for kind in ("samples", "token_kl") for file in (root / kind).rglob("*-rank0*")
+    }
+
+
+def is_of_resumed_part(file: str) -> bool:
+    """Evaluations are numbered by the steps before them, training steps from 0."""
+    kind, step, _ = file.split("-")
+    return int(step) >= RESUMED_AT + (kind == "eval")

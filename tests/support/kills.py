@@ -82,7 +82,7 @@ class Started:
 
 @contextmanager
 def started(out: Path, stop: str = "") -> Iterator[Started]:
-    """The smoke recipe under way, standing still at `stop` (see tests/support/stops). Whoever is left is killed at the end."""
+    """Run the smoke recipe until it stands still at `stop` (see support/stops); kill what is left at the end."""
     mark, log = out.with_name("stopped"), out.with_name("killed.log")
     mark.unlink(missing_ok=True)
     variables = environment(SDZERO_TEST_STOP=stop, SDZERO_TEST_STOPPED=str(mark))
