@@ -18,6 +18,7 @@ from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.report import RunFolder
 from sdzero.types import Prompt, Question, Sampling
+from sdzero.utils.files import PARTIAL
 from support.helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
 from support.runs import rows
 from support.tiny_model import write_tiny_model
@@ -109,7 +110,7 @@ def test_all_answers_are_kept_as_they_come(path: Path, tmp_path: Path) -> None:
     expected = [(f"eval-{i}", k) for i in range(20) for k in range(3)]
     assert [(row["question"], row["sample"]) for row in written] == expected
     assert [row["response"] for row in written] == [f"so {i}" for i in range(60)]
-    assert {*on_the_way} == {".eval-000000-rank0.jsonl.partial"}
+    assert {*on_the_way} == {f"eval-000000-rank0.jsonl{PARTIAL}"}
     ((_, shown),) = text_of(tmp_path, "samples/eval")
     assert shown.count("(answer: ") == 16
 

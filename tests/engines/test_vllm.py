@@ -309,7 +309,7 @@ def test_an_engine_that_dies_as_it_warms_up_is_dead(start: Any) -> None:
 def test_prefixes_of_older_weights_must_go(start: Any) -> None:
     engine, llm = start()
     llm.can_reset = False
-    with pytest.raises(EngineError, match="cached prefixes"):
+    with pytest.raises(EngineError, match="reset its prefix cache"):
         engine.sync(list(llm.model.named_parameters()), 1)
     assert engine.policy_version is None
 
