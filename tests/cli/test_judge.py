@@ -44,7 +44,7 @@ def test_calls_and_the_time_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tests", "message"),
     [
-        ("[]", "must hold a list of tests"),
+        ("[]", "it has no tests"),
         ("{", "is not valid JSON"),
         ('[{"input": "1"}]', "test 1: a test is"),
         ('[{"input": "1", "output": "1"}, {"call": "f", "args": [], "expected": 1}]', "needs tests of one kind"),

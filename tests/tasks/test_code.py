@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from sdzero.graders.errors import GraderError
-from sdzero.graders.sandbox.types import AssertTest, CallTest, Checker, Language, Limits, StdioTest, Submission
+from sdzero.graders.sandbox.types import (
+    AssertTest,
+    CallTest,
+    Checker,
+    Language,
+    Limits,
+    StdioTest,
+    Submission,
+    parse_tests,
+)
 from sdzero.tasks import Code, Task
 from sdzero.tasks import code as module
-from sdzero.tasks.code import last_block, parse_tests, with_preamble
+from sdzero.tasks.code import last_block, with_preamble
 from sdzero.tasks.hub import HubDataset
 from sdzero.types import Question
 from support.fake_sandbox import FakeSandbox

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from sdzero.graders.sandbox.backends import BACKENDS
 from sdzero.graders.sandbox.client import SandboxClient
-from sdzero.graders.sandbox.types import Language, Limits, Submission, Test, read_test
+from sdzero.graders.sandbox.types import Language, Limits, Submission, Test, parse_tests
 
 
 def read_tests(path: Path) -> tuple[Test, ...]:
@@ -20,18 +20,9 @@ def read_tests(path: Path) -> tuple[Test, ...]:
         ValueError: names the file and the invalid test.
     """
     try:
-        rows = json.loads(path.read_text())
+        return parse_tests(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f'{path} must hold a list of tests such as [{{"input": "1 2", "output": "3"}}]')
-    tests: list[Test] = []
-    for number, row in enumerate(rows, 1):
-        try:
-            tests.append(read_test(row))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: test {number}: {error}") from None
-    return tuple(tests)
+        raise ValueError(f"{path}: {error}") from None
 
 
 def main(arguments: list[str]) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
+
+from sdzero.graders.errors import require_package
 
 Benchmark = Literal["ifeval", "ifbench"]
 NLTK_DATA = ("punkt", "punkt_tab", "averaged_perceptron_tagger_eng", "stopwords")
@@ -38,12 +39,8 @@ WARM_UP = (Job("ifeval", "", ("punctuation:no_comma",), ({},), False, "warm"), F
 
 
 def require_if_verifiable() -> None:
-    """Raise ModuleNotFoundError, naming the extra, where if-verifiable is not installed."""
-    if not find_spec("if_verifiable"):
-        raise ModuleNotFoundError(
-            'IFEval and IFBench need the package if-verifiable: pip install "sdzero[instructions]"',
-            name="if_verifiable",
-        )
+    """Raise ModuleNotFoundError, naming the extra, unless if-verifiable is installed."""
+    require_package("grading instructions", "if_verifiable", "instructions")
 
 
 def work(job: Job) -> Followed:

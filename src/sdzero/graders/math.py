@@ -11,6 +11,7 @@ import re
 from fractions import Fraction
 from typing import Any, cast
 
+from sdzero.graders.errors import require_package
 from sdzero.types import Verdict
 
 Job = tuple[str | None, str]  # (answer, gold) is a comparison; (None, gold) checks that gold is gradable
@@ -191,13 +192,8 @@ def work(job: Job) -> Any:
 
 
 def require_math_verify() -> None:
-    """Raise ModuleNotFoundError, naming the extra, where math-verify is not installed."""
-    try:
-        import math_verify  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'grading mathematics needs the package math-verify: pip install "sdzero[math]"', name=error.name
-        ) from error
+    """Raise ModuleNotFoundError, naming the extra, unless math-verify is installed."""
+    require_package("grading mathematics", "math_verify", "math")
 
 
 def _parse(text: str) -> list[Any]:

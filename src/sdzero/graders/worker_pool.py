@@ -18,7 +18,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
-from sdzero.graders.errors import GraderError
+from sdzero.graders.errors import GraderError, require_package
 from sdzero.graders.spawn_context import CleanSpawnContext
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class GraderPool(Generic[Item, Result]):
     ) -> None:
         if num_workers < 1 or deadline <= 0 or memory_mb <= 0:
             raise ValueError(f"num_workers={num_workers}, deadline={deadline}, memory_mb={memory_mb}: must be above 0")
-        _require_pebble()
+        require_package("grading", "pebble", "math")
         self.function, self.warm_up = function, warm_up
         self.num_workers, self.deadline, self.memory_mb = num_workers, deadline, memory_mb
         self._lock = threading.Lock()
@@ -194,15 +194,6 @@ class GraderPool(Generic[Item, Result]):
             self._pool = ProcessPool(self.num_workers, 0, _init_worker, arguments, cast(Any, context))
             self._finalizer = weakref.finalize(self, _stop, self._pool, os.getpid())
         return self._pool
-
-
-def _require_pebble() -> None:
-    try:
-        import pebble  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'grading mathematics needs the package pebble: pip install "sdzero[math]"', name=error.name
-        ) from error
 
 
 def _stop(pool: ProcessPool, owner: int) -> None:

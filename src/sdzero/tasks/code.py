@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from sdzero.graders.sandbox.types import (
     StdioTest,
     Submission,
     Test,
-    read_test,
+    parse_tests,
 )
 from sdzero.tasks.boxed import strip_thinking
 from sdzero.tasks.hub import Row
@@ -222,30 +221,6 @@ class Code(Rows):
         if isinstance(limit, bool) or not isinstance(limit, int | float):
             raise ValueError(f"{column} is {limit!r}: it must be a number")
         return limit
-
-
-def parse_tests(cell: Any) -> tuple[Test, ...]:
-    """Parse the tests of a cell: a list of objects, or its JSON. Raises: ValueError if they are malformed."""
-    if isinstance(cell, str) and (cell := cell.strip()):
-        try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"its tests are not valid JSON: {error}") from None
-    if not cell:
-        raise ValueError("it has no tests")
-    if not isinstance(cell, list) or not all(isinstance(row, dict) for row in cell):
-        raise ValueError("its tests are not a list of objects")
-    tests: list[Test] = []
-    for number, row in enumerate(cell, 1):
-        for key, value in row.items():
-            kind = list if key == "args" else str
-            if key != "expected" and not isinstance(value, kind):
-                raise ValueError(f"test {number}: {key!r} is not a {'list' if kind is list else 'string'}")
-        try:
-            tests.append(read_test(row))
-        except ValueError as error:
-            raise ValueError(f"test {number}: {error}") from None
-    return tuple(tests)
 
 
 def last_block(text: str, language: Language) -> str | None:

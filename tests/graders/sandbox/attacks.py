@@ -262,8 +262,8 @@ os._exit(3)
     ),
     cpp(
         "doubling macros",
-        "\n".join(["#define A0 1+1"] + [f"#define A{n} A{n - 1}+A{n - 1}" for n in range(1, 28)])
-        + "\nint x = A27;\nint main() {}",
+        "\n".join([f'#define A0 "{"x" * 4000}"'] + [f"#define A{n} A{n - 1} A{n - 1}" for n in range(1, 21)])
+        + "\nconst char* x = A20;\nint main() {}",
         COMPILING,
     ),
 ]

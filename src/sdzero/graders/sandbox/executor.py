@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -117,30 +117,25 @@ class Executor:
             SandboxFailure: the sandbox did not prove that the program ran, or its processes could not be killed.
         """
         async with self.semaphore.acquire(job.limits.memory_mb):
-            return await self._run_with_files(job, stdin)
+            with ExitStack() as cleanup:
+                if not self.backend.mounts:
+                    job = self._in_host_folder(job, cleanup)
+                group = self.cgroups.new(job.limits.memory_mb) if self.cgroups else None
+                if group:
+                    cleanup.callback(group.remove)
+                source = sealed_memfd(stdin)
+                cleanup.callback(os.close, source)
+                return await self._run(job, source, group)
 
-    async def _run_with_files(self, job: Job, stdin: bytes) -> Outcome:
-        made = None
-        if not self.backend.mounts:
-            job, made = self._in_folder(job)
-        group = self.cgroups.new(job.limits.memory_mb) if self.cgroups else None
-        source = sealed_memfd(stdin)
-        try:
-            return await self._run(job, source, group)
-        finally:
-            os.close(source)
-            if group:
-                group.remove()
-            if made:
-                shutil.rmtree(made)
-
-    def _in_folder(self, job: Job) -> tuple[Job, str | None]:
-        made = None if job.folder else tempfile.mkdtemp(dir=self.folder)
-        job = dataclasses.replace(job, folder=job.folder or made)
+    def _in_host_folder(self, job: Job, cleanup: ExitStack) -> Job:
+        """Give a job a working folder on the host, with copies of the files bound into it."""
+        folder = job.folder or tempfile.mkdtemp(dir=self.folder)
+        if not job.folder:
+            cleanup.callback(shutil.rmtree, folder)
         for here, there in job.binds:
             if there.startswith(f"{WORK}/"):
-                shutil.copy(here, f"{job.folder}{there[len(WORK) :]}")
-        return job, made
+                shutil.copy(here, f"{folder}{there[len(WORK) :]}")
+        return dataclasses.replace(job, folder=folder)
 
     async def _run(self, job: Job, stdin: int, group: Cgroup | None) -> Outcome:
         loop, started = asyncio.get_running_loop(), time.monotonic()
@@ -165,9 +160,8 @@ class Executor:
         stopped = "memory" if group and group.out_of_memory() else run.stopped
         code = -1 if stopped else self.backend.exit_code(bytes(run.status), run.code)
         if code is None:
-            raise SandboxFailure(
-                f"{self.backend.name}: {bytes(run.stderr).decode(errors='replace').strip() or 'no exit code'}"
-            )
+            message = bytes(run.stderr).decode(errors="replace").strip()
+            raise SandboxFailure(f"{self.backend.name}: {message or 'no exit code'}")
         cpu = max(run.cpu_seconds, usage.ru_utime + usage.ru_stime)
         memory = (group.peak_mb() if group else 0.0) or usage.ru_maxrss / 1024
         return Outcome(code, stopped, cpu, wall, memory, bytes(run.stdout), bytes(run.stderr))
@@ -183,11 +177,8 @@ class Executor:
 
     def _start(self, job: Job, stdin: int, group: Cgroup | None) -> tuple[_Run, dict[int, bytearray]]:
         pairs = {number: os.pipe() for number in (STDOUT, STDERR, STATUS)}
-        theirs = {
-            STDIN: stdin,
-            FILTER: sealed_memfd(self._filter),
-            **{number: pair[1] for number, pair in pairs.items()},
-        }
+        theirs = {number: pair[1] for number, pair in pairs.items()}
+        theirs |= {STDIN: stdin, FILTER: sealed_memfd(self._filter)}
         hold = None
         if self.backend.holds:
             theirs[HOLD], hold = os.pipe()
@@ -259,18 +250,13 @@ class Executor:
 
     def _reap(self) -> None:
         """Reap all children that have ended, adopted orphans included."""
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            self._reaped_usage[pid] = usage
-            self._child_reaped.set()
-            if run := self._runs.get(pid):
-                run.code = os.waitstatus_to_exitcode(status)
-                run.ended.set()
+        with suppress(ChildProcessError):
+            while (child := os.wait4(-1, os.WNOHANG))[0]:
+                pid, status, self._reaped_usage[child[0]] = child
+                self._child_reaped.set()
+                if run := self._runs.get(pid):
+                    run.code = os.waitstatus_to_exitcode(status)
+                    run.ended.set()
 
     # --- its end --------------------------------------------------------------------------------
 

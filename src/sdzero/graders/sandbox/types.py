@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -149,3 +150,27 @@ def read_test(row: Mapping[str, Any]) -> Test:
     raise ValueError(
         f'a test is {{"input", "output"}}, {{"call", "args", "expected"}} or {{"program"}}; this one has {sorted(row)}'
     )
+
+
+def parse_tests(cell: Any) -> tuple[Test, ...]:
+    """Parse the tests of a cell: a list of objects, or its JSON. Raises: ValueError if they are malformed."""
+    if isinstance(cell, str) and (cell := cell.strip()):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its tests are not valid JSON: {error}") from None
+    if not cell:
+        raise ValueError("it has no tests")
+    if not isinstance(cell, list) or not all(isinstance(row, dict) for row in cell):
+        raise ValueError("its tests are not a list of objects")
+    tests: list[Test] = []
+    for number, row in enumerate(cell, 1):
+        for key, value in row.items():
+            kind = list if key == "args" else str
+            if key != "expected" and not isinstance(value, kind):
+                raise ValueError(f"test {number}: {key!r} is not a {'list' if kind is list else 'string'}")
+        try:
+            tests.append(read_test(row))
+        except ValueError as error:
+            raise ValueError(f"test {number}: {error}") from None
+    return tuple(tests)
