@@ -1,8 +1,8 @@
-"""Runs a second of the code judge, trivial programs, against the same programs as bare subprocesses in one run.
+"""Throughput of the code sandbox on trivial programs, compared with bare subprocesses.
 
     python benchmarks/code_judge.py [--backend bubblewrap] [--runs 200] [--rounds 5]
 
-Rounds of the judge and of bare runs take turns; a figure is the median over rounds. Writes results/code_judge.json.
+Sandbox and bare rounds alternate; values are medians over rounds. Writes results/code_judge.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IN_FLIGHT = (1, 2, 4, 8)
 
 
 def bare(argv: list[str], num_runs: int, in_flight: int) -> float:
-    """Runs a second of bare subprocesses, `in_flight` at a time."""
+    """Measure bare subprocesses per second, `in_flight` at a time."""
 
     def one(_: int) -> None:
         done = subprocess.run(argv, input=b"1 2", capture_output=True, check=True)
@@ -45,7 +45,7 @@ def bare(argv: list[str], num_runs: int, in_flight: int) -> float:
 
 
 def judged(client: SandboxClient, language: Language, num_runs: int) -> float:
-    """Runs a second of the judge; compiled programs come from its cache."""
+    """Measure sandboxed runs per second; compiled programs are cached."""
     submissions = [Submission(language, PROGRAMS[language], (TEST,))] * num_runs
     started = time.perf_counter()
     assert all(verdict.reward == 1 for verdict in client.grade(submissions))

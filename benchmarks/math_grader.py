@@ -1,12 +1,10 @@
-"""How many mathematical answers are graded in a second: by two workers, and by math-verify alone in this process.
+"""Throughput of math grading: by two workers, and by math-verify alone in this process.
 
     python benchmarks/math_grader.py
 
-Two percent of hostile answers cost their share of deadlines: 12 of 600, by two workers, 18 s.
-
-Prints a table and writes benchmarks/results/math_grader.json. The floor is math-verify called for each answer without
-any guard, in one process; hostile answers would hang it, so it is given none. `all` goes through a task's own way,
-which settles numbers and words without algebra; `algebra` sends every answer to a worker.
+Prints a table and writes benchmarks/results/math_grader.json. The baseline calls math-verify unguarded in one process;
+it gets no hostile answers, which would hang it; 2% of them, 12 of 600, cost two workers 18 s of deadlines. `all`
+grades as a task does, numbers and words without algebra; `algebra` sends every answer to a worker.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from sdzero.graders.worker_pool import Failed, GraderPool
 
 NUM_WORKERS, DEADLINE, REPEATS = 2, 3.0, 5
 RESULTS = Path(__file__).parent / "results/math_grader.json"
-HOSTILE = (  # what `decide` does not turn away, and a worker must be killed for
+HOSTILE = (  # not rejected by `decide`: their workers must be killed
     ("9^{9^{9^9}}", "5"),
     ("(a+b+c+d+e+f)^{40}", "(a+b+c+d+e+g)^{40}"),
     (r"\prod_{k=1}^{10^9} k", "5"),
@@ -35,19 +33,19 @@ Pair = tuple[str, str]
 
 
 def ordinary(num: int, seed: int = 0) -> list[Pair]:
-    """Answers as of competition problems: seven in ten are numbers, a quarter of all are wrong."""
-    draw = random.Random(seed)
+    """Generate answers like those of competitions: seven in ten are numbers, a quarter are wrong."""
+    rng = random.Random(seed)
     pairs: list[Pair] = []
     for _ in range(num):
-        a, b, c = draw.randint(2, 9), draw.randint(2, 99), draw.randint(2, 99)
+        a, b, c = rng.randint(2, 9), rng.randint(2, 99), rng.randint(2, 99)
         forms = [(str(b * c), str(b * c))] * 5 + [(rf"\frac{{{b}}}{{{c}}}", f"{b}/{c}")] * 2
         forms += [
             (rf"{a}\sqrt{{{b}}}", rf"\sqrt{{{a * a * b}}}"),
             (rf"x^2+{a + b}x+{a * b}", f"(x+{a})(x+{b})"),
             (f"({a},{b})", f"({a}, {b})"),
         ]
-        answer, gold = draw.choice(forms)
-        pairs.append((answer if draw.random() < 0.75 else answer.replace(str(b), str(b + 1)), gold))
+        answer, gold = rng.choice(forms)
+        pairs.append((answer if rng.random() < 0.75 else answer.replace(str(b), str(b + 1)), gold))
     return pairs
 
 
@@ -68,13 +66,13 @@ def bare(pairs: list[Pair]) -> list[Any]:
     ]
 
 
-def whole(pool: GraderPool[math_grader.Job, Any], pairs: list[Pair]) -> list[Any]:
+def quick_first(pool: GraderPool[math_grader.Job, Any], pairs: list[Pair]) -> list[Any]:
     open_ = [pair for pair in pairs if math_grader.decide(*pair) is None]
     return pool.map(open_)
 
 
 def measured(run: Callable[[list[Pair]], list[Any]], make: Callable[[int], list[Pair]]) -> dict[str, Any]:
-    """Answers per second of several batches, each of its own answers: sympy remembers what it has seen."""
+    """Measure answers per second over batches of different answers, since sympy caches results."""
     rates, failed = [], 0
     for seed in range(REPEATS):
         pairs = make(seed + 1)
@@ -94,16 +92,16 @@ def measured(run: Callable[[list[Pair]], list[Any]], make: Callable[[int], list[
 def main() -> None:
     pool: GraderPool[math_grader.Job, Any] = GraderPool(math_grader.work, math_grader.WARM_UP, NUM_WORKERS, DEADLINE)
     bare(ordinary(20))
-    whole(pool, ordinary(50))  # the workers are up
+    quick_first(pool, ordinary(50))  # the workers are up
     rows = {
         "math-verify alone, 1 process, ordinary": measured(bare, lambda seed: ordinary(300, seed)),
         "algebra, 2 workers, ordinary": measured(lambda pairs: pool.map(pairs), lambda seed: ordinary(600, seed)),
         "algebra, 2 workers, 2% hostile": measured(
             lambda pairs: pool.map(pairs), lambda seed: with_hostile(ordinary(600, seed))
         ),
-        "all, 2 workers, ordinary": measured(lambda pairs: whole(pool, pairs), lambda seed: ordinary(600, seed)),
+        "all, 2 workers, ordinary": measured(lambda pairs: quick_first(pool, pairs), lambda seed: ordinary(600, seed)),
         "all, 2 workers, 2% hostile": measured(
-            lambda pairs: whole(pool, pairs), lambda seed: with_hostile(ordinary(600, seed))
+            lambda pairs: quick_first(pool, pairs), lambda seed: with_hostile(ordinary(600, seed))
         ),
     }
     for name, row in rows.items():

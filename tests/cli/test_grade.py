@@ -33,17 +33,8 @@ ROWS = [
 
 def test_every_row_and_the_summary(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    argv = [
-        sys.executable,
-        "-m",
-        "sdzero",
-        "grade",
-        "--task",
-        "math",
-        tmp_path / "rows.jsonl",
-        "--init",
-        "num_workers=1",
-    ]
+    options = ["--task", "math", tmp_path / "rows.jsonl", "--init", "num_workers=1"]
+    argv = [sys.executable, "-m", "sdzero", "grade", *options]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     *rows, last = map(json.loads, done.stdout.splitlines())
     assert [(row["row"], row["reward"], row["reason"]) for row in rows] == [
@@ -75,8 +66,8 @@ def test_the_columns_that_a_task_needs_are_its_meta() -> None:
     assert [row["reason"] for row in grade.grade(Countdown(), rows)] == ["correct", "wrong"]
 
 
-def test_what_is_wrong_with_the_call_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="row 2 has no text under 'response'; it has \\['answer'\\]"):
+def test_invalid_arguments_are_reported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="row 2 has no string under 'response'; it has \\['answer'\\]"):
         grade.grade(Echo(), [{"response": "a", "answer": "a"}, {"answer": "b"}])
     with pytest.raises(ValueError, match="must be KEY=VALUE"):
         grade.make_task(Countdown, tmp_path, ["seed"])

@@ -45,7 +45,7 @@ def test_calls_and_the_time_limit(tmp_path: Path) -> None:
     ("tests", "message"),
     [
         ("[]", "it has no tests"),
-        ("{", "is not valid JSON"),
+        ("{", "not valid JSON"),
         ('[{"input": "1"}]', "test 1: a test is"),
         ('[{"input": "1", "output": "1"}, {"call": "f", "args": [], "expected": 1}]', "needs tests of one kind"),
     ],

@@ -139,8 +139,8 @@ def test_gold_answers_that_cannot_be_graded_are_found(gold: str, reason: str | N
     assert known is None or (known or None) == said
 
 
-def test_the_quick_way_says_what_the_slow_one_says() -> None:
-    """Wherever both read numbers; the quick way is exact, and never needed."""
+def test_the_quick_comparison_agrees_with_the_slow_one() -> None:
+    """The quick comparison of numbers agrees with math-verify wherever it decides."""
     numbers = ["5", "-5", "0.5", "1/2", r"\frac{1}{2}", r"-\frac12", "1,000", "1000", "0", "-0", "2/1", "1000.0", "007"]
     for answer in numbers:
         for gold in numbers:
@@ -150,13 +150,13 @@ def test_the_quick_way_says_what_the_slow_one_says() -> None:
 
 
 @pytest.mark.parametrize("gold", ["Made up: see the picture.", "The limit exists and is equal to 3"])
-def test_a_sentence_is_no_gold_answer(gold: str) -> None:
-    """math-verify would read a product of its letters, which no response writes."""
+def test_a_sentence_is_not_a_gold_answer(gold: str) -> None:
+    """math-verify would parse it as a product of its letters."""
     assert math_grader.check_quickly(gold) == "it is a sentence"
 
 
 @pytest.mark.parametrize(
     "gold", [r"\sin x \cos y \tan z", r"\text{all lines through 3}", r"n \text{ is odd and } k", "f(x)=abc, def, ghi"]
 )
-def test_formulas_with_words_are_no_sentences(gold: str) -> None:
+def test_formulas_with_words_are_not_sentences(gold: str) -> None:
     assert math_grader.check_quickly(gold) is None

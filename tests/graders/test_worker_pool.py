@@ -97,39 +97,36 @@ def test_it_starts_again_after_it_was_closed(pool: GraderPool[str, Any]) -> None
     assert pool.map(["1"]) == [1]
 
 
-def test_a_worker_that_fails_at_the_warm_up_is_a_fault() -> None:
-    with pytest.raises(GraderError, match="warm-up of a grading worker failed: ZeroDivisionError"):
-        GraderPool[str, Any](eval, ("1/0", 0), 1).map(["1"])
+@pytest.mark.parametrize(
+    ("warm_up", "message"),
+    [
+        (("1/0", 0), "warm-up of a grading worker failed: ZeroDivisionError"),
+        (("1 + 1", 3), "gave 2, expected 3"),  # a broken library would mark every answer wrong
+        (("__import__('os')._exit(3)", 0), "returned no result|die during start-up"),
+        ((CRASH, 0), "returned no result|die during start-up"),
+    ],
+)
+def test_workers_that_fail_their_warm_up_are_an_error(warm_up: tuple[str, int], message: str) -> None:
+    with pytest.raises(GraderError, match=message):
+        GraderPool[str, Any](eval, warm_up, 1).map(["1"])
 
 
-def test_a_worker_that_makes_something_else_of_the_warm_up_is_a_fault() -> None:
-    """A grader whose library is broken would find every answer wrong."""
-    with pytest.raises(GraderError, match="gave 2, expected 3"):
-        GraderPool[str, Any](eval, ("1 + 1", 3), 1).map(["1"])
-
-
-@pytest.mark.parametrize("warm_up", ["__import__('os')._exit(3)", CRASH])
-def test_workers_that_die_before_they_are_ready_are_a_fault(warm_up: str) -> None:
-    with pytest.raises(GraderError, match="returned no result|die during start-up"):
-        GraderPool[str, Any](eval, (warm_up, 0), 1).map(["1"])
-
-
-def test_workers_that_die_whatever_they_grade_are_a_fault(tmp_path: Path) -> None:
-    """Else every item would be found to need too much memory."""
+def test_workers_that_die_on_every_item_are_an_error(tmp_path: Path) -> None:
+    """Otherwise every item would seem to need too much memory."""
     mark = f"__import__('pathlib').Path({str(tmp_path / 'mark')!r})"
     warm_up = f"{DIE} if {mark}.exists() else 0"
     with pytest.raises(GraderError):
         GraderPool[str, Any](eval, (warm_up, 0), 1).map([f"[{mark}.touch(), {DIE}]"])
 
 
-def test_an_error_of_the_function_is_a_fault_and_the_pool_goes_on(pool: GraderPool[str, Any]) -> None:
+def test_an_exception_of_the_function_is_an_error_and_the_pool_goes_on(pool: GraderPool[str, Any]) -> None:
     with pytest.raises(GraderError, match="ZeroDivisionError: division by zero"):
         pool.map(["1", "1/0", "2"])
     assert pool.map(["3"]) == [3]
 
 
 def test_a_pool_that_stalls_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is stopped neither answers nor ends."""
+    """A stopped worker neither answers nor ends."""
     monkeypatch.setattr(worker_pool, "STALL_SECONDS", 1.0)
     pool = GraderPool[str, Any](eval, ("0", 0), 1, 300.0)
     (worker,) = pool.map(["__import__('os').getpid()"])

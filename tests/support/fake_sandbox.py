@@ -1,4 +1,4 @@
-"""A judge that runs nothing, in place of the one that a task starts."""
+"""Fake sandbox client that runs nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdzero.graders.sandbox.types import CodeVerdict, Submission
 
 
 class FakeSandbox:
-    """Says of a program what its last line says; `asked` holds each call."""
+    """Returns the last line of a program as its verdict; `asked` records each call."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -28,5 +28,5 @@ class FakeSandbox:
 
 @pytest.fixture
 def fake_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every task of programs that is made has one."""
+    """Give every program task a fake sandbox."""
     monkeypatch.setattr("sdzero.tasks.code.SandboxClient", FakeSandbox)

@@ -1,4 +1,4 @@
-"""Whether this machine has a sandbox for the judge."""
+"""Detection of a code sandbox on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdzero.graders.sandbox.client import SandboxClient
 
 @cache
 def lacks_sandbox() -> bool:
-    """Whether tests that run programs are to be left out. A machine that must have a sandbox fails them instead."""
+    """Check if tests that run programs must be skipped. They fail instead where SDZERO_TEST_REQUIRE names `sandbox`."""
     if "sandbox" in os.environ.get("SDZERO_TEST_REQUIRE", "").split(","):
         return False
     try:

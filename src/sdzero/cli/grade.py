@@ -1,7 +1,4 @@
-"""`sdzero grade`: stored responses through a task's verifier, to see what a reward says and why.
-
-It imports no torch, and starts in a second.
-"""
+"""`sdzero grade`: run a task's verifier on stored responses and print rewards with reasons. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,17 +20,17 @@ from sdzero.tasks.rows import Rows
 from sdzero.tasks.sources import read_file
 from sdzero.types import Question, Verdict
 
-_OWN = ("response", "answer", "question", "id", "finish_reason", "reward")  # columns; the rest is the question's meta
+_COLUMNS = ("response", "answer", "question", "id", "finish_reason", "reward")  # all others are the question's meta
 
 
 def find_task(name: str) -> type[Task]:
-    """A task by its class's name, in any case, or by its class_path.
+    """Find a task by its class name, ignoring case, or by its class_path.
 
     Raises:
-        ValueError: there is none; names those that there are.
+        ValueError: there is none; lists the known names.
     """
     offered = {n.lower(): getattr(tasks, n) for n in tasks.__all__ if n not in ("Task", "Rows", "Suite")}
-    # a task that brings its own rows knows of no others
+    # tasks with built-in rows cannot grade others
     known = {n: t for n, t in offered.items() if not issubclass(t, Rows) or "path" in signature(t).parameters}
     if name.lower() in known:
         return known[name.lower()]
@@ -45,10 +42,10 @@ def find_task(name: str) -> type[Task]:
 
 
 def make_task(kind: type[Task], file: Path, options: Sequence[str]) -> Task:
-    """The task with its init_args given as KEY=VALUE; a task of rows takes them from the file that is graded.
+    """Instantiate a task with init_args given as KEY=VALUE; a `Rows` task reads the graded file.
 
     Raises:
-        ValueError: an option is not of that form, or the task does not take it.
+        ValueError: an option is malformed or unknown to the task.
     """
     if wrong := [option for option in options if "=" not in option]:
         raise ValueError(f"--init {wrong[0]}: must be KEY=VALUE")
@@ -62,10 +59,10 @@ def make_task(kind: type[Task], file: Path, options: Sequence[str]) -> Task:
 
 
 def grade(task: Task, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A verdict per row: its number, reward, reason, and the answer that was read.
+    """Return a verdict per row: its number, reward, reason and parsed answer.
 
-    A row whose gold answer cannot be graded has the reward null, with the message; a row with a `reward` of its own
-    that differs says so (`disagrees`).
+    A row whose gold answer cannot be graded gets the reward null and a message; a row whose own `reward` differs is
+    marked (`disagrees`).
 
     Raises:
         ValueError: a row has no response.
@@ -73,7 +70,7 @@ def grade(task: Task, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):
-            raise ValueError(f"row {number} has no text under 'response'; it has {sorted(row)}")
+            raise ValueError(f"row {number} has no string under 'response'; it has {sorted(row)}")
     questions = [_question(number, row) for number, row in enumerate(rows, 1)]
     problems = task.ungradable(questions) if isinstance(task, Rows) else {}
     open_ = [i for i, q in enumerate(questions) if q.id not in problems and rows[i].get("finish_reason") != "length"]
@@ -81,22 +78,18 @@ def grade(task: Task, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     graded = []
     for i, (question, row) in enumerate(zip(questions, rows, strict=True)):
         verdict = verdicts.get(i, Verdict(0, "truncated"))
-        said: dict[str, Any] = {
-            "row": i + 1,
-            "reward": verdict.reward,
-            "reason": verdict.reason,
-            "parsed": verdict.parsed,
-        }
+        row_verdict: dict[str, Any] = {"row": i + 1}
+        row_verdict |= {"reward": verdict.reward, "reason": verdict.reason, "parsed": verdict.parsed}
         if question.id in problems:
-            said |= {"reward": None, "reason": "ungradable", "message": problems[question.id]}
-        if "reward" in row and said["reward"] is not None and bool(row["reward"]) != bool(said["reward"]):
-            said["disagrees"] = True
-        graded.append(said)
+            row_verdict |= {"reward": None, "reason": "ungradable", "message": problems[question.id]}
+        if "reward" in row and row_verdict["reward"] is not None and bool(row["reward"]) != bool(row_verdict["reward"]):
+            row_verdict["disagrees"] = True
+        graded.append(row_verdict)
     return graded
 
 
 def summary(graded: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows by reason, the mean reward of those that could be graded, and how many disagree with their own reward."""
+    """Count rows by reason and disagreement, and average the reward of the gradable ones."""
     rewards = [row["reward"] for row in graded if row["reward"] is not None]
     return {
         "rows": len(graded),
@@ -107,17 +100,17 @@ def summary(graded: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _question(number: int, row: dict[str, Any]) -> Question:
-    meta = {column: value for column, value in row.items() if column not in _OWN}
+    meta = {column: value for column, value in row.items() if column not in _COLUMNS}
     return Question(f"row {number}", str(row.get("question", "")), str(row.get("answer", "")), meta)
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="sdzero grade", description="Grades stored responses; prints JSON lines.")
+    parser = argparse.ArgumentParser(prog="sdzero grade", description="Grade stored responses; print JSON lines.")
     parser.add_argument(
-        "file", type=Path, help="JSONL, JSON or parquet with `response`, `answer` and what the task needs"
+        "file", type=Path, help="JSONL, JSON or parquet with columns `response`, `answer` and any others of the task"
     )
     parser.add_argument("--task", required=True, metavar="NAME", help="math, countdown, ..., or a class_path")
-    parser.add_argument("--init", action="append", default=[], metavar="KEY=VALUE", help="an init_arg of the task")
+    parser.add_argument("--init", action="append", default=[], metavar="KEY=VALUE", help="init_arg of the task")
     given = parser.parse_args(arguments)
     rows = read_file(given.file)
     graded = grade(make_task(find_task(given.task), given.file, given.init), rows)

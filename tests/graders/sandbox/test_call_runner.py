@@ -1,4 +1,4 @@
-"""The runner as the sandbox starts it, but for the sandbox."""
+"""The call runner, without the sandbox."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_forging_gets_no_value_accepted(name: str) -> None:
 
 
 def test_no_frame_and_no_object_holds_more_than_the_request() -> None:
-    """A submission that reads everything in reach finds what it was given, and that is no expected value."""
+    """A submission that searches all frames finds its own request, without the expected value."""
     source = """
 import gc, sys
 def f(a):

@@ -1,4 +1,4 @@
-"""The folders of the cgroup tree, on made-up trees of both of Linux's interfaces; the runs use the real one."""
+"""Cgroup folders on fake trees of both versions; other tests use the real tree."""
 
 import os
 from pathlib import Path

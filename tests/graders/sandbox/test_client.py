@@ -42,7 +42,7 @@ def server_pid(client: SandboxClient) -> int:
 
 @pytest.fixture
 def breakable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bwrap that fails once for each line of the file that this names."""
+    """Fake bwrap that fails once for each line of the returned file."""
     import shutil
 
     real, failures = shutil.which("bwrap"), tmp_path / "failures"

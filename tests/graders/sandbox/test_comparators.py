@@ -96,7 +96,7 @@ numbers = st.lists(
 
 @given(numbers.map(" ".join), numbers.map(" ".join))
 def test_lines_as_livecodebench_compares_them(expected: str, output: str) -> None:
-    """Its `grade_stdio`, which makes all lines and all numbers first."""
+    """LiveCodeBench's `grade_stdio`, which splits all lines and parses all numbers first."""
 
     def decimals(line: str) -> list[Decimal] | None:
         try:

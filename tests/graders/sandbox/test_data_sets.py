@@ -44,7 +44,7 @@ def test_canonical_solutions_of_human_eval_are_right(human_eval: HumanEval) -> N
 
 
 def test_broken_solutions_of_human_eval_are_wrong(human_eval: HumanEval) -> None:
-    """Each is the canonical one, whose result is put into a list: right in all but the value."""
+    """Each is the canonical solution with its result wrapped in a list: only the value is wrong."""
     broken = "{prompt}\n{solution}\n\n_right = {name}\n\ndef {name}(*arguments):\n    return [_right(*arguments)]\n"
     questions = human_eval.questions("eval", None)
     answers = []

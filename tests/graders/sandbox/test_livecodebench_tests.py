@@ -29,7 +29,7 @@ def packed(pickled: bytes) -> str:
 
 
 def private(text: str, protocol: int = 4) -> str:
-    """As the benchmark's rows have it."""
+    """Pack a text like the benchmark's rows."""
     return packed(pickle.dumps(text, protocol))
 
 

@@ -1,4 +1,4 @@
-"""How many runs are under way."""
+"""Bounds on concurrent runs and their memory."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from sdzero.graders.sandbox.semaphore import ResourceSemaphore
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 300), min_size=1, max_size=12))
-def test_neither_number_nor_memory_is_exceeded_and_all_get_their_turn(number: int, sizes: list[int]) -> None:
+def test_neither_limit_is_exceeded_and_every_run_gets_its_turn(number: int, sizes: list[int]) -> None:
     under_way: list[int] = []
     most: list[tuple[int, int]] = []
 

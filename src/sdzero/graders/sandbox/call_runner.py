@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import os
 import sys
-from json import dumps, loads  # names of our own: a submission may replace the module's
+from json import dumps, loads  # own references: a submission may replace the modules' functions
 from os import _exit, write
 from traceback import print_exc
 from types import ModuleType
 from typing import Any
 
-MAX_DEPTH = 200  # of lists in lists; a deeper value equals nothing, like one that contains itself
+MAX_DEPTH = 200  # of nesting; a deeper or recursive value equals nothing
 _PLAIN = 2**63
 
 
 def encode(value: Any, depth: int = 0) -> Any:
-    """A value as JSON can write it without losing its type; objects mark what is not plain JSON."""
+    """Encode a value as JSON without losing its type; objects mark what is not plain JSON."""
     kind = type(value)
     if value is None or kind in (bool, float, str):
         return value
-    if kind is int:  # digits beyond some thousands cannot be read back, and base 16 can
+    if kind is int:  # Python cannot parse thousands of decimal digits, but it can in base 16
         return value if -_PLAIN <= value < _PLAIN else {"int": format(value, "x")}
     if kind in (list, tuple) and depth < MAX_DEPTH:
         return [encode(item, depth + 1) for item in value]
@@ -36,11 +36,11 @@ def encode(value: Any, depth: int = 0) -> Any:
     return {"other": None}
 
 
-def returned(source: str, call: str, args: list[Any]) -> Any:
-    """What the submission's function returns: a method of its class Solution, or a function by that name.
+def call_function(source: str, call: str, args: list[Any]) -> Any:
+    """Call the submission's function, or a method of its class Solution, and return its result.
 
-    The module is not called `__main__`: what a program does only on its own, such as reading its input, is left out.
-    Typing's names are there without an import, since the signatures of starter code use them so.
+    The module is not named `__main__`, so a main block does not run. Names of `typing` need no import: starter code
+    uses them without one.
     """
     module = sys.modules["submission"] = ModuleType("submission")  # dataclasses and pickle look it up
     exec("from typing import *", module.__dict__)
@@ -53,19 +53,19 @@ def returned(source: str, call: str, args: list[Any]) -> Any:
 
 def main() -> None:
     request = loads(sys.stdin.buffer.read())
-    results = os.dup(1)  # not inherited by the processes that a submission starts
+    results = os.dup(1)  # not inherited by child processes
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        line = dumps(encode(returned(request["source"], request["call"], request["args"]))).encode() + b"\n"
-    except BaseException:  # noqa: BLE001 - whatever it was, the function has not returned: SystemExit is no success
+        line = dumps(encode(call_function(request["source"], request["call"], request["args"]))).encode() + b"\n"
+    except BaseException:  # noqa: BLE001 - the function did not return; SystemExit is a failure too
         try:
             print_exc()
         finally:
             _exit(1)
     while line:
         line = line[write(results, line) :]
-    _exit(0)  # nothing that a submission has registered for the end runs
+    _exit(0)  # skips the submission's exit handlers
 
 
 if __name__ == "__main__":

@@ -44,11 +44,7 @@ class SandboxClient:
     """
 
     def __init__(
-        self,
-        backend: str = "auto",
-        num_workers: int | None = None,
-        python: str | None = None,
-        cgroups: bool = True,
+        self, backend: str = "auto", num_workers: int | None = None, python: str | None = None, cgroups: bool = True
     ) -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend must be auto or one of {[*BACKENDS]}, got {backend!r}")

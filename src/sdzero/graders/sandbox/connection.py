@@ -69,13 +69,8 @@ class Connection:
         """Start the server, without this process's environment, and wait until it has chosen a sandbox."""
         _kill_remains(self.folder)
         _remove_orphaned_folders()
-        argv = [
-            sys.executable,
-            "-m",
-            "sdzero.graders.sandbox.server",
-            str(self.folder),
-            json.dumps(dataclasses.asdict(self.options)),
-        ]
+        options = json.dumps(dataclasses.asdict(self.options))
+        argv = [sys.executable, "-m", "sdzero.graders.sandbox.server", str(self.folder), options]
         environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         self.process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, start_new_session=True

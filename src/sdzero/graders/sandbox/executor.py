@@ -93,11 +93,8 @@ def sealed_memfd(data: bytes) -> int:
 class Executor:
     """Runs jobs within an asyncio loop. Its process reaps all orphans that they leave.
 
-    Args:
-        backend: sandbox.
-        semaphore: bound on concurrent runs.
-        cgroups: limits the memory of each run; None polls it instead and limits address spaces.
-        folder: location of the working folders of sandboxes without a file tree of their own.
+    Without cgroups, memory is polled and address spaces are limited. `folder` holds the working folders of sandboxes
+    without a file tree of their own.
     """
 
     def __init__(self, backend: Backend, semaphore: ResourceSemaphore, cgroups: Cgroups | None, folder: Path) -> None:

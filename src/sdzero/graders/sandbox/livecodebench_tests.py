@@ -29,21 +29,15 @@ def read_tests(public: str, private: str, metadata: str, max_bytes: int = MAX_BY
     """
     if not private.lstrip().startswith("["):
         private = _read_column("private_test_cases", _unpack, private, max_bytes)
-    rows = [
-        *_read_column("public_test_cases", _rows, public),
-        *_read_column("private_test_cases", _rows, private),
-    ]
+    columns = {"public_test_cases": public, "private_test_cases": private}
+    rows = [row for column, text in columns.items() for row in _read_column(column, _rows, text)]
     if not rows:
         raise ValueError("public_test_cases and private_test_cases are empty")
     described = _read_column("metadata", json.loads, metadata)
     name = described.get("func_name") if isinstance(described, dict) else None
-    tests: list[Test] = []
-    for number, row in enumerate(rows, 1):
-        if name:
-            tests.append(_read_column(f"test {number}", _call, name, row))
-        else:
-            tests.append(StdioTest(row["input"], row["output"]))
-    return tuple(tests)
+    if not name:
+        return tuple(StdioTest(row["input"], row["output"]) for row in rows)
+    return tuple(_read_column(f"test {number}", _call, name, row) for number, row in enumerate(rows, 1))
 
 
 def _read_column(name: str, read: Any, *args: Any) -> Any:

@@ -33,13 +33,7 @@ class Program:
 
 
 class ProgramCache:
-    """Compiles each program once; removes the least recently used.
-
-    Args:
-        executor: runs the compiler.
-        folder: location of the programs.
-        python: interpreter in the sandbox.
-    """
+    """Compiles each program once, into `folder`; removes the least recently used."""
 
     def __init__(self, executor: Executor, folder: Path, python: str) -> None:
         self.executor, self.folder, self.python = executor, folder, python

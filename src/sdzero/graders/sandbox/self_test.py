@@ -56,11 +56,7 @@ while True:
 
 
 async def find_weakness(executor: Executor, python: str, folder: Path) -> str | None:
-    """Return why a sandbox is not safe on this machine, or None.
-
-    Args:
-        folder: the server's folder; programs must not reach it.
-    """
+    """Return why a sandbox is not safe on this machine, or None. Programs must not reach the server's `folder`."""
     secret, target, variable = folder / "secret", folder / "target", "SDZERO_SANDBOX_TEST"
     secret.write_text("secret")
     os.environ[variable] = "1"

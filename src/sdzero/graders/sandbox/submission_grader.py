@@ -40,14 +40,7 @@ _FILE_MODE = 'out=$1; shift; "$@" >/dev/null; code=$?; if [ -f "$out" ]; then ca
 
 
 class SubmissionGrader:
-    """Grades submissions.
-
-    Args:
-        executor: runs the programs.
-        programs: compiles them.
-        runner: folder with call_runner.py, which calls a submission's function inside the sandbox.
-        folder: location of temporary input files.
-    """
+    """Grades submissions. `runner` is the folder with call_runner.py, `folder` holds temporary input files."""
 
     def __init__(self, executor: Executor, programs: ProgramCache, runner: Path, folder: Path) -> None:
         self.executor, self.programs, self.runner, self.folder = executor, programs, runner, folder
