@@ -1,4 +1,4 @@
-"""The benchmarks run, at sizes that say nothing about speed; the page of figures shows what the results hold."""
+"""The benchmarks run at tiny sizes, and the pages show the stored results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
-ALL = """
+RUN = """
 import runpy, sys
 sys.path.insert(0, "benchmarks")
 out, *names = sys.argv[1:]
@@ -21,7 +24,10 @@ SIDES = {
     "heads": {"floor", "ours", "ours, top-64 renormalised", "ours, JSD", "naive"},
     "scaling": {"floor", "ours", "naive", "interleaved", "first"},
     "passes": {"teacher", "student"},
+    "sd_step": {"sdzero", "sdzero top-64", "plain"},
+    "srt_step": {"sdzero", "plain"},
 }
+PEERS = ("TRL", "Liger")
 
 
 def python(*arguments: object) -> str:
@@ -31,23 +37,40 @@ def python(*arguments: object) -> str:
     return done.stdout
 
 
-def test_heads_passes_and_scaling_run(tmp_path: Path) -> None:
-    python("-c", ALL, tmp_path, *SIDES)
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    result = json.loads(file.read_text())
+    assert result["machine"]["packages"]["torch"] and result["date"] and result["settings"]["rounds"] == 1
+    assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in result["rows"])
+    return result["rows"]
+
+
+def test_heads_passes_and_steps_run(tmp_path: Path) -> None:
+    python("-c", RUN, tmp_path, *SIDES)
     for name, sides in SIDES.items():
-        result = json.loads((tmp_path / f"{name}-small.json").read_text())
-        assert {row["side"] for row in result["rows"]} == sides
-        assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in result["rows"])
-        assert result["machine"]["packages"]["torch"] and result["date"] and result["settings"]["rounds"] == 1
+        rows = read_rows(tmp_path / f"{name}-small.json")
+        assert {row["side"] for row in rows if not row["side"].startswith(PEERS)} == sides
+        if name.endswith("_step"):
+            losses = {row["side"]: row["figures"]["first_loss"] for row in rows}
+            assert losses["plain"] == pytest.approx(losses["sdzero"], rel=1e-3)
+
+
+def test_rollouts_run(tmp_path: Path) -> None:
+    python("-c", RUN, tmp_path, "rollouts")
+    rows = {(row["case"].partition(": ")[2], row["side"]): row for row in read_rows(tmp_path / "rollouts-small.json")}
+    assert len(rows) == 16
+    assert rows["call size", "calls of 2"]["figures"]["steps"] > rows["call size", "one call of 16"]["figures"]["steps"]
+    cached = [row["figures"]["cached"] for (case, _), row in rows.items() if case == "prefix"]
+    assert cached[0] > 0 and cached[2] == 0
 
 
 def test_the_pages_show_the_results() -> None:
-    """And docs/scaling.md what the plan's arithmetic says today."""
-    told = python(
+    """And docs/scaling.md the current arithmetic of the dry run."""
+    changed = python(
         "-c",
         "import sys; sys.path.insert(0, 'benchmarks'); import tables as t; r = t.ROOT / 'benchmarks/results'; "
         "print([page.name for page in t.PAGES if t.filled(page.read_text(), r) != page.read_text()])",
     )
-    assert told.strip() == "[]", "run `python benchmarks/tables.py`"
+    assert changed.strip() == "[]", "run `python benchmarks/tables.py`"
 
 
 def test_the_arithmetic_of_memory_is_that_of_a_real_step(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A user's mistake is one line that names the field and the remedy, before any weight is loaded."""
+"""A user's mistake gives one line that names the key and the remedy, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Arguments = Callable[..., list[str]]
 
 @pytest.fixture
 def arguments(smoke_run: Path, tmp_path: Path) -> Arguments:
-    """A command's arguments on the smoke run's files; more of them override."""
+    """Build a command's arguments on the smoke run's files, with overrides."""
     model = {"fit": "model.init_args.student.path", "test": "model.init_args.student.path", "collect": "student.path"}
     stages = {
         "srt": ("fit", "base", {"data.init_args.source.init_args.path": smoke_run / "collect/traces.jsonl"}),
@@ -43,7 +43,7 @@ def arguments(smoke_run: Path, tmp_path: Path) -> Arguments:
 def refuse(
     arguments: Arguments, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
-    """What a stage refuses with; it fails the test where it comes to the weights."""
+    """Return a stage's error message; fail the test if weights are loaded."""
 
     def reached(*_: Any, **__: Any) -> None:
         pytest.fail("weights were loaded before the mistake was found")
@@ -55,7 +55,7 @@ def refuse(
 
 
 def copy_model(source: Path, target: Path, **config: Any) -> Path:
-    """A model folder whose config.json has other values."""
+    """Copy a model folder with changed values in config.json."""
     shutil.copytree(source, target)
     (target / "config.json").write_text(json.dumps({**read_json(target / "config.json"), **config}))
     return target
@@ -70,7 +70,7 @@ def copy_model(source: Path, target: Path, **config: Any) -> Path:
         ("srt", {"data__trace_per_step": 4}, "'trace_per_step' is not accepted"),
         ("self_distill", {"model__divergence__kinds": "forward"}, "divergence.kinds"),
         ("self_distill", {"trainer__max_stps": 4}, "--trainer.max_stps"),
-        ("self_distill", {"trainer__max_step": 4}, "--trainer.max_step"),  # an abbreviation is no key
+        ("self_distill", {"trainer__max_step": 4}, "--trainer.max_step"),  # abbreviations are not keys
         ("collect", {"call_siz": 4}, "--call_siz"),
         ("self_distill", {"data__engine__max_batchsize": 4}, "max_batchsize"),
         ("eval", {"data__evaluation__num_questions": "many"}, "evaluation.num_questions"),
@@ -78,7 +78,7 @@ def copy_model(source: Path, target: Path, **config: Any) -> Path:
         ("collect", {"branches": "wrong"}, "branches"),
     ],
 )
-def test_a_misspelt_key_or_a_value_of_another_type(
+def test_a_misspelt_key_or_a_value_of_the_wrong_type(
     refuse: Callable[..., str], stage: str, override: dict[str, Any], named: str
 ) -> None:
     said = refuse(stage, **override)
@@ -86,13 +86,13 @@ def test_a_misspelt_key_or_a_value_of_another_type(
 
 
 @pytest.mark.parametrize("stage", ["srt", "self_distill", "eval", "collect"])
-def test_a_model_folder_that_is_not_there(refuse: Callable[..., str], tmp_path: Path, stage: str) -> None:
+def test_a_missing_model_folder(refuse: Callable[..., str], tmp_path: Path, stage: str) -> None:
     key = "model__path" if stage == "collect" else "model__init_args__model__path"
     said = refuse(stage, **{key: tmp_path / "nowhere"})
     assert f"student.path: no model folder at '{tmp_path}/nowhere'" in said and "run that stage first" in said
 
 
-def test_a_config_file_that_is_not_there(
+def test_a_missing_config_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("fit", "test", "collect"):
@@ -169,10 +169,10 @@ def test_evaluation_questions_in_phase_2(refuse: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1])
-def test_lengths_that_cannot_fit(
+def test_lengths_that_do_not_fit(
     arguments: Arguments, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    """Phase 2: prompt + 2y + P_r, where a question has at most 2 operations and P_0 takes 15 tokens."""
+    """Phase 2: prompt + 2y + P_r, with at most 2 operations per question and 15 tokens in P_0."""
     most = (1024 - (1 + 2 * 2 + 2) - 15) // 2 + 1
     if room:
         with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
@@ -184,7 +184,7 @@ def test_lengths_that_cannot_fit(
 
 
 def test_engine_prompts_too_long(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
-    """Prompts that leave no room for an answer, and answers that leave no room for a revision."""
+    """Prompts without room for an answer, and answers without room for a revision."""
     model = copy_model(smoke_run / "base/model", tmp_path / "model", max_position_embeddings=60)
     said = refuse("eval", model__init_args__model__path=model)
     assert "evaluation: the longest prompt (7) + sampling.max_new_tokens (64)" in said
@@ -194,7 +194,7 @@ def test_engine_prompts_too_long(refuse: Callable[..., str], smoke_run: Path, tm
     assert "sampling.max_new_tokens=600" in said and "the model has 1024 positions" in said
 
 
-def test_more_questions_than_there_are(refuse: Callable[..., str]) -> None:
+def test_more_questions_than_exist(refuse: Callable[..., str]) -> None:
     for stage, key in (("self_distill", "data__num_questions"), ("collect", "num_questions")):
         said = refuse(stage, **{key: 100_000})
         assert "num_questions=100000, but split 'phase" in said and "ask for fewer" in said
@@ -225,7 +225,7 @@ def test_settings_that_cannot_train(refuse: Callable[..., str], override: dict[s
     assert named in refuse("self_distill", **override)
 
 
-# --- in a process of its own ----------------------------------------------------------------------
+# --- in a separate process -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,16 +235,14 @@ def test_settings_that_cannot_train(refuse: Callable[..., str], override: dict[s
         ("collect", {"call_sizes": 3}, "--call_sizes"),
     ],
 )
-def test_nothing_but_the_line_is_printed(
-    arguments: Arguments, stage: str, override: dict[str, Any], named: str
-) -> None:
+def test_only_one_line_is_printed(arguments: Arguments, stage: str, override: dict[str, Any], named: str) -> None:
     done = sdzero(*arguments(stage, **override))
     assert done.returncode in (1, 2) and named in done.stderr
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
     assert len(lines) == 1 and lines[0].startswith(f"sdzero {command(*arguments(stage))[3]}: error: ")
 
 
-def test_a_fault_of_a_library_keeps_its_traceback(
+def test_an_error_of_a_library_keeps_its_traceback(
     arguments: Arguments, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:

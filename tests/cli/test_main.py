@@ -1,4 +1,4 @@
-"""The command line: overrides reach what they name, and every command runs on a run's models."""
+"""Command line: overrides set the keys they name, and every command runs on a run's models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def flat(config: dict[str, Any], key: str) -> Any:
 
 @pytest.fixture(scope="module")
 def overridden(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Phase 2 with overrides in the short form; the run's folders take the place of the recipe's own."""
+    """Phase 2 with overrides in the short form, reading the folders of another run."""
     out = tmp_path_factory.mktemp("overridden")
     done = sdzero(
         "fit",
@@ -54,12 +54,12 @@ def test_overrides_are_in_the_saved_config(overridden: Path, smoke_run: Path) ->
         "model.init_args.divergence.top_k": 4,
         "data.init_args.prompts_per_step": 8,
         "data.init_args.call_size": 5,
-        "data.init_args.num_questions": 48,  # the recipe's, untouched
+        "data.init_args.num_questions": 48,  # the recipe's value
     }
     assert {key: flat(saved, key) for key in expected} == expected
 
 
-def test_overrides_change_what_they_name(overridden: Path, smoke_run: Path) -> None:
+def test_overrides_take_effect(overridden: Path, smoke_run: Path) -> None:
     manifest, before = (
         read_json(overridden / "model/sdzero.json"),
         read_json(smoke_run / "self_distill/model/sdzero.json"),
@@ -74,11 +74,11 @@ def test_overrides_change_what_they_name(overridden: Path, smoke_run: Path) -> N
 
     (mass,) = scalars(overridden, "teacher/top_k_mass")
     assert len(mass) == 3 and all(0.2 < value <= 1 for _, value in mass)
-    assert scalars(smoke_run / "self_distill", "teacher/top_k_mass") == [[]], "the full vocabulary has no such figure"
+    assert scalars(smoke_run / "self_distill", "teacher/top_k_mass") == [[]], "not logged for the full vocabulary"
 
 
 def test_the_saved_config_is_a_config(overridden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run saved makes the same run again."""
+    """The saved config reproduces the run."""
     arguments = ("--config", overridden / "config.yaml", f"--trainer.default_root_dir={tmp_path}")
     assert exit_code(monkeypatch, "fit", *arguments) == 0
     first, again = (read_json(folder / "model/sdzero.json") for folder in (overridden, tmp_path))
@@ -124,8 +124,10 @@ def test_evaluation_commands(smoke_run: Path, tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_figure_that_is_no_number_is_null(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One question has no standard error, and JSON no word for it."""
+def test_a_metric_that_is_not_a_number_is_null(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One question has no standard error, and JSON has no NaN."""
     arguments = ["--config", SMOKE / "eval.yaml", f"--model.student.path={smoke_run}/srt/model"]
     arguments += [f"--trainer.default_root_dir={tmp_path}", "--data.evaluation.num_questions=1"]
     assert exit_code(monkeypatch, "test", *arguments) == 0
@@ -141,7 +143,7 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str], monkeypat
     for arguments in ([], ["-h"], ["--help"]):
         assert exit_code(monkeypatch, *arguments) == 0
         assert capsys.readouterr().out.strip() == USAGE
-    for command in (*COMMANDS, "fit", "validate", "test", "predict"):
+    for command in COMMANDS:
         assert re.search(rf"\b{command}\b", USAGE), command
     assert "unknown command 'trian'" in str(exit_code(monkeypatch, "trian"))
 
@@ -153,14 +155,14 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 
 def test_the_dispatcher_imports_nothing_heavy() -> None:
-    """`sdzero --help`, `sdzero run --help` and an unknown command answer at once."""
+    """`sdzero --help`, `sdzero run --help` and an unknown command respond immediately."""
     code = "import sys, sdzero.cli.main, sdzero.pipeline.run\n"
     code += "print(*(m for m in ('torch', 'lightning') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert not done.stdout.strip()
 
 
-def test_collection_does_without_lightning() -> None:
+def test_collection_does_not_import_lightning() -> None:
     code = "import sys, sdzero.data.collect, sdzero.engines.transformers; print('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"

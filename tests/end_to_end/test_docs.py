@@ -1,4 +1,4 @@
-"""What the README and docs/ say works: their commands are run, in a folder where the smoke recipe has run."""
+"""The commands and code of README.md and docs/ work, in a folder where the smoke recipe has run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from support.sandboxes import lacks_sandbox
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = {
-    "make ": "sets up a venv of its own; `make test` is what runs these tests",
+    "make ": "sets up a venv; `make test` runs these tests",
     "pip ": "changes the installation",
-    "tensorboard ": "serves until it is stopped; tests/end_to_end/test_curves.py reads its files",
+    "tensorboard ": "does not end; tests/end_to_end/test_curves.py reads its files",
 }
 
 
@@ -34,7 +34,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Each once, in a reader's order."""
+    """Commands of all pages, each once, in reading order."""
     lines = [
         line.split(" #")[0].strip() for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()
     ]
@@ -44,11 +44,11 @@ def commands() -> list[str]:
     return [line for line in ours if not (line.startswith("sdzero judge") and lacks_sandbox())]
 
 
-@pytest.mark.timeout(1800)  # all of them, whatever else the machine does
-def test_the_commands_run_and_leave_what_they_promise(
+@pytest.mark.timeout(1800)  # all of them, on a loaded machine
+def test_the_commands_run_and_write_their_results(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process, which has torch by now; the stages of `sdzero run` are processes of their own."""
+    """In this process, which has imported torch; the stages of `sdzero run` are child processes."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(smoke_run, tmp_path / "runs/smoke")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -66,10 +66,10 @@ def test_the_commands_run_and_leave_what_they_promise(
     assert (tmp_path / "runs/own_data/opsd/model/model.safetensors").is_file()
 
 
-def test_opsd_moves_the_weights_by_a_teacher_that_reads_the_solution(
+def test_opsd_trains_with_a_teacher_that_reads_the_solution(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page's command with a run's folders in the place of the recipe's; every sequence of both models is seen."""
+    """Run the page's command on folders of the smoke run, and record every sequence of both models."""
     sequences: list[Any] = []
 
     def seen(contexts: Any, targets: Any, *rest: Any) -> Any:
@@ -100,7 +100,7 @@ def test_a_question_without_a_solution_stops_opsd() -> None:
         SeesSolution(column="proof")(builder, scored, [])
 
 
-def test_the_pages_show_the_files_that_they_speak_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_show_the_files_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page, recipe = ROOT / "docs/own_data.md", ROOT / "configs/recipes/own_data"
     (config,) = blocks(page, "yaml")

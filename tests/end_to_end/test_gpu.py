@@ -1,4 +1,4 @@
-"""Each of the GPU configs trains on one GPU, and all of them the same model."""
+"""Every GPU config trains on one GPU, with equal results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_two_steps_of_self_distillation(name: str, smoke_run: Path, tmp_path: Pa
     start = load_file(smoke_run / "srt/model/model.safetensors")
     alone, ours = (train(kind, smoke_run, tmp_path / kind) for kind in ("gpu", name))
     steps = [torch.cat([(model[w] - start[w]).flatten() for w in sorted(start)]) for model in (alone, ours)]
-    # not to the bit: a strategy casts weights to bfloat16 beforehand, autocast where they are used (.998 on a CPU)
+    # not bitwise: a strategy casts weights to bfloat16 in advance, autocast at their use (.998 on a CPU)
     assert torch.cosine_similarity(*steps, dim=0) > 0.97
 
 

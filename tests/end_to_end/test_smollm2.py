@@ -1,4 +1,4 @@
-"""The recipe smollm2, cut short, through its stages: a real model, its own tokenizer, vLLM, bfloat16."""
+"""All stages of a shortened smollm2 recipe: a real model, its own tokenizer, vLLM, bfloat16."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def stage(command: str, config: str, **options: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def out(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen questions, two steps of each phase, a few held-out questions; one process, to import vLLM once."""
+    """Run a dozen questions, two steps of each phase and a small evaluation, in one process that imports vLLM once."""
     out = tmp_path_factory.mktemp("smollm2")
     short = {
         "trainer.max_steps": NUM_STEPS,

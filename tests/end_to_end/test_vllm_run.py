@@ -1,4 +1,4 @@
-"""The smoke recipe through all stages with vLLM in the place of its own engine."""
+"""All stages of the smoke recipe with vLLM instead of its own engine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ VLLM = "sdzero.engines.VLLMEngine"
 
 @pytest.fixture(scope="module")
 def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nothing is sampled for the base, so it is the smoke run's, and the stage counts as finished."""
+    """Run the recipe; the base, which samples nothing, is the smoke run's and counts as finished."""
 
     def make(out: Path) -> None:
         shutil.copytree(smoke_run / "base", out / "base", ignore=shutil.ignore_patterns("eval"))
         (out / "lineage.json").write_text(json.dumps({"base": read_json(smoke_run / "lineage.json")["base"]}))
         done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "It is recommended" not in done.stderr, "a line of Lightning's advice for each figure"
+        assert "It is recommended" not in done.stderr, "Lightning's advice for each metric"
         assert "[1/7] base: finished before" in done.stdout and done.stdout.count("finished before") == 1
 
     return once(tmp_path_factory, "vllm", make)
@@ -44,7 +44,7 @@ def test_every_stage_that_samples_sampled_with_vllm(out: Path) -> None:
     assert len(finished) > 128 and all(any(r["logprobs"]) for r in finished), "sampled from a model"
 
 
-def test_the_summary_has_its_figures(out: Path, smoke_run: Path) -> None:
+def test_the_summary_has_its_metrics(out: Path, smoke_run: Path) -> None:
     summary, other = read_json(out / "summary.json"), read_json(smoke_run / "summary.json")
     assert [row["stage"] for row in summary] == list(MODELS)
     for row, same_row in zip(summary, other, strict=True):
@@ -59,7 +59,7 @@ def test_the_summary_has_its_figures(out: Path, smoke_run: Path) -> None:
 
 
 def test_the_engine_followed_the_student_and_the_teacher_was_synchronised(out: Path) -> None:
-    """After every step the engine holds the new weights: its log-probabilities are the trainer's."""
+    """After every step the engine's log-probabilities are those of the new weights."""
     (gaps,) = scalars(out / "self_distill", "rollout/logprob_gap")
     assert [step for step, _ in gaps] == list(range(5))
     assert all(math.isfinite(gap) and 0 < gap < 1e-3 for _, gap in gaps)
