@@ -27,12 +27,22 @@ stage() {
 }
 
 TRAINER=(--trainer.devices="$DEVICES" --trainer.num_nodes="$NUM_NODES")
-for name in base collect srt self_distill eval; do
-    file=$RECIPE/$name.yaml
-    [[ -f $file ]] || continue # recipes for pretrained models have no base.yaml
-    case $name in
-        collect) stage collect --config "$file" --devices="$DEVICES" --num_nodes="$NUM_NODES" ;;
-        eval) stage test --config "$file" "${TRAINER[@]}" ;;
-        *) stage fit --config "$file" "${TRAINER[@]}" --ckpt_path=newest ;;
+# the recipe's stages in order, and the evaluation of the last model
+stages=$(python - "$RECIPE" <<'LIST'
+import sys
+from pathlib import Path
+from sdzero.utils.recipe import load_recipe
+recipe = load_recipe(Path(sys.argv[1]))
+for entry in recipe.entries:
+    if entry.trains:
+        print(entry.command, entry.file)
+print("test", recipe.evaluation)
+LIST
+)
+while read -r -u 3 command file; do
+    case $command in
+        collect) stage collect --config "$RECIPE/$file" --devices="$DEVICES" --num_nodes="$NUM_NODES" ;;
+        test) stage test --config "$RECIPE/$file" "${TRAINER[@]}" ;;
+        fit) stage fit --config "$RECIPE/$file" "${TRAINER[@]}" --ckpt_path=newest ;;
     esac
-done
+done 3<<< "$stages"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TokenIds = tuple[int, ...]
+BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
+"""Counters of what training a model cost."""
 Split = Literal["phase1", "phase2", "eval"]
 FinishReason = Literal["stop", "length"]
 Reason = Literal[

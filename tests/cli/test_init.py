@@ -30,7 +30,7 @@ def test_a_recipe_and_its_parts_are_written_as_they_are_here(
     said = capsys.readouterr().out
     names = ["smoke", name] if name == "own_data" else [name]  # it starts from the smoke recipe's model
     assert said.endswith("\nnext:\n" + "".join(f"  sdzero run configs/recipes/{each}\n" for each in names))
-    assert f"configs/recipes/{name}/collect.yaml" in said
+    assert f"configs/recipes/{name}/recipe.yaml" in said
     recipes = tuple(f"recipes/{each}/" for each in names)
     parts = {
         k: v for k, v in files(CONFIGS).items() if not k.startswith(("recipes/", "examples/")) or k.startswith(recipes)
@@ -45,7 +45,7 @@ def test_what_was_edited_is_not_written_over(tmp_path: Path) -> None:
     edited.write_text("mine: true\n")
     (tmp_path / "configs/recipes/smoke/eval.yaml").unlink()
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"srt\.yaml is there with other content \(1 such files\)"):
+    with pytest.raises(ValueError, match=r"srt\.yaml exists with other content \(1 such files\)"):
         write("smoke", tmp_path)
     assert files(tmp_path) == before, "nothing is written where something stands in the way"
 

@@ -7,6 +7,7 @@ import math
 import re
 import socket
 import weakref
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,29 +27,29 @@ from sdzero.losses.soft_targets import HiddenTargets
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models.language_model import LanguageModel
 from sdzero.models.lora import AdaptersOff, Lora, add_adapters, num_adapter_parameters
-from sdzero.pipeline.dry_run import Plan, make_plan
-from sdzero.pipeline.dry_run.assumptions import Architecture, load_architecture, load_assumptions
+from sdzero.pipeline.dry_run import Estimate, estimate
+from sdzero.pipeline.dry_run.assumptions import ASSUMPTIONS, Architecture, load_architecture, load_assumptions
 from sdzero.pipeline.dry_run.budget import Budget, count_passes, count_validations
-from sdzero.pipeline.dry_run.memory import Machine, Moment, machine
+from sdzero.pipeline.dry_run.memory import Machine, MemoryPeak, machine
 from sdzero.pipeline.dry_run.sampling import BATCHED_TOKENS, cache_bytes
 from sdzero.pipeline.dry_run.tables import total
-from sdzero.pipeline.dry_run.training import training_moments
+from sdzero.pipeline.dry_run.training import training_peaks
 from sdzero.pipeline.run import parse
-from sdzero.pipeline.stages import stages
+from sdzero.pipeline.stages import list_stages
 from sdzero.types import Example
+from sdzero.utils.recipe import Recipe, load_recipe
 from support.runs import ROOT, SMOKE, exit_code, read_json, responses
 
 RECIPES = ROOT / "configs/recipes"
-QWEN_MATH = RECIPES / "qwen3-4b-math"
+QWEN_MATH = load_recipe(RECIPES / "qwen3-4b-math")
 ONE_GPU, CPU = Machine(True, 1, 1, 4), Machine(False, 1, 1, 4)
 
 Configs = dict[str, dict[str, Any]]
 
 
-def parsed(recipe: Path) -> Configs:
+def parsed(recipe: Recipe) -> Configs:
     """Whole configs by stage, as `sdzero run --dry-run` has them."""
-    out = Path("runs") / recipe.name
-    return parse(stages(recipe, out), out, check_stage)
+    return parse(list_stages(recipe, Path("runs") / recipe.name), check_stage)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def changed(paper: Configs) -> Configs:
     return copy.deepcopy(paper)
 
 
-def by_stage(plan: Plan) -> dict[str, Budget]:
+def by_stage(plan: Estimate) -> dict[str, Budget]:
     return {row.stage: row for row in plan.budgets}
 
 
@@ -71,7 +72,7 @@ def by_stage(plan: Plan) -> dict[str, Budget]:
 
 def test_appendix_c2_comes_out(paper: Configs) -> None:
     """Its own figures: 40K + 9K generations, 148M + 76.5M tokens sampled, 22.2M + 44.4M + 153M trained."""
-    plan = make_plan(QWEN_MATH, paper)
+    plan = estimate(QWEN_MATH, paper)
     rows = by_stage(plan)
     assert (rows["collect"].generations, rows["collect"].tokens_sampled) == (40_000, 148_000_000)
     assert (rows["self_distill"].generations, rows["self_distill"].tokens_sampled) == (9_000, 76_500_000)
@@ -96,7 +97,7 @@ def test_tokens_trained_are_counted_as_the_methods_do() -> None:
 
 def test_a_real_run_sampled_as_much_and_no_more_tokens(smoke_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    plan = make_plan(SMOKE, parsed(SMOKE))
+    plan = estimate(load_recipe(SMOKE), parsed(load_recipe(SMOKE)))
     rows = by_stage(plan)
     for row in rows.values():
         stage, _, validates = row.stage.partition(" ")
@@ -114,7 +115,7 @@ def test_a_real_run_sampled_as_much_and_no_more_tokens(smoke_run: Path, monkeypa
         assert rows[row["stage"]].tokens_trained >= row["num_tokens_trained"] > 0
         assert rows[row["stage"]].at_most
     assert any("upper bounds from max_new_tokens" in note for note in plan.memory.notes)
-    assert plan.gpu_bytes is None and not plan.memory.refusals and plan.memory.moments
+    assert plan.gpu_bytes is None and not plan.memory.refusals and plan.memory.peaks
 
 
 def trainer(**values: Any) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def trainer(**values: Any) -> dict[str, Any]:
 @given(st.integers(1, 30), st.integers(1, 9), st.none() | st.integers(1, 4), st.just(-1) | st.integers(1, 40))
 def test_steps_and_items_are_those_of_a_slow_loop(items: int, per_step: int, epochs: int | None, steps: int) -> None:
     config = trainer(max_epochs=epochs, max_steps=steps)
-    passes = count_passes("srt", config, items, per_step)
+    passes = count_passes("srt.yaml", config, items, per_step)
     seen = done = 0
     for _ in range(1000 if epochs is None else epochs):
         for start in range(0, items, per_step):
@@ -147,27 +148,27 @@ def test_steps_and_items_are_those_of_a_slow_loop(items: int, per_step: int, epo
 )
 def test_validations(options: dict[str, Any], expected: int) -> None:
     config = trainer(max_steps=21, **options)
-    assert count_validations(config, count_passes("srt", config, 10, 1)) == expected
+    assert count_validations(config, count_passes("srt.yaml", config, 10, 1)) == expected
 
 
 def test_a_training_without_an_end_is_refused() -> None:
     with pytest.raises(ValueError, match=r"srt\.yaml: trainer\.max_epochs and trainer\.max_steps give"):
-        count_passes("srt", trainer(max_epochs=-1), 10, 1)
+        count_passes("srt.yaml", trainer(max_epochs=-1), 10, 1)
 
 
 def test_traces_are_bounded_by_the_revisions(changed: Configs) -> None:
     changed["collect"] |= {"num_traces": None}
-    assert by_stage(make_plan(QWEN_MATH, changed))["srt"].questions == 30_000
-    changed["collect"] |= {"branches": "incorrect"}  # plan.yaml: half of the first attempts are right
-    row = by_stage(make_plan(QWEN_MATH, changed))["srt"]
+    assert by_stage(estimate(QWEN_MATH, changed))["srt"].questions == 30_000
+    changed["collect"] |= {"branches": "incorrect"}  # dry_run.yaml: half of the first attempts are right
+    row = by_stage(estimate(QWEN_MATH, changed))["srt"]
     assert row.questions == 15_000 and row.at_most
 
 
 def test_phase2_only_counts_phase_2_only(paper: Configs) -> None:
-    configs = {stage: config for stage, config in paper.items() if not stage.startswith(("collect", "srt"))}
-    plan = make_plan(QWEN_MATH, configs)
+    recipe = load_recipe(QWEN_MATH.folder, [ROOT / "configs/ablations/table12_phase2_only"])
+    plan = estimate(recipe, {name: config for name, config in paper.items() if not name.startswith(("collect", "srt"))})
     assert total(plan.one_epoch).tokens_sampled == 76_500_000
-    assert {moment.stage for moment in plan.memory.moments} == {"base/eval", "self_distill", "self_distill/eval"}
+    assert {peak.stage for peak in plan.memory.peaks} == {"base/eval", "self_distill", "self_distill/eval"}
 
 
 # --- the architecture -----------------------------------------------------------------------------
@@ -206,12 +207,12 @@ def test_parameters_are_those_of_a_real_model(model_type: str, tied: bool) -> No
     ("recipe", "millions"), [("qwen3-4b-math", 4022), ("olmo3-7b-math", 7298), ("qwen2.5-7b-countdown", 7616)]
 )
 def test_the_papers_models_have_the_sizes_of_their_names(recipe: str, millions: int) -> None:
-    model = load_architecture("some/hub-id", load_assumptions(RECIPES / recipe))
+    model = load_architecture("some/hub-id", load_assumptions(load_recipe(RECIPES / recipe)))
     assert model and round(model.num_parameters / 1e6) == millions
     assert (model.num_sliding_layers, model.window) == ((24, 4096) if "olmo" in recipe else (0, 0))
 
 
-def test_a_model_folder_counts_before_plan_yaml() -> None:
+def test_a_model_folder_counts_before_the_assumptions() -> None:
     model = load_architecture(str(ROOT / "configs/tiny_model"), load_assumptions(QWEN_MATH))
     assert model and model.num_parameters < 200_000
     assert load_architecture("some/hub-id", None) is None
@@ -315,15 +316,15 @@ class Step:
             self.micro_batch()  # on top of the first one's gradients
 
 
-def largest(moments: list[Moment]) -> int:
-    return max(moment.total for moment in moments)
+def largest(moments: list[MemoryPeak]) -> int:
+    return max(peak.total for peak in moments)
 
 
 def test_what_a_training_keeps_are_real_tensors() -> None:
     step = Step(checkpointing=False, bf16=False, with_teacher=True, num_tokens=16)
     step.run()
     teacher = (step.sizes, 4)
-    _, backward, update = training_moments("x", training_config(False), step.sizes, teacher, CPU, 16, True)
+    _, backward, update = training_peaks("x", training_config(False), step.sizes, teacher, CPU, 16, True)
     weights = list(step.student.parameters())
     moments = [step.optimizer.state[p][name] for p in weights for name in ("exp_avg", "exp_avg_sq")]
     grads = [p.grad for p in weights if p.grad is not None]
@@ -331,7 +332,7 @@ def test_what_a_training_keeps_are_real_tensors() -> None:
         assert backward.parts[name] == sum(t.nbytes for t in tensors), name
     assert backward.parts["teacher"] == sum(p.nbytes for p in step.teacher.parameters())
     assert update.parts["copies"] == 0  # torch's default on the CPU takes one weight after the other
-    (*_, on_gpu) = training_moments("x", training_config(False), step.sizes, teacher, ONE_GPU, 16, True)
+    (*_, on_gpu) = training_peaks("x", training_config(False), step.sizes, teacher, ONE_GPU, 16, True)
     assert on_gpu.parts["copies"] == backward.parts["weights"]
 
 
@@ -344,7 +345,7 @@ def test_a_micro_batch_takes_what_is_said(checkpointing: bool, bf16: bool, with_
     step.run()
     at = Machine(False, 1, 1, 2 if bf16 else 4)
     teacher = (step.sizes, 4) if with_teacher else None
-    said = largest(training_moments("x", training_config(checkpointing), step.sizes, teacher, at, 512, True))
+    said = largest(training_peaks("x", training_config(checkpointing), step.sizes, teacher, at, 512, True))
     assert 0.95 * step.live.peak <= said <= 1.15 * step.live.peak
 
 
@@ -372,7 +373,7 @@ def test_with_adapters_the_weights_are_kept_once(bf16: bool) -> None:
     config = training_config(False)
     config["model"]["init_args"]["student"] |= {"lora": LORA, "dtype": "bfloat16" if bf16 else "float32"}
     at = Machine(False, 1, 1, 2 if bf16 else 4)
-    moments_said = training_moments("x", config, step.sizes, (step.sizes, 0), at, 512, True)
+    moments_said = training_peaks("x", config, step.sizes, (step.sizes, 0), at, 512, True)
     _, backward, update = moments_said
     trained = [p for p in step.student.parameters() if p.requires_grad]
     moments = [step.optimizer.state[p][name] for p in trained for name in ("exp_avg", "exp_avg_sq")]
@@ -394,9 +395,9 @@ def test_adapters_of_chosen_layers_are_counted(targets: list[str]) -> None:
 def test_a_teacher_that_goes_first_leaves_its_head_alone() -> None:
     model = Architecture.of(tiny("qwen3"))
     config = training_config(False)
-    plain, *_ = training_moments("x", config, model, (model, 2), ONE_GPU, 64, True)
+    plain, *_ = training_peaks("x", config, model, (model, 2), ONE_GPU, 64, True)
     config["model"]["init_args"]["teacher_first"] = True
-    first, *_ = training_moments("x", config, model, (model, 2), ONE_GPU, 64, True)
+    first, *_ = training_peaks("x", config, model, (model, 2), ONE_GPU, 64, True)
     assert plain.parts["teacher"] == 2 * model.num_parameters
     assert first.parts["teacher"] == ONE_GPU.compute_bytes * model.vocab * model.hidden < plain.parts["teacher"]
 
@@ -406,7 +407,7 @@ def test_on_a_gpu_a_chunk_is_larger_and_the_head_is_multiplied_as_it_is_gathered
     model = Architecture.of(tiny("qwen3"))
     sharded = Machine(True, 8, 8, 2)
     (with_one, *_), (with_two, *_) = (
-        training_moments("x", training_config(False), model, teacher, sharded, 4096, True)
+        training_peaks("x", training_config(False), model, teacher, sharded, 4096, True)
         for teacher in (None, (model, 4))
     )
     head, hidden = model.vocab * model.hidden, 4096 * model.hidden
@@ -419,15 +420,15 @@ def test_sharding_divides_what_is_kept_and_accumulation_keeps_gradients_whole() 
     """FSDP reduces gradients once a step; before its last micro batch they are whole on every rank."""
     model = Architecture.of(tiny("qwen3"))
     size, at = 4 * model.num_parameters, Machine(True, 4, 4, 2)
-    (*_, once, update) = training_moments("x", training_config(True), model, (model, 2), at, 64, False)
+    (*_, once, update) = training_peaks("x", training_config(True), model, (model, 2), at, 64, False)
     shares = {"weights": size // 4, "gradients": size // 4, "optimizer": size // 2, "teacher": size // 8}
     assert {part: once.parts[part] for part in shares} == shares
     assert update.parts["gradients"] == size // 4
-    (*_, several, update) = training_moments("x", training_config(True), model, (model, 2), at, 64, True)
+    (*_, several, update) = training_peaks("x", training_config(True), model, (model, 2), at, 64, True)
     assert several.parts["gradients"] == size and update.parts["gradients"] == size // 4
     config = training_config(True)
     config["model"]["init_args"]["reduce_every_micro_batch"] = True
-    (*_, reduced, _) = training_moments("x", config, model, (model, 2), at, 64, True)
+    (*_, reduced, _) = training_peaks("x", config, model, (model, 2), at, 64, True)
     assert reduced.parts == once.parts
 
 
@@ -435,7 +436,7 @@ def test_tensor_parallelism_cuts_layers_and_leaves_the_root_whole() -> None:
     model = Architecture.of(tiny("qwen3", tie_word_embeddings=False))
     plain, cut = (Machine(True, 4, 4, 2, size) for size in (1, 2))
     (loss, backward, _), (cut_loss, cut_backward, _) = (
-        training_moments("x", training_config(False), model, None, at, 4096, True) for at in (plain, cut)
+        training_peaks("x", training_config(False), model, None, at, 4096, True) for at in (plain, cut)
     )
     assert cut_loss.parts["weights"] == loss.parts["weights"]
     layers, root = model.num_layers * model.num_layer_parameters, model.num_root_parameters
@@ -473,10 +474,9 @@ def test_fsdp_on_one_gpu_gathers_layer_by_layer_what_lies_in_host_memory() -> No
     model, config = Architecture.of(tiny("qwen3")), training_config(True)
     config["model"]["init_args"]["student"]["cpu_offload"] = True
     one, many = (
-        training_moments("x", config, model, (model, 2), Machine(True, n, n, 2, wrapped=True), 64, False)
-        for n in (1, 8)
+        training_peaks("x", config, model, (model, 2), Machine(True, n, n, 2, wrapped=True), 64, False) for n in (1, 8)
     )
-    assert [moment.parts for moment in one] == [moment.parts for moment in many]
+    assert [peak.parts for peak in one] == [peak.parts for peak in many]
 
 
 @pytest.mark.parametrize(("devices", "num_nodes", "expected"), [(1, 1, 1), ("auto", 1, 8), (4, 2, 8)])
@@ -500,9 +500,10 @@ def put(configs: Configs, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("recipe", ["qwen3-4b-math", "olmo3-7b-math", "qwen2.5-7b-countdown"])
 def test_the_papers_recipes_fit_their_gpus(paper: Configs, recipe: str) -> None:
-    plan = make_plan(RECIPES / recipe, paper if recipe == QWEN_MATH.name else parsed(RECIPES / recipe))
+    loaded = load_recipe(RECIPES / recipe)
+    plan = estimate(loaded, paper if recipe == QWEN_MATH.name else parsed(loaded))
     assert plan.memory.refusals == []
-    trained = {moment.stage for moment in plan.memory.moments if moment.name == "backward"}
+    trained = {peak.stage for peak in plan.memory.peaks if peak.name == "backward"}
     assert trained == {"srt", "self_distill"}
 
 
@@ -510,11 +511,11 @@ def test_the_papers_recipes_fit_their_gpus(paper: Configs, recipe: str) -> None:
     ("key", "value", "said"),
     [
         ("srt.trainer.strategy", "auto", r"srt\.yaml: training of srt needs .*: shard .* trainer\.strategy"),
-        ("srt.trainer.devices", 8, r"srt\.yaml: trainer\.devices asks for 8 GPUs; num_gpus of plan\.yaml has 4"),
+        ("srt.trainer.devices", 8, r"srt\.yaml: trainer\.devices asks for 8 GPUs; num_gpus of dry_run\.yaml is 4"),
         (
             "srt.model.init_args.student.gradient_checkpointing",
             False,
-            r"srt\.yaml: training .*: set model\.model\.gradient_checkpointing: true",
+            r"srt\.yaml: training .*: set model\.student\.gradient_checkpointing: true",
         ),
         (
             "self_distill.trainer.strategy.init_args",
@@ -541,7 +542,7 @@ def test_the_papers_recipes_fit_their_gpus(paper: Configs, recipe: str) -> None:
             3,
             r"collect\.yaml: engine\.tensor_parallel_size 3 does not divide the number of processes, 4",
         ),
-        ("collect.devices", 8, r"collect\.yaml: devices asks for 8 GPUs; num_gpus of plan\.yaml has 4"),
+        ("collect.devices", 8, r"collect\.yaml: devices asks for 8 GPUs; num_gpus of dry_run\.yaml is 4"),
         (
             "collect.sampling.max_new_tokens",
             140_000,
@@ -556,7 +557,7 @@ def test_the_papers_recipes_fit_their_gpus(paper: Configs, recipe: str) -> None:
 )
 def test_what_cannot_work_is_refused_with_its_key(changed: Configs, key: str, value: Any, said: str) -> None:
     put(changed, key, value)
-    refusals = make_plan(QWEN_MATH, changed).memory.refusals
+    refusals = estimate(QWEN_MATH, changed).memory.refusals
     assert refusals and any(re.search(said, line) for line in refusals), refusals
 
 
@@ -564,7 +565,7 @@ def test_a_bfloat16_teacher_halves_its_share(changed: Configs) -> None:
     settings = changed["self_distill"]["model"]["init_args"]["student"]
 
     def teacher() -> int:
-        moments = make_plan(QWEN_MATH, changed).memory.moments
+        moments = estimate(QWEN_MATH, changed).memory.peaks
         return next(m.parts["teacher"] for m in moments if m.stage == "self_distill")
 
     before = teacher()
@@ -588,7 +589,7 @@ def test_a_dry_run_reads_no_weights_asks_no_network_and_writes_nothing(
     (overlay / "eval.yaml").write_text("data: {init_args: {engine: {init_args: {gpu_memory_utilization: 0.95}}}}")
     empty = tmp_path / "empty"
     empty.mkdir()
-    code = exit_code(monkeypatch, "run", QWEN_MATH, "--dry-run", "--overlay", overlay, cwd=empty)
+    code = exit_code(monkeypatch, "run", QWEN_MATH.folder, "--dry-run", "--overlay", overlay, cwd=empty)
     said = capsys.readouterr().out
     assert "49,000 generations, ≤ 224.5M tokens sampled, ≤ 219.6M trained" in said and "≤ 352.8M" in said
     assert "sequences of mean length beside each other" in said and "backward" in said
@@ -597,9 +598,11 @@ def test_a_dry_run_reads_no_weights_asks_no_network_and_writes_nothing(
     assert list(empty.iterdir()) == []
 
 
-def test_a_recipe_without_a_plan_or_a_model_at_hand_says_so(changed: Configs, tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, changed)
-    assert not plan.memory.moments
+def test_a_recipe_without_assumptions_or_a_model_at_hand_says_so(changed: Configs, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((QWEN_MATH.layers[0].folder / "recipe.yaml").read_text())
+    bare = load_recipe(tmp_path)
+    plan = estimate(bare, changed)
+    assert not plan.memory.peaks
     assert any("no model folder at Qwen/Qwen3-4B-Instruct-2507" in note for note in plan.memory.notes)
     assert by_stage(plan)["collect"].tokens_sampled == 40_000 * 16_384
     assert by_stage(plan)["srt/eval"].generations is None
@@ -614,20 +617,22 @@ def test_a_recipe_without_a_plan_or_a_model_at_hand_says_so(changed: Configs, tm
         ({"model": {"model_type": "qwen3"}}, "model.hidden_size is missing"),
     ],
 )
-def test_a_wrong_plan_is_refused_by_its_key(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    values = yaml.safe_load((QWEN_MATH / "plan.yaml").read_text())
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**values, **change}))
+def test_a_wrong_assumption_is_refused_by_its_key(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("stages: {base: {trains: false}}")
+    recipe, file = load_recipe(tmp_path), tmp_path / ASSUMPTIONS
+    values = dict[str, Any](ChainMap(*(yaml.safe_load((x.folder / ASSUMPTIONS).read_text()) for x in QWEN_MATH.layers)))
+    file.write_text(yaml.safe_dump({**values, **change}))
     with pytest.raises(ValueError, match=said):
-        load_assumptions(tmp_path)
+        load_assumptions(recipe)
     del values["gpu_memory_gib"]
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
+    file.write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match="gpu_memory_gib is missing"):
-        load_assumptions(tmp_path)
+        load_assumptions(recipe)
 
 
 def test_an_unknown_kind_of_model_is_named() -> None:
     assumptions = load_assumptions(QWEN_MATH)
     assert assumptions
     assumptions.model["model_type"] = "qwen33"
-    with pytest.raises(ValueError, match="model.model_type 'qwen33' is none of transformers'"):
+    with pytest.raises(ValueError, match="model.model_type 'qwen33' is not one of transformers'"):
         load_architecture("some/hub-id", assumptions)

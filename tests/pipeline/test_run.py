@@ -1,4 +1,4 @@
-"""`sdzero run`: what is skipped, what stops it, and that its figures are those of an independent recount."""
+"""`sdzero run`: what is skipped, what stops it, and that its summary is that of an independent recount."""
 
 from __future__ import annotations
 
@@ -17,17 +17,28 @@ from typing import Any
 import pytest
 import yaml
 
-from sdzero.cli.stage_commands import check_stage
 from sdzero.data import TraceDataModule, TraceFile
 from sdzero.data.trace_file import read_traces
 from sdzero.evaluation.keywords import count_keywords
 from sdzero.models.language_model import folder_sha256
 from sdzero.pipeline import run as pipeline
-from sdzero.pipeline.run import content_sha256
-from sdzero.pipeline.stages import FIT_MODEL, Choices, resolved, stages
-from sdzero.report import RunFolder, history, render
+from sdzero.pipeline.stages import STUDENT, Options, Stage, list_stages
 from sdzero.tasks import Chains
-from support.runs import MODELS, SMOKE, STAGES, exit_code, num_calls, read_json, refusal, responses, scalars
+from sdzero.utils.recipe import load_recipe
+from support.runs import (
+    MODELS,
+    ROOT,
+    SMOKE,
+    STAGES,
+    exit_code,
+    num_calls,
+    read_json,
+    records,
+    refusal,
+    responses,
+    scalars,
+    write_records,
+)
 
 # a validation is two calls: answers, and revisions of them
 CALLS = {"collect": 8, "srt": 2 * 2, "self_distill": 5 + 2, "base/eval": 4, "srt/eval": 4, "self_distill/eval": 4}
@@ -53,6 +64,18 @@ def edit(path: Path, before: str, after: str) -> None:
     text = path.read_text()
     assert text.count(before) == 1
     path.write_text(text.replace(before, after))
+
+
+def write_files(folder: Path, **files: str) -> Path:
+    """A folder of YAML files."""
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def list_all(recipe: Path, out: Path, **options: Any) -> dict[str, Stage]:
+    return {stage.name: stage for stage in list_stages(load_recipe(recipe), out, Options(**options))}
 
 
 def no_child(*_: Any, **__: Any) -> None:
@@ -94,15 +117,15 @@ def test_a_stage_without_its_outputs_or_its_folder_is_run(
     with pytest.raises(OSError, match="no child"):
         exit_code(monkeypatch, "run", recipe, "--out", copy)
     assert [command[3] for command in started] == ["test", "fit"]
-    assert f"--trainer.default_root_dir={copy}/srt" in started[1]
-    assert not any("ckpt_path" in argument for argument in started[1])
+    assert started[1][4:] == ["--config", f"{copy}/srt/stage.yaml"]
+    assert yaml.safe_load((copy / "srt/stage.yaml").read_text())["trainer"]["default_root_dir"] == str(copy / "srt")
 
 
 @pytest.mark.parametrize(
     ("file", "before", "after", "stage", "key"),
     [
         ("srt.yaml", "traces_per_step: 16", "traces_per_step: 8", "srt", "data.init_args.traces_per_step"),
-        ("srt.yaml", "seed_everything: 0", "seed_everything: 1", "srt", "seed_everything"),
+        ("recipe.yaml", "seed_everything: 0", "seed_everything: 1", "base", "seed_everything"),
         ("collect.yaml", "call_size: 32", "call_size: 16", "collect", "call_size"),
         ("collect.yaml", "num_traces: null", "num_traces: 9\nnum_initial: 2", "collect", "num_initial, num_traces"),
         ("eval.yaml", "temperature: 0.7", "temperature: 0.6", "base/eval", "evaluation.sampling.temperature"),
@@ -125,7 +148,7 @@ def test_a_changed_key_in_a_file_that_the_recipe_names_is_found(
     (recipe / "parts").mkdir()
     (recipe / "parts/srt_model.yaml").write_text(yaml.safe_dump(config["model"]))
     (recipe / "srt.yaml").write_text(yaml.safe_dump({**config, "model": "parts/srt_model.yaml"}))
-    assert resolved(recipe / "srt.yaml") == resolved(SMOKE / "srt.yaml")
+    assert list_all(recipe, copy)["srt"].identity() == list_all(SMOKE, copy)["srt"].identity()
     edit(recipe / "parts/srt_model.yaml", "lr: 0.0025", "lr: 0.001")
     assert "model.init_args.optimizer.init_args.lr changed" in refuse(recipe, "--out", copy)
 
@@ -148,10 +171,9 @@ def test_another_place_changes_nothing_and_is_told_to_every_stage(copy: Path, mo
     """A run that one process began, others may go on with."""
     monkeypatch.setattr(pipeline.subprocess, "Popen", no_child)
     assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--devices", "4", "--num-nodes", "2") == 0
-    for stage in stages(SMOKE, copy, Choices(devices=4, num_nodes=2)):
-        prefix = "" if stage.command == "collect" else "trainer."
-        assert {f"--{prefix}devices=4", f"--{prefix}num_nodes=2"} <= {*stage.arguments(copy)}
-        check_stage(stage.command, stage.arguments(copy / stage.name))
+    for stage in list_all(SMOKE, copy, devices=4, num_nodes=2).values():
+        config = stage.settings if stage.command == "collect" else stage.settings["trainer"]
+        assert (config["devices"], config["num_nodes"]) == (4, 2)
 
 
 def test_changed_traces_stop_the_run(copy: Path, refuse: Callable[..., str]) -> None:
@@ -163,19 +185,28 @@ def test_changed_traces_stop_the_run(copy: Path, refuse: Callable[..., str]) -> 
 
 def test_a_file_that_was_cut_since_its_stage_wrote_it_stops_the_next(copy: Path, refuse: Callable[..., str]) -> None:
     """At the end of a line: what is left reads well, and the stage that would read it has not started before."""
-    lineage = read_json(copy / "lineage.json")
-    stopped = {name: record for name, record in lineage.items() if not name.startswith(("srt", "self_distill"))}
-    (copy / "lineage.json").write_text(json.dumps(stopped))
+    write_records(copy, {name: r for name, r in records(copy).items() if not name.startswith(("srt", "self_distill"))})
     traces = copy / "collect/traces.jsonl"
     traces.write_text("".join(traces.read_text().splitlines(keepends=True)[:-1]))
     said = refuse(SMOKE, "--out", copy)
     assert f"stage srt would read {traces}, which is not what stage collect wrote" in said
-    assert f"remove {copy / 'collect'} to have it made again" in said
+    assert f"remove {copy / 'collect'} to run that stage again" in said
 
 
 def test_a_damaged_lineage_is_named(copy: Path, refuse: Callable[..., str]) -> None:
     os.truncate(copy / "lineage.json", 100)
     assert f"{copy / 'lineage.json'} is damaged" in (said := refuse(SMOKE, "--out", copy)) and "--out" in said
+
+
+@pytest.mark.parametrize("command", ["run", "report"])
+def test_a_run_of_an_older_version_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "lineage.json").write_text(json.dumps({"base": {"config": {}, "inputs": {}, "spent": 1.0}}))
+    arguments = (SMOKE, "--out", tmp_path) if command == "run" else (tmp_path,)
+    said = refusal(capsys, monkeypatch, command, *arguments)
+    assert f"{tmp_path / 'lineage.json'} has the layout of an older version of sdzero" in said
 
 
 def test_edited_questions_and_an_edited_verifier_stop_the_run(
@@ -188,11 +219,12 @@ def test_edited_questions_and_an_edited_verifier_stop_the_run(
     for file in (verifier, questions):
         file.write_text("as it was")
     task = "{class_path: sdzero.tasks.Chains, init_args: {min_ops: 1, max_ops: 2}}"
-    edit(recipe / "collect.yaml", task, "{class_path: mine.verifier.Mine, init_args: {path: rows.jsonl}}")
-    stage = next(stage for stage in stages(recipe, copy) if stage.name == "collect")
+    edit(recipe / "recipe.yaml", task, "{class_path: mine.verifier.Mine, init_args: {path: rows.jsonl}}")
+    stages = list_all(recipe, copy)
+    stage = stages["collect"]
     with (copy / ".lock").open("w") as lock:
-        run = pipeline.Run(stages(recipe, copy), copy, lock)
-        run.lineage["collect"] = {**run._identity(stage), "spent": 1.0, "seconds": 1.0}
+        run = pipeline.Run(load_recipe(recipe), [*stages.values()], copy, lock)
+        run.lineage.stages["collect"] = {**run._identity(stage), "spent": 1.0, "seconds": 1.0}
         assert run._finished(stage)
         for file, key in ((verifier, "task.class_path"), (questions, "task.init_args.path")):
             file.write_text("edited")
@@ -210,9 +242,9 @@ def test_changed_weights_stop_the_run(copy: Path, smoke_run: Path, refuse: Calla
 
 
 def test_a_key_changed_after_an_interruption_is_found_too(copy: Path, recipe: Path, refuse: Callable[..., str]) -> None:
-    lineage = read_json(copy / "lineage.json")
-    lineage["srt"].pop("seconds")  # as it stands while the stage runs
-    (copy / "lineage.json").write_text(pipeline.json.dumps(lineage))
+    begun = records(copy)
+    begun["srt"].pop("seconds")  # as it stands while the stage runs
+    write_records(copy, begun)
     edit(recipe / "srt.yaml", "lr: 2.5e-3", "lr: 1.0e-3")
     assert "model.init_args.optimizer.init_args.lr changed" in refuse(recipe, "--out", copy)
 
@@ -220,11 +252,14 @@ def test_a_key_changed_after_an_interruption_is_found_too(copy: Path, recipe: Pa
 def test_a_stage_that_fails_ends_the_run_with_its_command(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (recipe / "base.yaml").unlink()
+    edit(recipe / "recipe.yaml", "configs/tiny_model", "no/model")
+    edit(recipe / "recipe.yaml", "{label: base, without: [task, engine, max_logprob_gap]}", "{trains: false}")
     said = str(exit_code(monkeypatch, "run", recipe, "--out", tmp_path / "out", "--seed", "3"))
     assert "stage base/eval ended with exit code 1" in said
-    assert f"sdzero test --config {recipe}/eval.yaml --model.init_args.student.path=runs/smoke/base/model" in said
-    assert "--seed_everything=3" in said and "seconds" not in read_json(tmp_path / "out/lineage.json")["base/eval"]
+    assert f"sdzero test --config {tmp_path}/out/base/eval/stage.yaml" in said
+    config = yaml.safe_load((tmp_path / "out/base/eval/stage.yaml").read_text())
+    assert config["seed_everything"] == 3 and config["model"]["init_args"]["student"]["path"] == "no/model"
+    assert "seconds" not in records(tmp_path / "out")["base/eval"]
 
 
 # --- mistakes that show before the first stage ----------------------------------------------------
@@ -238,7 +273,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_command(
         ("srt.yaml", "warmup_ratio", "warmup_rate", "warmup_rate"),
         ("collect.yaml", "call_size: 32", "call_size: many", "call_size"),
         ("eval.yaml", "sdzero.methods.Method", "sdzero.methods.Methode", "sdzero.methods.Methode"),
-        ("eval.yaml", "seed_everything: 0", "seed_everything: [0", "eval.yaml"),
+        ("eval.yaml", "num_samples: 8", "num_samples: [8", "eval.yaml"),
     ],
 )
 def test_a_wrong_key_in_a_late_stage_shows_at_the_start(
@@ -257,149 +292,70 @@ def test_a_missing_vllm_shows_at_the_start(
     assert "engine.class_path: vLLM is not installed" in said and "--engine transformers" in said
 
 
-def test_a_folder_that_is_no_recipe_leaves_nothing_behind(tmp_path: Path, refuse: Callable[..., str]) -> None:
-    assert "is not a recipe: it has no collect.yaml" in refuse(tmp_path, "--out", tmp_path / "out")
+def test_a_folder_that_is_not_a_recipe_leaves_nothing_behind(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    assert "is not a recipe: it has no recipe.yaml" in refuse(tmp_path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-# --- the stages of a recipe -----------------------------------------------------------------------
-
-
-def test_without_a_base_stage_the_base_is_the_model_that_collection_asks(recipe: Path, tmp_path: Path) -> None:
-    (recipe / "base.yaml").unlink()
-    edit(recipe / "collect.yaml", "path: runs/smoke/base/model", "path: some/hub-id")
-    plan = {stage.name: stage for stage in stages(recipe, tmp_path)}
-    assert list(plan) == [*STAGES[1:]]
-    for name in ("base/eval", "collect", "srt"):
-        assert Path("some/hub-id") in plan[name].inputs.values()
-    assert content_sha256(Path("some/hub-id")) == "some/hub-id"
-    edit(recipe / "collect.yaml", "model: {path: some/hub-id}\n", "")
-    with pytest.raises(ValueError, match=r"collect\.yaml: model\.path is missing"):
-        stages(recipe, tmp_path)
 
 
 # --- overlays, and phase 2 alone ------------------------------------------------------------------
 
 
-def write_overlay(folder: Path, **files: str) -> Path:
-    folder.mkdir()
-    for name, text in files.items():
-        (folder / f"{name}.yaml").write_text(text)
-    return folder
-
-
-def nested(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config[int(part) if isinstance(config, list) else part]
-    return config
-
-
-def test_overlays_are_laid_over_key_by_key_the_last_on_top(tmp_path: Path) -> None:
-    """What the run says of itself is what LightningCLI and `sdzero collect` make of the same files."""
-    first = write_overlay(
-        tmp_path / "first",
-        collect="{sampling: {temperature: 0.5}, task: {init_args: {max_ops: 3}}, num_questions: 9}",
-        self_distill="{model: {init_args: {optimizer: {init_args: {lr: 1.0e-6}}}}, trainer: {max_steps: 7}}",
-    )
-    second = write_overlay(
-        tmp_path / "second",
-        collect="num_questions: 10",
-        self_distill="trainer: {callbacks+: [{class_path: sdzero.callbacks.CopyTracker}], max_steps: 8}",
-    )
-    plan = stages(SMOKE, tmp_path, Choices(overlays=(first, second), seed=3))
-    changed = {"collect": 0, "self_distill": 0}
-    for stage in (stage for stage in plan if stage.name in changed):
-        files = [arg for arg in stage.arguments(tmp_path / stage.name) if arg.endswith(".yaml")]
-        names = [SMOKE, first, second]
-        assert files == [str(folder / f"{stage.name}.yaml") for folder in names]
-        whole = check_stage(stage.command, stage.arguments(tmp_path / stage.name))
-        for key, value in stage.resolved().items():
-            if ".callbacks" in key or key in (*stage.inputs, "out", "trainer.default_root_dir"):
-                continue
-            assert nested(whole, key) == value, key
-            changed[stage.name] += value != resolved(stage.config).get(key)
-        if stage.name == "self_distill":
-            kept = len(yaml.safe_load((SMOKE / "self_distill.yaml").read_text())["trainer"]["callbacks"])
-            assert len(whole["trainer"]["callbacks"]) == kept + 1
-            assert stage.resolved()["trainer.callbacks+.0.class_path"] == "sdzero.callbacks.CopyTracker"
-    assert changed == {"collect": 4, "self_distill": 3}  # the seed is one of each
-    untouched = next(stage for stage in plan if stage.name == "srt")
-    assert untouched.resolved() == {**resolved(SMOKE / "srt.yaml"), "seed_everything": 3}
-
-
 def test_an_overlay_over_a_finished_run_is_a_changed_key(
     copy: Path, tmp_path: Path, refuse: Callable[..., str]
 ) -> None:
-    overlay = write_overlay(tmp_path / "longer", srt="trainer: {max_steps: 9}")
+    overlay = write_files(tmp_path / "longer", srt="trainer: {max_steps: 9}")
     said = refuse(SMOKE, "--out", copy, "--overlay", overlay)
     assert "stage srt of" in said and "other config: trainer.max_steps changed" in said
 
 
-def test_the_runs_folder_is_named_after_what_was_asked(tmp_path: Path) -> None:
-    overlay = write_overlay(tmp_path / "table11", srt="{}")
-    assert pipeline._run_name(SMOKE, Choices()) == "smoke"
-    assert pipeline._run_name(SMOKE, Choices(overlays=(overlay, SMOKE))) == "smoke+table11+smoke"
-    assert pipeline._run_name(SMOKE, Choices((overlay,), phase2_only=True)) == "smoke+table11+phase2-only"
-
-
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        ({"self-distill": "{}", "srt": "{}"}, "self-distill.yaml is none of collect.yaml, srt.yaml, self_distill.yaml"),
-        ({}, "it has none of collect.yaml, srt.yaml, self_distill.yaml, eval.yaml"),
-        (None, "there is no such folder"),
-    ],
-)
-def test_an_overlay_that_lays_nothing_over_is_an_error(
-    tmp_path: Path, refuse: Callable[..., str], files: dict[str, str] | None, said: str
-) -> None:
-    if files is not None:
-        write_overlay(tmp_path / "overlay", **files)
-    assert said in refuse(SMOKE, "--out", tmp_path / "out", "--overlay", tmp_path / "overlay")
-    assert not (tmp_path / "out").exists()
+def test_the_runs_folder_is_named_after_recipe_and_overlays(tmp_path: Path) -> None:
+    recipe = load_recipe(SMOKE)
+    assert pipeline._run_name(recipe, []) == "smoke"
+    assert pipeline._run_name(recipe, [tmp_path / "table11", SMOKE]) == "smoke+table11+smoke"
 
 
 def test_phase_2_alone_starts_from_the_base(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Table 12, with the base that is there; the overlay makes it short."""
+    """Table 12, with the base that is there; a second overlay makes it short."""
     for stage in ("collect", "srt", "self_distill"):
         shutil.rmtree(copy / stage)
-    lineage = read_json(copy / "lineage.json")
-    kept = {name: record for name, record in lineage.items() if name in ("base", "base/eval")}
-    (copy / "lineage.json").write_text(pipeline.json.dumps(kept))
+    write_records(copy, {name: record for name, record in records(copy).items() if name in ("base", "base/eval")})
     trainer = "{max_steps: 1, callbacks: [{class_path: sdzero.callbacks.ExportModel}]}"
     data = "{init_args: {evaluation: {num_questions: 0}}}"
-    overlay = write_overlay(tmp_path / "short", self_distill=f"{{trainer: {trainer}, data: {data}}}")
+    short = write_files(tmp_path / "short", self_distill=f"{{trainer: {trainer}, data: {data}}}")
+    table_12 = ("--overlay", ROOT / "configs/ablations/table12_phase2_only")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only", "--overlay", overlay) == 0
-    lineage = read_json(copy / "lineage.json")
-    assert list(lineage) == ["base", "base/eval", "self_distill", "self_distill/eval"]
-    record = lineage["self_distill"]
-    assert record["inputs"] == {FIT_MODEL: lineage["base"]["outputs"]["model"]}
-    assert record["config"]["data.init_args.disjoint_from"] is None and record["config"]["trainer.max_steps"] == 1
+    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, *table_12, "--overlay", short) == 0
+    found = records(copy)
+    assert list(found) == ["base", "base/eval", "self_distill", "self_distill/eval"]
+    record = found["self_distill"]
+    assert record["inputs"] == {STUDENT: found["base"]["outputs"]["model"]}
+    assert "data.init_args.disjoint_from" not in record["config"] and record["config"]["trainer.max_steps"] == 1
     base, distilled = read_json(copy / "summary.json")
     assert (base["stage"], distilled["stage"]) == ("base", "self_distill")
     assert distilled["num_generations"] == 16 and distilled["num_tokens_trained"] > 0
     assert distilled["accuracy_gain"] == pytest.approx(distilled["accuracy"] - base["accuracy"])
-    page = render(RunFolder(copy))
-    assert "SD-Zero" in page and history.missing(RunFolder(copy)) == []
     capsys.readouterr()
     monkeypatch.setattr(pipeline.subprocess, "Popen", no_child)
-    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only", "--overlay", overlay) == 0
-    said = str(exit_code(monkeypatch, "run", SMOKE, "--out", copy, "--phase2-only"))
+    assert exit_code(monkeypatch, "run", SMOKE, "--out", copy, *table_12, "--overlay", short) == 0
+    said = str(exit_code(monkeypatch, "run", SMOKE, "--out", copy, *table_12))
     assert "stage self_distill of" in said and "trainer.max_steps" in said
+
+
+def test_the_old_option_names_what_took_its_place(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    said = refuse(SMOKE, "--out", tmp_path / "out", "--phase2-only")
+    assert "--overlay configs/ablations/table12_phase2_only" in said and not (tmp_path / "out").exists()
 
 
 # --- what a run leaves ----------------------------------------------------------------------------
 
 
 def test_lineage_has_config_versions_and_hashes(smoke_run: Path) -> None:
-    lineage = read_json(smoke_run / "lineage.json")
-    assert list(lineage) == list(STAGES)
+    lineage, stages = records(smoke_run), list_all(SMOKE, smoke_run)
+    assert list(lineage) == list(stages) == list(STAGES)
     for name, record in lineage.items():
-        file = SMOKE / ("eval.yaml" if name.endswith("eval") else f"{name}.yaml")
-        assert record["config"] == resolved(file)
+        assert record["config"] == stages[name].identity()
         assert record["versions"]["torch"] == version("torch") and record["versions"]["sdzero"]
         assert {"lightning", "transformers", "python"} <= record["versions"].keys()
         assert 0 < record["seconds"] < 3600
@@ -496,7 +452,7 @@ def test_budgets_are_what_training_each_model_cost(smoke_run: Path) -> None:
     assert self_distill["num_tokens_trained"] == 2 * self_distill["num_tokens_sampled"]
 
     assert num_calls(smoke_run) == sum(CALLS.values())
-    lineage = read_json(smoke_run / "lineage.json")
+    lineage = records(smoke_run)
     seconds = sum(lineage[name]["seconds"] for name in ("collect", "srt", "srt/eval"))
     assert srt["seconds"] == pytest.approx(seconds)
 

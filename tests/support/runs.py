@@ -102,3 +102,14 @@ def scalars(folder: Path, name: str) -> list[list[tuple[int, float]]]:
         points = events.Scalars(name) if name in events.Tags()["scalars"] else []
         curves.append([(point.step, point.value) for point in points])
     return curves
+
+
+def records(out: Path) -> dict[str, Any]:
+    """A run's lineage.json: its record of each stage."""
+    return read_json(out / "lineage.json")["stages"]
+
+
+def write_records(out: Path, kept: dict[str, Any]) -> None:
+    """Puts other records into a run's lineage.json."""
+    lineage = read_json(out / "lineage.json")
+    (out / "lineage.json").write_text(json.dumps({**lineage, "stages": kept}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from contextlib import redirect_stdout, suppress
 from io import StringIO
@@ -19,6 +20,7 @@ from sdzero.callbacks import Preemption
 from sdzero.callbacks.base import rank_file
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Method
+from sdzero.pipeline.stages import compose_arguments
 from sdzero.pipeline.summary import print_evaluation
 from sdzero.trainer.checkpoint_io import finished_checkpoints, first_verified
 from sdzero.trainer.collectives import all_gather_objects
@@ -74,6 +76,7 @@ class SDZeroCLI(LightningCLI):
     @classmethod
     def main(cls, arguments: list[str] | None = None) -> None:
         """Runs the command that `arguments` (None: the process's own) name."""
+        command, *options = sys.argv[1:] if arguments is None else arguments
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
         cls(
@@ -88,7 +91,7 @@ class SDZeroCLI(LightningCLI):
             trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1, "callbacks": Preemption()},
             # a wrong key raises, for sdzero.cli.main to say so in one line
             parser_kwargs={"prog": "sdzero", "exit_on_error": False, "allow_abbrev": False},
-            args=arguments,
+            args=[command, *compose_arguments(command, options)],
         )
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from sdzero.pipeline.stages import compose_arguments
 from sdzero.utils.disk_full import add_path_to_errors
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def collect(arguments: list[str]) -> None:
     from sdzero.data.collect import Collect
 
     parser = collect_parser()
-    config = parser.parse_args(arguments)
+    config = parser.parse_args(compose_arguments("collect", arguments))
     # same effect as Lightning's seed_everything, whose import takes seconds
     os.environ["PL_GLOBAL_SEED"] = str(config.seed_everything)
     values = parser.instantiate(config).as_dict()
@@ -60,7 +61,8 @@ def check_stage(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """
     if command == "collect":
         parser = collect_parser()
-        return yaml.safe_load(parser.dump(parser.parse_args([*arguments]), skip_unset=False))
+        config = parser.parse_args(compose_arguments(command, arguments))
+        return yaml.safe_load(parser.dump(config, skip_unset=False))
     from sdzero.cli.lightning import SDZeroCLI
 
     return SDZeroCLI.check([command, *arguments])

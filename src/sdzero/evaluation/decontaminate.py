@@ -10,15 +10,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sdzero.tasks.base import Task
 from sdzero.types import Question
+from sdzero.utils.recipe import Recipe, StageEntry, load_recipe
+from sdzero.utils.yaml_config import get_value
 
 N = 13
 """Words of a passage that two questions hardly share by chance: the most that GPT-3's analysis takes (Brown et al.,
@@ -115,26 +114,26 @@ def read_recipe(recipe: Path) -> tuple[dict[str, Texts], dict[str, Texts]]:
     """(benchmarks, training) of a recipe: name -> id -> statement.
 
     Raises:
-        FileNotFoundError: it lacks collect.yaml, self_distill.yaml or eval.yaml.
-        ValueError: one of them names no task.
+        FileNotFoundError: it is not a recipe, or a stage's file is missing.
+        ValueError: a stage names no task.
     """
-    collect, distill, evaluation = (_Config(recipe, name) for name in ("collect", "self_distill", "eval"))
-    first = collect.task("task")
-    data = "data.init_args."
-    # most recipes train both phases on one task, which is read once
-    second = first if distill.value(f"{data}task") == collect.value("task") else distill.task(f"{data}task")
-    held_out = evaluation.task(f"{data}task")
-    phases = {
-        "phase1": _texts(first, _asked(first, collect, "", "phase1")),
-        "phase2": _texts(second, _asked(second, distill, data, "phase2")),
-    }
-    questions = held_out.ungraded_questions("eval", evaluation.value(f"{data}evaluation.num_questions"))
+    loaded = load_recipe(recipe)
+    configs = [_Config(loaded, entry) for entry in loaded.entries if entry.trains]
+    phases: dict[str, Texts] = {}
+    tasks: list[tuple[Any, Task]] = []  # stages that train on one task read it once
+    for config in configs:
+        if config.value("num_questions") is None:
+            continue  # it trains on the traces of another stage
+        task = next((task for given, task in tasks if given == config.value("task")), None) or config.task()
+        tasks.append((config.value("task"), task))
+        split = config.value("split") or ("phase1" if config.prefix == "" else "phase2")
+        texts = _texts(task, task.ungraded_questions(split, config.value("num_questions")))
+        phases[split] = {**phases.get(split, {}), **texts}
+    evaluation = _Config(loaded, None)
+    held_out = evaluation.task()
+    questions = held_out.ungraded_questions("eval", evaluation.value("evaluation.num_questions"))
     names = dict.fromkeys(question.benchmark for question in questions)
     return {name: _texts(held_out, [q for q in questions if q.benchmark == name]) for name in names}, phases
-
-
-def _asked(task: Task, config: _Config, prefix: str, split: Any) -> list[Question]:
-    return task.ungraded_questions(config.value(f"{prefix}split") or split, config.value(f"{prefix}num_questions"))
 
 
 def _texts(task: Task, questions: Sequence[Question]) -> Texts:
@@ -147,33 +146,25 @@ class _Tasks:
 
 
 class _Config:
-    """One file of a recipe."""
+    """Config of one stage of a recipe; None: of the evaluation."""
 
-    def __init__(self, recipe: Path, name: str) -> None:
-        self.path = recipe / f"{name}.yaml"
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{recipe} is not a recipe: it has no {name}.yaml")
-        self.values = yaml.safe_load(self.path.read_text())
+    def __init__(self, recipe: Recipe, entry: StageEntry | None) -> None:
+        self.values, self.sources = recipe.compose(entry)
+        self.prefix = "" if entry and entry.command == "collect" else "data.init_args."
 
     def value(self, key: str) -> Any:
-        """What stands under a dotted key; None: nothing."""
-        value = self.values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        """Value under a dotted key of the stage's data; None without one."""
+        return get_value(self.values, f"{self.prefix}{key}")
 
-    def task(self, key: str) -> Task:
-        """The task under a key. Raises: ValueError where there is none."""
+    def task(self) -> Task:
+        """The stage's task. Raises: ValueError where there is none."""
         from jsonargparse import ArgumentParser
 
-        given = self.value(key)
-        if given is None:
-            raise ValueError(f"{self.path}: {key} is missing: there are no questions to compare")
+        if self.value("task") is None:
+            raise ValueError(f"{self.sources[-1]}: {self.prefix}task is missing: there are no questions to compare")
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(_Tasks, sub_configs=True)  # of an argument by itself, a suite's files are not read
-        with chdir(self.path.parent):  # a file that it names lies beside it
-            config = parser.parse_object({"task": given})
-        return parser.instantiate(config).task
+        parser.add_class_arguments(_Tasks, sub_configs=True)
+        return parser.instantiate(parser.parse_object({"task": self.value("task")})).task
 
 
 def main(arguments: list[str]) -> None:
@@ -181,7 +172,7 @@ def main(arguments: list[str]) -> None:
         prog="sdzero decontaminate",
         description="Counts the benchmark questions of eval.yaml that phase 1 or phase 2 trains on.",
     )
-    parser.add_argument("recipe", type=Path, help="folder with collect.yaml, self_distill.yaml and eval.yaml")
+    parser.add_argument("recipe", type=Path, help="folder with a recipe.yaml")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all pairs of ids")
     given = parser.parse_args(arguments)
     figures = report(*read_recipe(given.recipe))

@@ -34,10 +34,9 @@ from sdzero.models.weights import full_weights
 from sdzero.prompts import Context, Revision
 from sdzero.trainer.rng_state import gather_rng_states, restore_rng_states
 from sdzero.trainer.strategies import Share, share_of
-from sdzero.types import Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
+from sdzero.types import BUDGET, Example, LossOutput, Reason, Rollout, RolloutBatch, TokenIds, TraceBatch
 from sdzero.utils.seeds import run_seed
 
-BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 FAULTS = ("num_nonfinite", "num_skipped")
 
 

@@ -1,7 +1,7 @@
-"""`sdzero run RECIPE_DIR`: base -> collect -> SRT -> SelfDistill, each model evaluated, from one folder of configs.
+"""`sdzero run RECIPE_DIR`: the stages of a recipe in order, each model evaluated.
 
-Each stage is a child process. A finished stage is skipped if its resolved config and its inputs are the ones
-that lineage.json names; a stage that was interrupted goes on from its newest good checkpoint.
+Each stage is a child process. A finished stage is skipped if its config and its inputs are the ones that lineage.json
+records; an interrupted training resumes from its newest good checkpoint.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from sdzero import __version__
-from sdzero.pipeline.stages import ENGINES, Choices, Stage, stages
+from sdzero.pipeline.stages import ENGINES, RUNS, Options, Stage, list_stages
 from sdzero.pipeline.summary import print_table, summarize
 from sdzero.utils.disk_full import add_path_to_errors
 from sdzero.utils.files import write_text
+from sdzero.utils.lineage import LINEAGE, Lineage, Outline, read_lineage
 from sdzero.utils.process import PARENT, STACKS, STAGE, exit_status, handle_signals, requeue, signal_name, write_stderr
+from sdzero.utils.recipe import Recipe, load_recipe
 
 PLACES = {"devices", "num_nodes", "trainer.devices", "trainer.num_nodes"}
 """Keys that say where a stage runs, not what it does: an interrupted one may go on on other machines."""
+STAGE_FILE = "stage.yaml"
+"""The whole config of a stage, in its folder: `sdzero COMMAND --config` with it repeats the stage."""
 PACKAGES = ("torch", "lightning", "transformers")
 CRASHES = [-signum for signum in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)]
 """Exit codes of a process that its own native code has ended."""
@@ -56,48 +60,58 @@ def content_sha256(path: Path) -> str:
 
 
 class Run:
-    """The run's folder with its lineage.json: per finished stage its config, versions and hashes."""
+    """A run in its folder, with its lineage.json.
 
-    def __init__(self, plan: Sequence[Stage], out: Path, lock: IO[str], launcher: Sequence[str] = ()) -> None:
-        self.plan, self.out, self.lock, self.launcher = plan, out, lock, launcher
-        self.process: subprocess.Popen[bytes] | None = None  # of the stage at work
+    Args:
+        recipe: the recipe.
+        stages: its stages.
+        out: the run's folder.
+        lock: open file whose lock this process holds; the stages' processes inherit it.
+        launcher: command that starts a stage's processes in place of this interpreter.
+    """
+
+    def __init__(
+        self, recipe: Recipe, stages: Sequence[Stage], out: Path, lock: IO[str], launcher: Sequence[str] = ()
+    ) -> None:
+        self.stages, self.out, self.lock, self.launcher = stages, out, lock, launcher
+        self.process: subprocess.Popen[bytes] | None = None  # of the running stage
         self.is_starting = False
-        self.signum = 0  # the first signal that told the run to end
-        self.lineage_path = out / "lineage.json"
-        self.lineage: dict[str, Any] = {}
-        if self.lineage_path.is_file():
-            self.lineage = _read_lineage(self.lineage_path)
+        self.signum = 0  # the first signal to end the run
+        records = read_lineage(out).stages if (out / LINEAGE).is_file() else {}
+        self.lineage = Lineage(Outline(recipe.name, recipe.entries), records)
 
     def execute(self, check: Check) -> None:
-        if not self.lineage:  # a wrong key in the last stage must not show after the first has run for hours
-            for stage in self.plan:
+        if not self.lineage.stages:  # a wrong key in the last stage must not show after the first has run for hours
+            for stage in self.stages:
                 _check_engine(stage)
-                check(stage.command, stage.arguments(self.out / stage.name))
-        for number, stage in enumerate(self.plan, 1):
-            title = f"[{number}/{len(self.plan)}] {stage.name}"
+            parse(self.stages, check)
+        for number, stage in enumerate(self.stages, 1):
+            title = f"[{number}/{len(self.stages)}] {stage.name}"
             if self._finished(stage):
                 print(f"{title}: finished before", flush=True)
                 continue
-            print(f"{title}: {stage.command} {' + '.join(map(str, (stage.config, *stage.overlays)))}", flush=True)
+            print(f"{title}: {stage.command} {' + '.join(map(str, stage.sources))}", flush=True)
             self._execute(stage)
-            if self.signum:  # the stage was at its end
+            if self.signum:  # it came as the stage ended
                 self._stop()
         summary = summarize(self.out, self.lineage)
         write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         print_table(summary)
-        print(f"\ncurves: tensorboard --logdir {self.out}\nfigures: {self.out / 'summary.json'}")
+        print(f"\ncurves: tensorboard --logdir {self.out}\nmetrics: {self.out / 'summary.json'}")
         print(f"report: sdzero report {self.out}")
 
     def _identity(self, stage: Stage) -> dict[str, Any]:
-        config = stage.resolved()
+        config = stage.identity()
         named = {key: file for key, value in config.items() if (file := _local_file(value)) is not None}
-        files = {**stage.inputs, **{key: file for key, file in named.items() if key not in stage.inputs}}
-        return {"config": config, "inputs": {key: content_sha256(path) for key, path in files.items()}}
+        return {
+            "config": config,
+            "inputs": {key: content_sha256(path) for key, path in {**named, **stage.inputs}.items()},
+        }
 
     def _finished(self, stage: Stage) -> bool:
         """Raises: ValueError naming the changed key where the stage started or finished with another config."""
-        record = self.lineage.get(stage.name)
-        if record is None or not (self.out / stage.name).is_dir():
+        record = self.lineage.stages.get(stage.name)
+        if record is None or not stage.folder.is_dir():
             return False
         now = self._identity(stage)
         for what in ("config", "inputs"):
@@ -106,18 +120,20 @@ class Run:
             if changed:
                 raise ValueError(
                     f"stage {stage.name} of {self.out} ran with other {what}: {', '.join(changed)} changed. "
-                    f"Take another --out, or remove {self.out / stage.name} to have it made again"
+                    f"Choose another --out, or remove {stage.folder} to run the stage again"
                 )
-        return "seconds" in record and all((self.out / stage.name / o).exists() for o in stage.outputs)
+        return "seconds" in record and all((stage.folder / o).exists() for o in stage.outputs)
 
     def _execute(self, stage: Stage) -> None:
-        folder = self.out / stage.name
-        spent = self.lineage.get(stage.name, {}).get("spent", 0.0)
+        folder = stage.folder
+        spent = self.lineage.stages.get(stage.name, {}).get("spent", 0.0)
         # written before the stage starts, so that a restart with another config is noticed too
         identity = self._identity(stage)
         self._check_inputs(stage, identity["inputs"])
         self._record(stage, {**identity, "spent": spent})
         folder.mkdir(parents=True, exist_ok=True)
+        sources = " + ".join(map(str, stage.sources))
+        write_text(folder / STAGE_FILE, f"# Merged by `sdzero run` from {sources}\n{stage.to_yaml()}")
         started = time.monotonic()
         command, code = self._attempt(stage, folder)
         for restart in range(1, MAX_RESTARTS + 1):
@@ -130,7 +146,7 @@ class Run:
             )
             command, code = self._attempt(stage, folder)
         spent += time.monotonic() - started
-        self._record(stage, {**self.lineage[stage.name], "spent": spent})
+        self._record(stage, {**self.lineage.stages[stage.name], "spent": spent})
         if self.signum and code:
             self._stop()
         if code:
@@ -141,23 +157,24 @@ class Run:
             )
         outputs = {o: content_sha256(folder / o) for o in stage.outputs}
         versions = {"sdzero": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
-        self._record(stage, {**self.lineage[stage.name], "outputs": outputs, "versions": versions, "seconds": spent})
+        record = self.lineage.stages[stage.name]
+        self._record(stage, {**record, "outputs": outputs, "versions": versions, "seconds": spent})
 
     def _check_inputs(self, stage: Stage, hashes: Mapping[str, str]) -> None:
         """Raises: ValueError where a file is no longer what an earlier stage wrote: cut, damaged or edited."""
-        for name, record in self.lineage.items():
+        for name, record in self.lineage.stages.items():
             for output, written in record.get("outputs", {}).items():
                 path = self.out / name / output
                 if any(path == stage.inputs.get(key) and written != now for key, now in hashes.items()):
                     raise ValueError(
-                        f"stage {stage.name} would read {path}, which is not what stage {name} wrote: bring back a "
-                        f"copy, or remove {self.out / name} to have it made again"
+                        f"stage {stage.name} would read {path}, which is not what stage {name} wrote: restore a "
+                        f"copy, or remove {self.out / name} to run that stage again"
                     )
 
     def _attempt(self, stage: Stage, folder: Path) -> tuple[list[str], int]:
-        """Starts the stage's process, or goes on with what it did before; returns its command and exit code."""
+        """Starts or resumes the stage's process; returns its command and exit code."""
         program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
-        command = [*program, stage.command, *stage.arguments(folder), *_going_on(stage, folder)]
+        command = [*program, stage.command, "--config", str(folder / STAGE_FILE), *_resume(stage)]
         environment = {**os.environ, STAGE: str(folder.resolve())}
         if not self.launcher:  # a launcher is the parent of its processes, maybe on another machine, and ends them
             environment[PARENT] = str(os.getpid())
@@ -182,23 +199,13 @@ class Run:
             self._stop()
 
     def _stop(self) -> NoReturn:
-        write_stderr(f"sdzero run: ended by {signal_name(self.signum)}. Go on with the same command")
+        write_stderr(f"sdzero run: ended by {signal_name(self.signum)}. Resume with the same command")
         requeue(self.signum)
         sys.exit(exit_status(self.signum))
 
     def _record(self, stage: Stage, record: dict[str, Any]) -> None:
-        self.lineage[stage.name] = record
-        write_text(self.lineage_path, json.dumps(self.lineage, indent=2) + "\n")
-
-
-def _read_lineage(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): bring back a copy, or take another --out. It says which stages have "
-            "finished, with which config"
-        ) from None
+        self.lineage.stages[stage.name] = record
+        write_text(self.out / LINEAGE, self.lineage.to_json())
 
 
 def _local_file(value: Any) -> Path | None:
@@ -210,11 +217,10 @@ def _local_file(value: Any) -> Path | None:
 
 
 def _check_engine(stage: Stage) -> None:
-    key = stage.engine_key()
-    if key and stage.resolved()[key] == ENGINES["vllm"] and find_spec("vllm") is None:
+    if stage.engine == ENGINES["vllm"] and find_spec("vllm") is None:
         raise ValueError(
-            f'{stage.config}: {key}: vLLM is not installed: pip install "sdzero[cuda]" (or "sdzero[cpu]"), '
-            "or take --engine transformers"
+            f'{stage.sources[-1]}: {stage.engine_key}: vLLM is not installed: pip install "sdzero[cuda]" (or '
+            '"sdzero[cpu]"), or choose --engine transformers'
         )
 
 
@@ -224,13 +230,14 @@ def _faulted(code: int, folder: Path) -> bool:
     return code in CRASHES or (folder / STACKS).exists()
 
 
-def _going_on(stage: Stage, folder: Path) -> list[str]:
-    """The option that lets an interrupted training go on from its newest good checkpoint."""
-    if stage.command != "fit" or not (folder / "checkpoints").is_dir():
+def _resume(stage: Stage) -> list[str]:
+    """Option by which an interrupted training resumes from its newest good checkpoint."""
+    folder = stage.folder / "checkpoints"
+    if stage.command != "fit" or not folder.is_dir():
         return []
-    from sdzero.trainer.checkpoint_io import newest_checkpoint  # brings Lightning
+    from sdzero.trainer.checkpoint_io import newest_checkpoint  # imports Lightning
 
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return []
     print(f"going on from {checkpoint}", flush=True)
@@ -251,37 +258,51 @@ def _acquire(lock: IO[str], out: Path) -> None:
 
 def main(arguments: list[str], check: Check) -> None:
     options = _parser().parse_args(arguments)
-    choices = Choices(
-        tuple(options.overlay), options.phase2_only, options.seed, options.engine, options.devices, options.num_nodes
-    )
-    out = options.out or Path("runs") / _run_name(options.recipe, choices)
-    plan = stages(options.recipe, out, choices)  # a folder that is no recipe leaves nothing behind
+    if options.phase2_only:
+        raise ValueError("--phase2-only is an overlay now: --overlay configs/ablations/table12_phase2_only")
+    recipe = load_recipe(options.recipe, options.overlay)
+    out = options.out or RUNS / _run_name(recipe, options.overlay)
+    overrides = Options(options.seed, options.engine, options.devices, options.num_nodes)
+    stages = list_stages(recipe, out, overrides)  # a folder that is not a recipe leaves nothing behind
     if options.dry_run:
-        from sdzero.pipeline.dry_run import dry_run  # brings torch
+        from sdzero.pipeline.dry_run import dry_run  # imports torch
 
-        return dry_run(options.recipe, parse(plan, out, check))
+        return dry_run(recipe, parse(stages, check))
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         _acquire(lock, out)
-        run = Run(plan, out, lock, shlex.split(options.launch))
+        run = Run(recipe, stages, out, lock, shlex.split(options.launch))
         with add_path_to_errors(out), handle_signals(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             run.execute(check)
 
 
-def parse(plan: Sequence[Stage], out: Path, check: Check) -> dict[str, dict[str, Any]]:
-    """The stages' whole configs. The evaluations share one, that of the first: only their models differ."""
-    parsed: dict[Path, dict[str, Any]] = {}
-    for stage in plan:
-        if stage.config not in parsed:
-            parsed[stage.config] = check(stage.command, stage.arguments(out / stage.name))
-    return {stage.name: parsed[stage.config] for stage in plan}
+def parse(stages: Sequence[Stage], check: Check) -> dict[str, dict[str, Any]]:
+    """Whole configs of the stages, with all defaults. The evaluations share one: only their models differ.
+
+    Raises:
+        ArgumentError: a key is wrong; names the stage's files and the key.
+    """
+    parsed: dict[str, dict[str, Any]] = {}
+    evaluation: dict[str, Any] | None = None
+    for stage in stages:
+        if stage.command == "test" and evaluation is not None:
+            parsed[stage.name] = evaluation
+            continue
+        try:
+            parsed[stage.name] = check(stage.command, ["--config", stage.to_yaml()])
+        except argparse.ArgumentError as error:
+            error.message = f"stage {stage.name} ({stage.sources[-1]}): {error.message}"
+            raise
+        if stage.command == "test":
+            evaluation = parsed[stage.name]
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdzero run", description="Runs a recipe's stages in order; call it again to go on."
     )
-    parser.add_argument("recipe", type=Path, help="folder with collect.yaml, srt.yaml, self_distill.yaml, eval.yaml")
+    parser.add_argument("recipe", type=Path, help="folder with a recipe.yaml; `sdzero init` lists the shipped ones")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/RECIPE, runs/RECIPE+OVERLAY)")
     parser.add_argument("--seed", type=int, help="the run's seed (default: the recipe's seed_everything)")
     parser.add_argument("--engine", choices=sorted(ENGINES), help="another rollout engine than the recipe's")
@@ -300,13 +321,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DIR",
-        help="folder with any of the recipe's files, laid over these key by key; may be given several times",
+        help="folder with any of the recipe's files, merged over these key by key; may be given several times",
     )
-    parser.add_argument(
-        "--phase2-only",
-        action="store_true",
-        help="leave out collect and srt: SelfDistill starts from the base (table 12)",
-    )
+    parser.add_argument("--phase2-only", action="store_true", help=argparse.SUPPRESS)  # says what took its place
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -315,6 +332,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_name(recipe: Path, choices: Choices) -> str:
-    overlays = [folder.resolve().name for folder in choices.overlays]
-    return "+".join([recipe.resolve().name, *overlays, *["phase2-only"] * choices.phase2_only])
+def _run_name(recipe: Recipe, overlays: Sequence[Path]) -> str:
+    return "+".join([recipe.name, *(folder.resolve().name for folder in overlays)])

@@ -1,41 +1,41 @@
-"""The stages of a recipe, and what each is called with: its config, what is laid over it, and the command line's word.
-
-base -> base/eval -> collect -> srt -> srt/eval -> self_distill -> self_distill/eval.
-"""
+"""Stages as processes: a recipe's entries with their inputs, folders and whole configs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sdzero.utils.recipe import RECIPE, Recipe, StageEntry, load_layer, load_recipe, place
+from sdzero.utils.yaml_config import Config, flatten, get_value, load_config, merge, nest
+
+RUNS = Path("runs")
 ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
-FIT_MODEL = "model.init_args.student.path"
-DISJOINT_FROM = "data.init_args.disjoint_from"
-TRAINED, EVALUATED = ("model", "questions-fit.json"), ("results.json", "rewards.json", "questions-test.json")
-"""What a training and an evaluation leave behind."""
-NAMES = ("collect", "srt", "self_distill", "eval")
-"""The files of a recipe, and of an overlay, without their ending."""
+"""Names of `--engine`."""
+STUDENT = "model.init_args.student.path"
+OUTPUTS = {
+    "fit": ("model", "questions-fit.json"),
+    "collect": ("traces.jsonl", "questions.json", "statistics.json"),
+    "test": ("results.json", "rewards.json", "questions-test.json"),
+}
+"""Command -> files and folders that a finished stage has left."""
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What the command line says beside the recipe.
+class Options:
+    """Options of `sdzero run` that change every stage; None leaves the recipe's value.
 
-    Args:
-        overlays: folders whose files are laid over the recipe's, in this order.
-        phase2_only: leave out collection and SRT, so that SelfDistill starts from the base (table 12).
-        seed: the run's seed; None leaves the recipe's.
-        engine: a key of ENGINES; None leaves the recipe's engine.
-        devices: processes per node of every stage; None leaves the recipe's.
-        num_nodes: nodes of every stage; None leaves the recipe's.
+    Attributes:
+        seed: the run's seed.
+        engine: a key of ENGINES.
+        devices: processes per node.
+        num_nodes: nodes.
     """
 
-    overlays: tuple[Path, ...] = ()
-    phase2_only: bool = False
     seed: int | None = None
     engine: str | None = None
     devices: int | None = None
@@ -47,152 +47,115 @@ class Stage:
     """One child process.
 
     Attributes:
-        name: folder of the stage in the run's folder.
+        name: name of the stage, or `STAGE/eval`.
         command: `fit`, `test` or `collect`.
-        config: YAML file of the recipe.
-        overlays: YAML files laid over it, in order.
+        folder: folder that it writes.
+        settings: its config without `inputs` and folder.
         inputs: config key -> file or folder that an earlier stage wrote.
-        outputs: what must be there when it has finished, relative to its folder.
-        settings: config key -> value that the command line or the choice of stages gives it.
+        sources: files that `settings` were merged from.
+        entry: the recipe's entry; of an evaluation that of its model.
     """
 
     name: str
     command: str
-    config: Path
-    overlays: tuple[Path, ...] = ()
-    inputs: dict[str, Path] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
+    folder: Path
+    settings: Config
+    inputs: dict[str, Path]
+    sources: tuple[Path, ...]
+    entry: StageEntry
 
-    def resolved(self) -> dict[str, Any]:
-        """The config as flat `a.b.c: value` pairs, overlays and settings in it."""
-        return {**resolved(self.config, *self.overlays), **self.settings}
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return OUTPUTS[self.command]
 
-    def arguments(self, folder: Path) -> list[str]:
-        """Of its command, to have it write into `folder`."""
-        options = {key: str(path) for key, path in self.inputs.items()}
-        options |= {"out": str(folder)} if self.command == "collect" else {"trainer.default_root_dir": str(folder)}
-        # a class named for a whole value takes the place of the recipe's
-        options |= {k.removesuffix(".class_path"): "null" if v is None else str(v) for k, v in self.settings.items()}
-        configs = [argument for file in (self.config, *self.overlays) for argument in ("--config", str(file))]
-        return [*configs, *(f"--{key}={value}" for key, value in options.items())]
+    @property
+    def engine_key(self) -> str:
+        return "engine" if self.command == "collect" else "data.init_args.engine"
 
-    def engine_key(self) -> str | None:
-        """The key that names the class of the stage's rollout engine; None for a stage without one."""
-        prefix, config = "engine" if self.command == "collect" else "data.init_args.engine", self.resolved()
-        return next((key for key in (f"{prefix}.class_path", prefix) if key in config), None)
+    @property
+    def engine(self) -> str | None:
+        """Class path of its rollout engine; None without one."""
+        spec = get_value(self.settings, self.engine_key)
+        return spec.get("class_path") if isinstance(spec, dict) else spec
 
-    def chosen(self, choices: Choices) -> Stage:
-        """The stage with what the command line says of every one."""
-        settings = {**self.settings}
-        if choices.seed is not None:
-            settings["seed_everything"] = choices.seed
-        if choices.engine is not None and (key := self.engine_key()):
-            settings[key] = ENGINES[choices.engine]
-        where = {"devices": choices.devices, "num_nodes": choices.num_nodes}
+    def identity(self) -> dict[str, Any]:
+        """Flat keys of `settings`, without those that `inputs` take the place of."""
+        return {key: value for key, value in flatten(self.settings).items() if key not in self.inputs}
+
+    def to_yaml(self) -> str:
+        """The whole config, by which the stage also runs alone."""
+        folder = "out" if self.command == "collect" else "trainer.default_root_dir"
+        given = {folder: self.folder, **self.inputs}
+        config = reduce(merge, (nest(key, str(path)) for key, path in given.items()), self.settings)
+        return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+    def with_options(self, options: Options) -> Stage:
         prefix = "" if self.command == "collect" else "trainer."
-        settings |= {f"{prefix}{key}": value for key, value in where.items() if value is not None}
-        return replace(self, settings=settings)
+        values = {
+            "seed_everything": options.seed,
+            f"{prefix}devices": options.devices,
+            f"{prefix}num_nodes": options.num_nodes,
+            self.engine_key: {"class_path": ENGINES[options.engine]} if options.engine and self.engine else None,
+        }
+        given = (nest(key, value) for key, value in values.items() if value is not None)
+        return replace(self, settings=reduce(merge, given, self.settings))
 
 
-def stages(recipe: Path, out: Path, choices: Choices = Choices()) -> list[Stage]:
-    """The stages of a recipe in order.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of collect.yaml, srt.yaml, self_distill.yaml, eval.yaml, or an overlay
-            is no folder.
-        ValueError: an overlay holds none of these files, or another one.
-    """
-    for name in NAMES:
-        if not (recipe / f"{name}.yaml").is_file():
-            raise FileNotFoundError(f"{recipe} is not a recipe: it has no {name}.yaml")
-    for overlay in choices.overlays:
-        _check_overlay(overlay)
-
-    def stage(name: str, command: str, inputs: Mapping[str, Path], *outputs: str, **settings: Any) -> Stage:
-        file = f"{'eval' if command == 'test' else name}.yaml"
-        overlays = tuple(overlay / file for overlay in choices.overlays if (overlay / file).is_file())
-        return Stage(name, command, recipe / file, overlays, dict(inputs), outputs, settings).chosen(choices)
-
-    def evaluation(name: str, model: Path) -> Stage:
-        return stage(f"{name}/eval", "test", {FIT_MODEL: model}, *EVALUATED)
-
-    collect = stage("collect", "collect", {}, "traces.jsonl", "questions.json", "statistics.json")
-    has_base = (recipe / "base.yaml").is_file()
-    base = out / "base/model" if has_base else Path(_model_path(collect))
-    srt, self_distill = out / "srt/model", out / "self_distill/model"
-    plan = [stage("base", "fit", {}, *TRAINED)] if has_base else []
-    plan += [evaluation("base", base)]
-    if choices.phase2_only:
-        plan += [stage("self_distill", "fit", {FIT_MODEL: base}, *TRAINED, **{DISJOINT_FROM: None})]
-    else:
-        traces = out / "collect/traces.jsonl"
-        plan += [
-            replace(collect, inputs={"student.path": base}),
-            stage("srt", "fit", {FIT_MODEL: base, "data.init_args.source.init_args.path": traces}, *TRAINED),
-            evaluation("srt", srt),
-            stage("self_distill", "fit", {FIT_MODEL: srt, DISJOINT_FROM: out / "collect/questions.json"}, *TRAINED),
-        ]
-    return [*plan, evaluation("self_distill", self_distill)]
-
-
-def _check_overlay(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--overlay {folder}: there is no such folder")
-    wanted = [f"{name}.yaml" for name in NAMES]
-    files = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    if unknown := [name for name in files if name not in wanted]:
-        raise ValueError(f"--overlay {folder}: {unknown[0]} is none of {', '.join(wanted)}: rename it or move it away")
-    if not files:
-        raise ValueError(f"--overlay {folder}: it has none of {', '.join(wanted)}")
-
-
-def _model_path(collect: Stage) -> str:
-    values = collect.resolved()
-    if "student.path" not in values:
-        raise ValueError(
-            f"{collect.config}: student.path is missing, and the recipe has no base.yaml that trains a base model"
-        )
-    return str(values["student.path"])
-
-
-def resolved(*paths: Path) -> dict[str, Any]:
-    """A config as flat `a.b.c: value` pairs, with the YAML files it names put in their place; later files change the
-    keys that they name.
+def list_stages(recipe: Recipe, out: Path, options: Options = Options()) -> list[Stage]:
+    """Stages of a recipe in order, each model's evaluation after it.
 
     Raises:
-        ValueError: a file is not YAML; names the place.
+        FileNotFoundError: a stage's file is missing.
+        ValueError: `shared` does not name the model to start from.
     """
-    merged: Any = {}
-    for path in paths:
-        merged = _merge(merged, _expand(_load(path), path.parent))
+    entries = {entry.name: entry for entry in recipe.entries}
+    evaluation, evaluation_sources = recipe.compose(None)
 
-    def walk(prefix: str, value: Any) -> dict[str, Any]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        flat = [walk(f"{prefix}.{key}" if prefix else str(key), item) for key, item in items]
-        return {k: v for part in flat for k, v in part.items()} if flat else {prefix: value}
+    def written(name: str, file: str) -> Path:
+        is_given = file == "model" and not entries[name].trains
+        return Path(recipe.student_path()) if is_given else out / name / file
 
-    return walk("", merged)
-
-
-def _expand(value: Any, folder: Path) -> Any:
-    """The value with the YAML files it names, relative to the file that names them, in their place."""
-    if isinstance(value, str) and value.endswith(".yaml") and (folder / value).is_file():
-        return _expand(_load(folder / value), (folder / value).parent)
-    if isinstance(value, dict):
-        return {key: _expand(item, folder) for key, item in value.items()}
-    return [_expand(item, folder) for item in value] if isinstance(value, list) else value
-
-
-def _merge(below: Any, above: Any) -> Any:
-    """As a second `--config` does it: keys are changed one by one, lists as a whole."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
-        return above
-    return {**below, **{key: _merge(below[key], item) if key in below else item for key, item in above.items()}}
+    stages: list[Stage] = []
+    for entry in recipe.entries:
+        if entry.trains:
+            settings, sources = recipe.compose(entry)
+            key = "student.path" if entry.command == "collect" else STUDENT
+            inputs = {key: written(entry.starts_from, "model")} if entry.starts_from else {}
+            inputs |= {key: written(*source.split("/", 1)) for key, source in entry.takes.items()}
+            stages.append(Stage(entry.name, entry.command, out / entry.name, settings, inputs, sources, entry))
+        if entry.has_model:
+            name, inputs = entry.evaluation, {STUDENT: written(entry.name, "model")}
+            stages.append(Stage(name, "test", out / name, evaluation, inputs, evaluation_sources, entry))
+    return [stage.with_options(options) for stage in stages]
 
 
-def _load(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+def compose_arguments(command: str, arguments: Sequence[str]) -> list[str]:
+    """Arguments with each `--config` that names a stage's file of a recipe replaced by the stage's whole config.
+
+    Its inputs and its folder are those of the recipe's default run folder, runs/RECIPE; the evaluation's file evaluates
+    the last model.
+    """
+    composed = [*arguments]
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            composed[position] = f"--config={_compose_file(command, argument.removeprefix('--config='))}"
+        elif position and arguments[position - 1] == "--config":
+            composed[position] = _compose_file(command, argument)
+    return composed
+
+
+def _compose_file(command: str, value: str) -> str:
+    if not value.endswith(".yaml") or not (file := Path(value)).with_name(RECIPE).is_file():
+        return value
+    layer = load_layer(file.parent)
+    if not layer.content.keys() & {"stages", "extends"}:  # an overlay: it has no stages of its own
+        return yaml.safe_dump(merge(place(layer.shared, command), load_config(file)), sort_keys=False)
+    recipe = load_recipe(file.parent)
+    out = RUNS / recipe.name
+    named = [stage for stage in list_stages(recipe, out) if stage.command != "test" and stage.entry.file == file.name]
+    if file.name == recipe.evaluation:
+        named = [replace(list_stages(recipe, out)[-1], folder=out / "eval")]
+    if len(named) > 1:
+        names = ", ".join(stage.name for stage in named)
+        raise ValueError(f"{value} is the file of several stages ({names}): `sdzero run {file.parent}` runs them")
+    return named[0].to_yaml() if named else value

@@ -1,5 +1,4 @@
-"""The figures of a run: one row per model, from the evaluations, the exports and collect's statistics; and those of one
-evaluation: one row per benchmark."""
+"""Summary of a run, a row per model, and of one evaluation, a row per benchmark."""
 
 from __future__ import annotations
 
@@ -11,56 +10,61 @@ from pathlib import Path
 from typing import Any
 
 from sdzero.evaluation.statistics import average, paired_differences
-from sdzero.types import benchmark_of
+from sdzero.types import BUDGET, benchmark_of
+from sdzero.utils.lineage import Lineage
+from sdzero.utils.recipe import Model
 
-BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
+Rewards = dict[str, list[int]]
+"""Rewards of the responses to each question, by its id."""
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty without one."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def summarize(out: Path, lineage: dict[str, Any]) -> list[dict[str, Any]]:
-    """One object per evaluated model: base, srt, self_distill. A model that is not evaluated (yet) has none.
+def summarize(out: Path, lineage: Lineage) -> list[dict[str, Any]]:
+    """One row per evaluated model, in the recipe's order. A model that has not been evaluated (yet) has none.
 
-    Budgets are what training the model cost (table 3): collect's belong to srt, the base's are 0;
-    evaluation's generations are not in them.
+    Budgets are what training the model cost beyond the one it started from (table 3); evaluations are not counted.
     """
-    rows: list[dict[str, Any]] = []
-    rewards: dict[str, list[int]] = {}
-    for name, stages in {"base": [], "srt": ["collect", "srt"], "self_distill": ["self_distill"]}.items():
-        results = _read(out / name / "eval/results.json")
-        if not results:
-            continue
-        manifest = _read(out / name / "model/sdzero.json")
-        before, rewards = rewards, _read(out / name / "eval/rewards.json")
-        costs = [_read(out / s / file) for s in stages for file in ("statistics.json", "model/sdzero.json")]
-        rows.append(
-            {
-                "stage": name,
-                "accuracy": results["eval/avg_at_k"],
-                "accuracy_se": results["eval/avg_at_k_se"],
-                **_gain(rewards, before),
-                **{
-                    key.removeprefix("eval/"): value for key, value in results.items() if key.startswith("eval/pass_at")
-                },
-                "mean_response_tokens": results["eval/response_tokens"],
-                "keyword_rate": results["eval/keywords_per_response"],
-                "wrong_to_right": results.get("eval/revise_wrong_to_right"),
-                "right_to_wrong": results.get("eval/revise_right_to_wrong"),
-                **{key: sum(int(cost.get(key, 0)) for cost in costs) for key in BUDGET},
-                "seconds": sum(r["spent"] for s, r in lineage.items() if s in (*stages, name, f"{name}/eval")),
-                # a base that the run did not train is known by what its evaluation read
-                "weights_sha256": manifest.get("weights_sha256")
-                or next(iter(lineage.get(f"{name}/eval", {}).get("inputs", {}).values()), None),
-            }
-        )
-    return rows
+    rewards = {model.name: read_json(out / model.evaluation / "rewards.json") for model in lineage.models}
+    return [
+        _row(out, lineage, model, results, rewards)
+        for model in lineage.models
+        if (results := read_json(out / model.evaluation / "results.json"))
+    ]
 
 
-def _gain(rewards: dict[str, list[int]], before: dict[str, list[int]]) -> dict[str, float | None]:
-    """Accuracy over the model before, paired by question and averaged over benchmarks, with its standard error; None
-    for the first."""
+def _row(
+    out: Path, lineage: Lineage, model: Model, results: Mapping[str, Any], rewards: Mapping[str, Rewards]
+) -> dict[str, Any]:
+    manifest = read_json(out / model.name / "model/sdzero.json")
+    costs = [read_json(out / s / f) for s in model.cost_stages for f in ("statistics.json", "model/sdzero.json")]
+    stages = {*model.cost_stages, model.name, model.evaluation}
+    return {
+        "stage": model.name,
+        "label": model.label,
+        "starts_from": model.starts_from,
+        "accuracy": results["eval/avg_at_k"],
+        "accuracy_se": results["eval/avg_at_k_se"],
+        **_gain(rewards[model.name], rewards.get(model.starts_from or "", {})),
+        **{key.removeprefix("eval/"): value for key, value in results.items() if key.startswith("eval/pass_at")},
+        "mean_response_tokens": results["eval/response_tokens"],
+        "keyword_rate": results["eval/keywords_per_response"],
+        "wrong_to_right": results.get("eval/revise_wrong_to_right"),
+        "right_to_wrong": results.get("eval/revise_right_to_wrong"),
+        **{key: sum(int(cost.get(key, 0)) for cost in costs) for key in BUDGET},
+        "seconds": sum(record["spent"] for name, record in lineage.stages.items() if name in stages),
+        # a model that the run did not train is identified by what its evaluation read
+        "weights_sha256": manifest.get("weights_sha256")
+        or next(iter(lineage.stages.get(model.evaluation, {}).get("inputs", {}).values()), None),
+    }
+
+
+def _gain(rewards: Rewards, before: Rewards) -> dict[str, float | None]:
+    """Accuracy minus that of the model it started from, paired by question and averaged over benchmarks, with its
+    standard error; None without such an evaluation."""
     if not before:
         return {"accuracy_gain": None, "accuracy_gain_se": None}
     gain, error = average(paired_differences(rewards, before).values())
@@ -78,7 +82,7 @@ def print_table(summary: list[dict[str, Any]]) -> None:
         pass_at_k = next(v for k, v in row.items() if k.startswith("pass_at") and not k.endswith("_se"))
         flips = [row["wrong_to_right"], row["right_to_wrong"]]
         table.add_row(
-            row["stage"],
+            row["label"],
             f"{row['accuracy']:.3f} ± {_figure(row['accuracy_se'], '.3f')}",
             f"{_figure(row['accuracy_gain'], '+.3f')} ± {_figure(row['accuracy_gain_se'], '.3f')}",
             f"{pass_at_k:.3f}",

@@ -16,12 +16,13 @@ from sdzero.report import history, results, samples, tokens
 from sdzero.report.figures import curves
 from sdzero.report.run_folder import MODELS, RunFolder
 from sdzero.utils.files import write_text
+from sdzero.utils.lineage import read_lineage
 
 
 def render(run: RunFolder) -> str:
     """The page of a run, finished or not: the same run gives the same bytes."""
     lineage = run.lineage()
-    rows = summarize(run.path, lineage)
+    rows = summarize(run.path, read_lineage(run.path))
     num_questions, num_answers = results.evaluation_size(run, rows)
     stage, frame = next(
         ((s, f) for s in ("self_distill", "srt") if not (f := run.token_kl(s)).empty), ("self_distill", run.token_kl())

@@ -12,6 +12,7 @@ import pandas as pd
 
 from sdzero.data.trace_file import read_traces
 from sdzero.types import Trace
+from sdzero.utils.lineage import read_lineage
 
 MODELS = {"base": "base", "srt": "SRT", "self_distill": "SD-Zero"}
 """Folder of each model in a run -> its name in figures."""
@@ -54,7 +55,7 @@ class RunFolder:
         return self._json("summary.json") or []
 
     def lineage(self) -> dict[str, Any]:
-        return self._json("lineage.json") or {}
+        return read_lineage(self.path).stages
 
     def results(self, model: str) -> dict[str, float | None]:
         """The figures of a model's evaluation, by tag."""

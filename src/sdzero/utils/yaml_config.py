@@ -68,7 +68,7 @@ def merge(below: Any, above: Any) -> Any:
     if not isinstance(above, Mapping):
         return above
     merged = dict(below) if isinstance(below, Mapping) else {}
-    if "class_path" in above and above["class_path"] != merged.get("class_path"):
+    if {"class_path"} <= above.keys() & merged.keys() and above["class_path"] != merged["class_path"]:
         merged.pop("init_args", None)
     for key, value in above.items():
         if key.endswith("+") and isinstance(value, list):

@@ -1,29 +1,30 @@
-"""`sdzero run RECIPE --dry-run`: what a recipe will ask for, before anything is downloaded, loaded or written."""
+"""`sdzero run RECIPE --dry-run`: budgets and memory of a recipe, before anything is downloaded, loaded or written."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from sdzero.pipeline.dry_run.assumptions import Assumptions, Config, load_architecture, load_assumptions
+from sdzero.pipeline.dry_run.assumptions import ASSUMPTIONS, Assumptions, load_architecture, load_assumptions
 from sdzero.pipeline.dry_run.budget import Budget, budgets, one_epoch
-from sdzero.pipeline.dry_run.checks import Memory, Survey, differing
-from sdzero.pipeline.dry_run.tables import print_budgets, print_moments
+from sdzero.pipeline.dry_run.checks import Memory, MemoryCheck, unreachable_lengths
+from sdzero.pipeline.dry_run.stage import Config, DryStage, dry_stages
+from sdzero.pipeline.dry_run.tables import print_budgets, print_peaks
+from sdzero.utils.recipe import Recipe
 
-__all__ = ["Plan", "dry_run", "make_plan"]
+__all__ = ["Estimate", "dry_run", "estimate"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `sdzero run --dry-run` prints.
+class Estimate:
+    """Content of a dry run's tables.
 
     Attributes:
-        budgets: of the stages in order.
-        one_epoch: the same with each training for one epoch, which is what appendix C.2 counts.
-        memory: the moments of all stages, with refusals and notes.
-        gpu_bytes: memory of a GPU; None: not known.
+        budgets: budgets of the stages in order.
+        one_epoch: the same with one epoch of each training, as appendix C.2 counts.
+        memory: memory peaks of all stages, with refusals and notes.
+        gpu_bytes: memory of a GPU; None: unknown.
     """
 
     budgets: list[Budget]
@@ -32,48 +33,45 @@ class Plan:
     gpu_bytes: int | None
 
 
-def make_plan(recipe: Path, configs: Mapping[str, Config]) -> Plan:
-    """The plan of a recipe with plan.yaml in its folder.
+def estimate(recipe: Recipe, configs: Mapping[str, Config]) -> Estimate:
+    """Budgets and memory of a recipe.
 
     Args:
-        recipe: the recipe's folder.
+        recipe: the recipe; its dry_run.yaml has what only a run would show.
         configs: whole configs by stage, in order.
 
     Raises:
-        ValueError: plan.yaml is wrong, or a training has no end.
+        ValueError: dry_run.yaml is wrong, or a training has no end.
     """
-    assumptions = load_assumptions(recipe)
-    first = "base" if "base" in configs else "base/eval"
-    path = configs[first]["model"]["init_args"]["student"]["path"]
+    assumptions, stages = load_assumptions(recipe), dry_stages(recipe, configs)
+    path = next(config["model"] for config in configs.values() if "model" in config)["init_args"]["student"]["path"]
     model = load_architecture(path, assumptions)
-    memory = Survey(configs, assumptions, model).run() if model else Memory()
+    memory = MemoryCheck(stages, assumptions, model).run() if model else Memory()
     if model is None:
-        memory.notes.append(f"memory: no model folder at {path}, and no plan.yaml that describes the model")
-    memory.notes += _notes(recipe, configs, assumptions)
+        memory.notes.append(f"memory: no model folder at {path}, and no {ASSUMPTIONS} that describes the model")
+    memory.notes += _notes(recipe, stages, assumptions)
     gpu_bytes = int(assumptions.gpu_memory_gib * 2**30) if assumptions else None
-    return Plan(budgets(configs, assumptions), one_epoch(configs, assumptions), memory, gpu_bytes)
+    return Estimate(budgets(stages, assumptions), one_epoch(stages, assumptions), memory, gpu_bytes)
 
 
-def _notes(recipe: Path, configs: Mapping[str, Config], assumptions: Assumptions | None) -> list[str]:
-    notes = []
-    if "base" in configs:
-        notes.append("base: what its training reads is not counted")
+def _notes(recipe: Recipe, stages: Sequence[DryStage], assumptions: Assumptions | None) -> list[str]:
+    notes = [f"{stage.name}: its training is not counted" for stage in stages if stage.kind == "other"]
     if assumptions is None:
         notes.append(
-            f"no {recipe / 'plan.yaml'}: tokens are upper bounds from max_new_tokens, prompts are left out of memory, "
-            "and memory is compared with nothing"
+            f"no {recipe.folder / ASSUMPTIONS}: tokens are upper bounds from max_new_tokens, prompts are left out of "
+            "memory, and memory is not compared with a GPU's"
         )
         return notes
-    return [*notes, *differing(configs, assumptions)]
+    return [*notes, *unreachable_lengths(stages, assumptions)]
 
 
-def dry_run(recipe: Path, configs: Mapping[str, Config]) -> None:
-    """Prints the plan. Exits with status 1 and a line per reason where something of it cannot work."""
-    plan = make_plan(recipe, configs)
-    print_budgets(plan.budgets, plan.one_epoch)
-    if plan.memory.moments:
-        print_moments(plan.memory.moments, plan.gpu_bytes)
-    for note in plan.memory.notes:
+def dry_run(recipe: Recipe, configs: Mapping[str, Config]) -> None:
+    """Prints the estimate. Exits with status 1 and a line per reason if the recipe cannot work."""
+    found = estimate(recipe, configs)
+    print_budgets(found.budgets, found.one_epoch)
+    if found.memory.peaks:
+        print_peaks(found.memory.peaks, found.gpu_bytes)
+    for note in found.memory.notes:
         print(f"note: {note}")
-    if plan.memory.refusals:
-        sys.exit("\n".join(f"sdzero run: error: {reason}" for reason in plan.memory.refusals))
+    if found.memory.refusals:
+        sys.exit("\n".join(f"sdzero run: error: {reason}" for reason in found.memory.refusals))

@@ -1,32 +1,34 @@
-"""What only a run would tell: plan.yaml, and the model's architecture, of which no weight is read."""
+"""Assumptions of a dry run: dry_run.yaml, and the model's architecture, of which no weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-Config = Mapping[str, Any]
-"""A stage's whole config, with all defaults in it."""
+from sdzero.pipeline.dry_run.stage import Config
+from sdzero.utils.recipe import Recipe
+from sdzero.utils.yaml_config import load_config, merge
+
+ASSUMPTIONS = "dry_run.yaml"
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """plan.yaml of a recipe.
+    """dry_run.yaml of a recipe, with the one of the folder that it extends beneath.
 
     Args:
         mean_response_tokens: mean length of a response of the base model, and of a revision.
-        phase2_response_tokens: the most that a response of phase 2 has on average.
-        max_prompt_tokens: the longest prompt, a control phrase included.
+        phase2_response_tokens: largest mean length of a response of phase 2.
+        max_prompt_tokens: length of the longest prompt, a control phrase included.
         num_gpus: GPUs that `trainer.devices: auto` finds, on all nodes.
-        gpu_memory_gib: memory of each.
+        gpu_memory_gib: memory of each GPU.
         model: `model_type` and sizes, as in the model's config.json.
-        correct_share: share of first attempts that are right; null: unknown.
-        eval_questions: questions of eval.yaml where it asks all there are (num_questions: null); null: unknown.
+        correct_share: share of correct first attempts; null: unknown.
+        eval_questions: questions of an evaluation on all there are (num_questions: null); null: unknown.
     """
 
     mean_response_tokens: int
@@ -51,19 +53,19 @@ SIZES = (
     "tie_word_embeddings",
     "max_position_embeddings",
 )
-"""The keys that `model` of plan.yaml must have; further ones of config.json, such as sliding_window, may follow."""
+"""Keys that `model` of dry_run.yaml must have; further ones of config.json, such as sliding_window, may follow."""
 
 
-def load_assumptions(recipe: Path) -> Assumptions | None:
-    """plan.yaml of a recipe; None without one.
+def load_assumptions(recipe: Recipe) -> Assumptions | None:
+    """dry_run.yaml of a recipe; None without one.
 
     Raises:
-        ValueError: a key is unknown, missing or no positive number.
+        ValueError: a key is unknown, missing or not a positive number.
     """
-    path = recipe / "plan.yaml"
-    if not path.is_file():
+    files = [file for layer in recipe.layers if (file := layer.folder / ASSUMPTIONS).is_file()]
+    if not files:
         return None
-    values: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
+    path, values = files[-1], reduce(merge, map(load_config, files))
     known = {field.name: field for field in fields(Assumptions)}
     if unknown := sorted(values.keys() - known.keys()):
         raise ValueError(f"{path}: unknown key {unknown[0]}; it has {', '.join(known)}")
@@ -83,8 +85,8 @@ class Architecture:
     """Sizes of a decoder. Parameters are counted once where they are tied.
 
     Attributes:
-        num_parameters: all.
-        num_layer_parameters: of one decoder layer.
+        num_parameters: all parameters.
+        num_layer_parameters: parameters of one decoder layer.
         num_layers: decoder layers.
         hidden: width of the residual stream.
         intermediate: width of the MLP.
@@ -112,7 +114,7 @@ class Architecture:
 
     @property
     def num_root_parameters(self) -> int:
-        """Embedding, final norm and head: what is no decoder layer."""
+        """Embedding, final norm and head."""
         return self.num_parameters - self.num_layers * self.num_layer_parameters
 
     def num_adapter_parameters(self, lora: Config) -> int:
@@ -125,7 +127,7 @@ class Architecture:
 
     @classmethod
     def of(cls, config: Any) -> Architecture:
-        """Of a transformers config; its model is built on the meta device, without memory."""
+        """Architecture of a transformers config; its model is built on the meta device, without memory."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -151,10 +153,10 @@ class Architecture:
 
 
 def load_architecture(path: str, assumptions: Assumptions | None) -> Architecture | None:
-    """Of the model folder at `path`; else of plan.yaml; None without both. Nothing is downloaded.
+    """Architecture of the model folder at `path`, else of dry_run.yaml; None without both. Nothing is downloaded.
 
     Raises:
-        ValueError: plan.yaml names a model_type that transformers does not have.
+        ValueError: dry_run.yaml names a model_type that transformers does not have.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -163,5 +165,7 @@ def load_architecture(path: str, assumptions: Assumptions | None) -> Architectur
     if assumptions is None:
         return None
     if assumptions.model["model_type"] not in CONFIG_MAPPING:
-        raise ValueError(f"plan.yaml: model.model_type {assumptions.model['model_type']!r} is none of transformers'")
+        raise ValueError(
+            f"{ASSUMPTIONS}: model.model_type {assumptions.model['model_type']!r} is not one of transformers'"
+        )
     return Architecture.of(AutoConfig.for_model(**assumptions.model))

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from sdzero.pipeline.dry_run.assumptions import Assumptions, Config
+from sdzero.pipeline.dry_run.assumptions import Assumptions
+from sdzero.pipeline.dry_run.stage import Config, DryStage
 
-LIGHTNINGS_EPOCHS = 1000
-"""What Lightning takes where neither max_epochs nor max_steps is set."""
+DEFAULT_EPOCHS = 1000
+"""Lightning's, where neither max_epochs nor max_steps is set."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a stage asks for. None: only a run would tell.
+    """Questions, generations and tokens of a stage. None: only a run would show it.
 
     Attributes:
         stage: name of the stage.
-        questions: different ones; of SRT its traces, of validation those of one.
+        questions: different questions; of a training on traces the traces, of validation those of one.
         generations: responses sampled.
-        tokens_sampled: in these.
+        tokens_sampled: tokens of these responses.
         tokens_trained: as `Method.num_trained` counts them, over all epochs.
-        at_most: the figures are upper bounds.
-        evaluates: the stage's responses train nothing: they are counted apart.
+        at_most: the counts are upper bounds.
+        evaluates: nothing is trained on the responses; they are counted apart.
     """
 
     stage: str
@@ -37,11 +38,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a training sees its items.
+    """Length of a training.
 
     Attributes:
         steps: optimizer steps.
-        items: items seen, each as often as it is.
+        items: items processed, counting repeats.
         per_epoch: steps of one epoch.
     """
 
@@ -50,47 +51,50 @@ class Passes:
     per_epoch: int
 
 
-def budgets(configs: Mapping[str, Config], assumptions: Assumptions | None) -> list[Budget]:
-    """The stages' budgets in order, validation on the way as a row of its own. A base that is trained first has none.
+def budgets(stages: Iterable[DryStage], assumptions: Assumptions | None) -> list[Budget]:
+    """Budgets of the stages in order, validation during training in a row of its own.
 
     Raises:
         ValueError: a training has no end.
     """
     rows: list[Budget] = []
-    for stage, config in configs.items():
-        if stage == "collect":
-            rows.append(_collect(config, assumptions))
-        elif stage == "srt":
-            row, passes = srt(configs["collect"], config, assumptions)
-            rows += [row, *_validation(stage, config, passes, assumptions)]
-        elif stage == "self_distill":
-            row, passes = self_distill(config, assumptions)
-            rows += [row, *_validation(stage, config, passes, assumptions)]
-        elif stage.endswith("/eval"):
-            rows.append(_evaluation(stage, config, 1, assumptions, assumptions and assumptions.eval_questions))
+    for stage in stages:
+        if stage.kind == "collection":
+            rows.append(_collection(stage, assumptions))
+        elif stage.kind == "evaluation":
+            all_of_it = assumptions.eval_questions if assumptions else None
+            rows.append(_evaluation(stage, stage.name, 1, assumptions, all_of_it))
+        elif stage.kind != "other":
+            row, passes = training(stage, assumptions)
+            rows.append(row)
+            if stage.data["evaluation"]["num_questions"] != 0:
+                times = count_validations(stage.config, passes)
+                rows.append(_evaluation(stage, f"{stage.name} (validation)", times, assumptions, None))
     return rows
 
 
-def one_epoch(configs: Mapping[str, Config], assumptions: Assumptions | None) -> list[Budget]:
-    """Appendix C.2's count: collection, and each training for one epoch."""
+def one_epoch(stages: Iterable[DryStage], assumptions: Assumptions | None) -> list[Budget]:
+    """Budgets as appendix C.2 counts them: collections, and each training for one epoch."""
+    rows: list[Budget] = []
+    for stage in stages:
+        if stage.kind == "collection":
+            rows.append(_collection(stage, assumptions))
+        elif stage.kind in ("traces", "rollouts"):
+            trainer = {**stage.config["trainer"], "max_epochs": 1, "max_steps": -1}
+            rows.append(training(replace(stage, config={**stage.config, "trainer": trainer}), assumptions)[0])
+    return rows
 
-    def once(stage: str) -> Config:
-        return {**configs[stage], "trainer": {**configs[stage]["trainer"], "max_epochs": 1, "max_steps": -1}}
 
-    phase1 = [_collect(configs["collect"], assumptions)] if "collect" in configs else []
-    phase1 += [srt(configs["collect"], once("srt"), assumptions)[0]] if "srt" in configs else []
-    return [*phase1, self_distill(once("self_distill"), assumptions)[0]]
-
-
-def _collect(config: Config, assumptions: Assumptions | None) -> Budget:
+def _collection(stage: DryStage, assumptions: Assumptions | None) -> Budget:
+    config = stage.config
     firsts = config["num_questions"] * config["num_initial"]
     generations = firsts * (1 + config["num_revisions"])
     tokens = generations * (assumptions.mean_response_tokens if assumptions else config["sampling"]["max_new_tokens"])
-    return Budget("collect", config["num_questions"], generations, tokens, at_most=assumptions is None)
+    return Budget(stage.name, config["num_questions"], generations, tokens, at_most=assumptions is None)
 
 
 def num_traces(config: Config, assumptions: Assumptions | None) -> tuple[int, bool]:
-    """Traces that `sdzero collect` writes, and whether that is an upper bound: a revision for each of them at least."""
+    """Traces that a collection keeps, and whether that is an upper bound."""
     revisions = config["num_questions"] * config["num_initial"] * config["num_revisions"]
     if config["branches"] == "incorrect" and assumptions and assumptions.correct_share:
         revisions = round(revisions * (1 - assumptions.correct_share))
@@ -98,47 +102,43 @@ def num_traces(config: Config, assumptions: Assumptions | None) -> tuple[int, bo
     return (revisions, True) if wanted is None else (min(wanted, revisions), False)
 
 
-def srt(collect: Config, config: Config, assumptions: Assumptions | None) -> tuple[Budget, Passes]:
-    """L_revision reads y_revised, L_generation y_init, P_r and y_revised; P_r's few tokens are left out, as in C.2."""
-    traces, at_most = num_traces(collect, assumptions)
-    length = assumptions.mean_response_tokens if assumptions else collect["sampling"]["max_new_tokens"]
-    passes = count_passes("srt", config, traces, config["data"]["init_args"]["traces_per_step"])
-    at_most = at_most or assumptions is None
-    return Budget("srt", traces, 0, 0, 3 * length * passes.items, at_most), passes
-
-
-def self_distill(config: Config, assumptions: Assumptions | None) -> tuple[Budget, Passes]:
-    """Each response is read by the student and by the teacher."""
-    data = config["data"]["init_args"]
-    passes = count_passes("self_distill", config, data["num_questions"], data["prompts_per_step"])
+def training(stage: DryStage, assumptions: Assumptions | None) -> tuple[Budget, Passes]:
+    """Budget and passes of a training on traces or rollouts."""
+    arguments, data = stage.config["model"]["init_args"], stage.data
+    if stage.collection is not None and stage.kind == "traces":
+        # L_revision reads y_revised, L_generation y_init, P_r and y_revised; the few tokens of P_r are left out, as in
+        # C.2. Other losses read y_revised alone
+        responses = 3 if "revision_weight" in arguments else 1
+        traces, at_most = num_traces(stage.collection, assumptions)
+        limit = stage.collection["sampling"]["max_new_tokens"]
+        length = assumptions.mean_response_tokens if assumptions else limit
+        passes = count_passes(stage.file, stage.config, traces, data["traces_per_step"])
+        tokens = responses * length * passes.items
+        return Budget(stage.name, traces, 0, 0, tokens, at_most or assumptions is None), passes
+    passes = count_passes(stage.file, stage.config, data["num_questions"], data["prompts_per_step"])
     generations = passes.items * data["rollouts_per_prompt"]
     length = assumptions.phase2_response_tokens if assumptions else data["sampling"]["max_new_tokens"]
     tokens = generations * length
-    return Budget("self_distill", data["num_questions"], generations, tokens, 2 * tokens, at_most=True), passes
+    readers = 2 if "context" in arguments else 1  # student and teacher
+    return Budget(stage.name, data["num_questions"], generations, tokens, readers * tokens, at_most=True), passes
 
 
 def _evaluation(
-    stage: str, config: Config, times: int, assumptions: Assumptions | None, all_of_it: int | None
+    stage: DryStage, name: str, times: int, assumptions: Assumptions | None, all_of_it: int | None
 ) -> Budget:
-    evaluation = config["data"]["init_args"]["evaluation"]
+    evaluation = stage.data["evaluation"]
     questions = all_of_it if evaluation["num_questions"] is None else evaluation["num_questions"]
     if questions is None:
-        return Budget(stage, None, None, None, evaluates=True)
+        return Budget(name, None, None, None, evaluates=True)
     generations = times * questions * (evaluation["num_samples"] + evaluation["num_revised"])
     length = evaluation["sampling"]["max_new_tokens"]
-    if assumptions:  # an answer of SRT's model is as long as those that phase 2 starts from
-        is_srt = stage.startswith("srt")
-        length = assumptions.phase2_response_tokens if is_srt else assumptions.mean_response_tokens
-    return Budget(stage, questions, generations, generations * length, at_most=assumptions is None, evaluates=True)
+    if assumptions:
+        revises = stage.learned_to_revise
+        length = assumptions.phase2_response_tokens if revises else assumptions.mean_response_tokens
+    return Budget(name, questions, generations, generations * length, at_most=assumptions is None, evaluates=True)
 
 
-def _validation(stage: str, config: Config, passes: Passes, assumptions: Assumptions | None) -> list[Budget]:
-    if config["data"]["init_args"]["evaluation"]["num_questions"] == 0:
-        return []
-    return [_evaluation(f"{stage} (validation)", config, count_validations(config, passes), assumptions, None)]
-
-
-def count_passes(stage: str, config: Config, num_items: int, per_step: int) -> Passes:
+def count_passes(file: str, config: Config, num_items: int, per_step: int) -> Passes:
     """Steps and items of a training; the last batch of an epoch may be short.
 
     Raises:
@@ -147,11 +147,11 @@ def count_passes(stage: str, config: Config, num_items: int, per_step: int) -> P
     trainer = config["trainer"]
     epochs, steps = trainer["max_epochs"], trainer["max_steps"]
     if epochs is None and steps == -1:
-        epochs = LIGHTNINGS_EPOCHS
+        epochs = DEFAULT_EPOCHS
     per_epoch = math.ceil(num_items / per_step)
     limits = [*([epochs * per_epoch] if epochs not in (None, -1) else []), *([steps] if steps != -1 else [])]
     if not limits:
-        raise ValueError(f"{stage}.yaml: trainer.max_epochs and trainer.max_steps give the training no end: set one")
+        raise ValueError(f"{file}: trainer.max_epochs and trainer.max_steps give the training no end: set one")
     full, rest = divmod(min(limits), per_epoch)
     return Passes(min(limits), full * num_items + min(rest * per_step, num_items), per_epoch)
 

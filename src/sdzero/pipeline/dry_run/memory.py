@@ -1,7 +1,7 @@
-"""Memory per GPU of each stage, at the moments at which it is largest. A model of it: nothing here is measured.
+"""Memory peaks per GPU of each stage. Arithmetic: nothing here is measured.
 
-Trained weights, their gradients and AdamW's two moments are float32. What stands between them is counted by its largest
-tensors: `training` has the step's, `sampling` the engine's.
+Trained weights, their gradients and AdamW's two moments are float32. Between
+them the largest tensors are counted: `training` has those of the step, `sampling` those of the engine.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sdzero.pipeline.dry_run.assumptions import Config
+from sdzero.pipeline.dry_run.stage import Config
 
 GIB = 2**30
 FLOAT32 = 4
@@ -64,8 +64,8 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Bytes of one GPU at one moment of a stage, by what they are for.
+class MemoryPeak:
+    """Memory of one GPU at one peak of a stage, in bytes by purpose.
 
     Attributes:
         stage: name of the stage.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdzero.pipeline.dry_run.assumptions import Architecture
-from sdzero.pipeline.dry_run.memory import FLOAT32, GIB, OTHER, Engine, Machine, Moment, Resident
+from sdzero.pipeline.dry_run.memory import FLOAT32, GIB, OTHER, Engine, Machine, MemoryPeak, Resident
 from sdzero.pipeline.dry_run.training import layers_gathered, logit_bytes, root_bytes
 
 BATCHED_TOKENS = 16384
@@ -56,9 +56,9 @@ def engine(
     return Engine(size, weights, longest, size - weights - trial, per_longest, per_mean)
 
 
-def rollout_moment(
+def rollout_peak(
     stage: str, model: Architecture, kept: Resident | None, at: Machine, beside: Engine, longest_response: int
-) -> Moment:
+) -> MemoryPeak:
     """Sampling: what a training keeps, the engine, and the trainer's check of a longest response's log-probabilities
     while the engine is awake. `kept` None: collection, which has no trainer."""
     parts = {**(kept.parts if kept else {}), "engine": beside.size}
@@ -68,4 +68,4 @@ def rollout_moment(
         num_roots = 2 if kept.teacher else 1  # the teacher's stays gathered from step to step
         parts["copies"] = num_roots * root_bytes(model, at) + 2 * layers_gathered(model, at)
     parts["other"] = OTHER if at.on_gpu else 0
-    return Moment(stage, "rollout", parts, beside)
+    return MemoryPeak(stage, "rollout", parts, beside)

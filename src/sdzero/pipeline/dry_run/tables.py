@@ -1,4 +1,4 @@
-"""The plan as it is printed."""
+"""Tables of a dry run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sdzero.pipeline.dry_run.budget import Budget
-from sdzero.pipeline.dry_run.memory import GIB, Engine, Moment
+from sdzero.pipeline.dry_run.memory import GIB, Engine, MemoryPeak
 
 PARTS = ("weights", "gradients", "optimizer", "teacher", "copies", "activations", "loss head", "engine", "other")
 
 
 def print_budgets(budgets: Sequence[Budget], one_epoch: Sequence[Budget]) -> None:
-    """What each stage samples and trains on, what training costs in all, and appendix C.2's count of it."""
+    """Prints the budget of each stage, of training as a whole, and as appendix C.2 counts it."""
     table = Table(title="questions, generations and tokens (≤: an upper bound)")
     for heading in ("stage", "questions", "generations", "tokens sampled", "tokens trained"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")
@@ -35,7 +35,7 @@ def print_budgets(budgets: Sequence[Budget], one_epoch: Sequence[Budget]) -> Non
 
 
 def total(rows: Iterable[Budget]) -> Budget:
-    """The sum of some budgets, without what is not known. Questions are not added up: stages ask the same again."""
+    """Sum of budgets, without what is unknown. Questions are not added up: stages ask the same ones."""
     rows = list(rows)
     return Budget(
         "total",
@@ -54,29 +54,29 @@ def _budget_cells(name: str, row: Budget) -> list[str]:
 
 
 def _tokens(count: int | None, at_most: bool) -> str:
-    """In millions from one million on; a dash for none."""
+    """A count, in millions from one million on; a dash for none."""
     if count is None:
         return "not known"
     shown = f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count:,}"
     return "-" if not count else f"≤ {shown}" if at_most else shown
 
 
-def print_moments(moments: Sequence[Moment], gpu_bytes: int | None) -> None:
-    """Memory of one process at each moment, in GiB, and how many sequences an engine holds."""
+def print_peaks(peaks: Sequence[MemoryPeak], gpu_bytes: int | None) -> None:
+    """Prints the memory of one process at each peak, in GiB, and how many sequences an engine holds."""
     of = f", of a GPU's {gpu_bytes / GIB:.1f} (!: above it)" if gpu_bytes else ""
     table = Table(title=f"memory per process in GiB{of}", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    used = [part for part in PARTS if any(moment.parts.get(part) for moment in moments)]
-    for heading in ("stage", "moment", *used, "total"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("stage", "moment") else "right")
-    decimals = 1 if max(moment.total for moment in moments) > 10 * GIB else 3
-    for moment in moments:
-        cells = [f"{moment.parts[part] / GIB:.{decimals}f}" if moment.parts.get(part) else "-" for part in used]
-        is_over = gpu_bytes is not None and moment.parts["other"] and moment.total > gpu_bytes
-        table.add_row(moment.stage, moment.name, *cells, f"{moment.total / GIB:.{decimals}f}{' !' if is_over else ''}")
-    Console(width=max(Console().width, 124)).print(table)  # narrower, figures would be cut
-    for moment in moments:
-        if moment.engine:
-            print(f"{moment.stage}: {_engine_line(moment.engine)}")
+    used = [part for part in PARTS if any(peak.parts.get(part) for peak in peaks)]
+    for heading in ("stage", "peak", *used, "total"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("stage", "peak") else "right")
+    decimals = 1 if max(peak.total for peak in peaks) > 10 * GIB else 3
+    for peak in peaks:
+        cells = [f"{peak.parts[part] / GIB:.{decimals}f}" if peak.parts.get(part) else "-" for part in used]
+        is_over = gpu_bytes is not None and peak.parts["other"] and peak.total > gpu_bytes
+        table.add_row(peak.stage, peak.name, *cells, f"{peak.total / GIB:.{decimals}f}{' !' if is_over else ''}")
+    Console(width=max(Console().width, 124)).print(table)  # numbers would be cut if it were narrower
+    for peak in peaks:
+        if peak.engine:
+            print(f"{peak.stage}: {_engine_line(peak.engine)}")
 
 
 def _engine_line(engine: Engine) -> str:

@@ -1,4 +1,4 @@
-"""An optimizer step's memory on one GPU at its largest moments.
+"""Memory peaks of an optimizer step on one GPU.
 
 Counted are the largest tensors: of activations what autograd keeps of a decoder layer, of sharding what FSDP2 gathers
 and reduces, of the loss head its gradient, its copies and a chunk of logits. benchmarks/memory.py measures real steps
@@ -8,8 +8,9 @@ of small models beside it; docs/scaling.md has how near it comes.
 from __future__ import annotations
 
 from sdzero.losses.matmul import BLOCK_ELEMENTS, CHUNK_SIZE, CUDA_CHUNK_SIZE
-from sdzero.pipeline.dry_run.assumptions import Architecture, Config
-from sdzero.pipeline.dry_run.memory import FLOAT32, OTHER, Machine, Moment, Resident
+from sdzero.pipeline.dry_run.assumptions import Architecture
+from sdzero.pipeline.dry_run.memory import FLOAT32, OTHER, Machine, MemoryPeak, Resident
+from sdzero.pipeline.dry_run.stage import Config
 
 
 def layer_bytes(model: Architecture, at: Machine) -> int:
@@ -98,7 +99,7 @@ def resident(model: Architecture, teacher: tuple[Architecture, int] | None, at: 
     return Resident(*(size // at.num_shards for size in (frozen + trained, 2 * trained, theirs)))
 
 
-def training_moments(
+def training_peaks(
     stage: str,
     config: Config,
     model: Architecture,
@@ -106,7 +107,7 @@ def training_moments(
     at: Machine,
     num_tokens: int,
     accumulates: bool,
-) -> list[Moment]:
+) -> list[MemoryPeak]:
     """The largest micro batch at its loss head and in its backward pass, and the optimizer's step; the engine sleeps.
 
     Args:
@@ -133,9 +134,11 @@ def training_moments(
     # torch's default on a GPU works on all weights at once, and so holds a square root of them all
     at_once = at.on_gpu and not options.get("fused") and options.get("foreach") is not False
     return [
-        Moment(stage, "loss", {**step, **_at_loss(model, at, num_tokens, settings, teacher is not None, their_root)}),
-        Moment(stage, "backward", {**step, **_in_backward(model, at, num_tokens, settings, their_root)}),
-        Moment(stage, "update", {**parts, "gradients": shard, "copies": their_root + (shard if at_once else 0)}),
+        MemoryPeak(
+            stage, "loss", {**step, **_at_loss(model, at, num_tokens, settings, teacher is not None, their_root)}
+        ),
+        MemoryPeak(stage, "backward", {**step, **_in_backward(model, at, num_tokens, settings, their_root)}),
+        MemoryPeak(stage, "update", {**parts, "gradients": shard, "copies": their_root + (shard if at_once else 0)}),
     ]
 
 
