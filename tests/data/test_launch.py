@@ -17,8 +17,9 @@ import yaml
 
 from sdzero.cli.stage_commands import check_stage
 from sdzero.pipeline import run as pipeline
-from sdzero.pipeline.stages import stages
-from support.runs import ROOT, SMOKE, environment, read_json, scalars
+from sdzero.pipeline.stages import Options, list_stages
+from sdzero.utils.recipe import load_recipe
+from support.runs import ROOT, SMOKE, environment, read_json, records, scalars
 
 CLUSTER = ROOT / "configs/scripts"
 SRUN = """#!/bin/bash
@@ -32,12 +33,12 @@ for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
 """
 
 
-def bash(script: str, *arguments: str | Path, programs: Path = ROOT, **variables: str) -> str:
+def bash(script: str, *arguments: str | Path, programs: Path = ROOT, cwd: Path = ROOT, **variables: str) -> str:
     """What a script of configs/scripts says. It finds `programs` first, then those of this interpreter."""
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", str(CLUSTER / script), *map(str, arguments)]
     variables = environment(PATH=path, **variables)
-    options: dict[str, Any] = {"cwd": ROOT, "env": variables, "capture_output": True, "text": True}
+    options: dict[str, Any] = {"cwd": cwd, "env": variables, "capture_output": True, "text": True}
     done = subprocess.run(command, check=False, timeout=300, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -65,12 +66,13 @@ def test_slurm_collects_on_two_ranks_what_one_collected(smoke_run: Path, tmp_pat
     assert said.count("finished before") == 6
     (launched,) = (tmp_path / "log").read_text().splitlines()
     assert launched.startswith("srun --kill-on-bad-exit=1 python -m sdzero collect ")
-    assert "--devices=2 --num_nodes=1" in launched
+    config = yaml.safe_load((out / "collect/stage.yaml").read_text())
+    assert (config["devices"], config["num_nodes"]) == (2, 1)
     for name in ("traces.jsonl", "questions.json", "statistics.json"):
         assert (out / "collect" / name).read_bytes() == (smoke_run / "collect" / name).read_bytes()
     counts = [len((out / f"collect/journal/{log}").read_text().splitlines()) for log in ("calls.log", "calls-1.log")]
     assert counts == [4, 4]
-    assert read_json(out / "lineage.json")["collect"]["config"]["devices"] == 2
+    assert records(out)["collect"]["config"]["devices"] == 2
 
 
 def test_torchrun_trains_on_two_ranks(smoke_run: Path, tmp_path: Path) -> None:
@@ -79,16 +81,21 @@ def test_torchrun_trains_on_two_ranks(smoke_run: Path, tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     (tmp_path / "recipe").mkdir()
-    config = yaml.safe_load((SMOKE / "srt.yaml").read_text())
-    config["model"]["init_args"]["student"]["path"] = str(smoke_run / "base/model")
-    config["data"]["init_args"]["source"]["init_args"]["path"] = str(smoke_run / "collect/traces.jsonl")
-    for key in ("task", "engine", "evaluation"):
-        del config["data"]["init_args"][key]
-    config["trainer"] |= {"max_steps": 2, "default_root_dir": str(tmp_path / "out")}
-    (tmp_path / "recipe/srt.yaml").write_text(yaml.safe_dump(config))
-    bash("torchrun.sh", tmp_path / "recipe", DEVICES="2", MASTER_PORT=port)
-    assert [step for step, _ in scalars(tmp_path / "out", "train/loss")[0]] == [0, 1]
-    assert (tmp_path / "out/model/model.safetensors").is_file()
+    source = {"class_path": "sdzero.data.TraceFile", "init_args": {"path": str(smoke_run / "collect/traces.jsonl")}}
+    evaluation = {"num_questions": 2, "num_samples": 1, "num_revised": 0}
+    whole = {stage.name: stage.settings for stage in list_stages(load_recipe(SMOKE), tmp_path)}
+    train, test = whole["srt"], whole["base/eval"]
+    train["model"]["init_args"]["student"]["path"] = str(smoke_run / "base/model")
+    train["data"]["init_args"] |= {"source": source, "task": None, "engine": None, "evaluation": {"num_questions": 0}}
+    train["trainer"]["max_steps"] = 2
+    test["data"]["init_args"]["evaluation"] |= evaluation
+    test["trainer"]["callbacks"] = None
+    for name, config in {"recipe": {"stages": {"srt": None}}, "srt": train, "eval": test}.items():
+        (tmp_path / f"recipe/{name}.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "runs/recipe"
+    bash("torchrun.sh", tmp_path / "recipe", DEVICES="2", MASTER_PORT=port, cwd=tmp_path)
+    assert [step for step, _ in scalars(out / "srt", "train/loss")[0]] == [0, 1]
+    assert (out / "srt/model/model.safetensors").is_file() and len(read_json(out / "eval/rewards.json")) == 2
 
 
 def page_commands() -> list[str]:
@@ -103,18 +110,17 @@ def test_the_pages_commands_for_machines_that_are_not_here_parse() -> None:
         words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
         if words[0] in ("bash", "sbatch"):
             script, recipe = words[1:]
-            assert (ROOT / script).parent == CLUSTER and (ROOT / recipe / "srt.yaml").is_file(), line
+            assert (ROOT / script).parent == CLUSTER and (ROOT / recipe / "recipe.yaml").is_file(), line
             kinds.add(words[0])
             continue
         assert words[0] in ("sdzero", "torchrun"), line
         command, *arguments = words[words.index("sdzero") + 1 :]
         if command == "run":
             options = pipeline._parser().parse_args(arguments)
-            choices = pipeline.Choices(tuple(options.overlay), devices=options.devices)
-            for stage in stages(options.recipe, Path("out"), choices):
-                key = "devices" if stage.name == "collect" else "trainer.devices"
-                wanted = {f"--{key}={options.devices}"} if options.devices else set()
-                assert wanted <= {*stage.arguments(Path("out"))}, line
+            recipe = load_recipe(ROOT / options.recipe, [ROOT / overlay for overlay in options.overlay])
+            for stage in list_stages(recipe, Path("out"), Options(devices=options.devices)):
+                config = stage.settings if stage.command == "collect" else stage.settings["trainer"]
+                assert options.devices in (None, config["devices"]), line
         else:
             check_stage(command, arguments)
         kinds.add(command)

@@ -11,7 +11,6 @@ of chosen kills, is tests/end_to_end/test_resume.py.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import shutil
@@ -26,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.kills import Started, Victim, started
-from support.runs import SMOKE, read_json, sdzero
+from support.runs import SMOKE, read_json, records, sdzero, write_records
 
 PUT_IN_PLACE = (".ckpt", ".ckpt.sha256.json", "traces.jsonl", "questions-fit.json", "statistics.json", "model")
 AT_LEAST = {"collect": 3, "srt": 3, "self_distill": 3, "in a save": 4, "in run": 2}
@@ -98,12 +97,13 @@ def harass(whole: Path, out: Path, rng: random.Random, num_kills: int) -> Iterat
 
     It has the first stages of `whole` from the start, as many as chance will: the later ones get their share of kills.
     """
-    lineage = read_json(whole / "lineage.json")
+    lineage = records(whole)
     first = rng.choice(("collect", "srt", "self_distill"))
     given = dict(takewhile(lambda item: item[0] != first, lineage.items()))
     for name in given:
         shutil.copytree(whole / name, out / name, dirs_exist_ok=True)
-    (out / "lineage.json").write_text(json.dumps(given))
+    shutil.copy(whole / "lineage.json", out)
+    write_records(out, given)
     seconds = {name: record["seconds"] for name, record in lineage.items()}
     for _ in range(num_kills):
         kill = strike(out, seconds, rng)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sdzero.utils.recipe import load_recipe
 from support.runs import ROOT, environment, once, read_json, rows
 
 NUM_QUESTIONS, NUM_SAMPLES, CALL_SIZE, MAX_NEW_TOKENS = 20, 8, 80, 24
@@ -50,7 +51,7 @@ main()
 
 def config(model: Path, out: Path) -> dict[str, Any]:
     """The recipe's, whose worked examples have the model answer in a line, with fewer and shorter answers."""
-    config = yaml.safe_load((ROOT / "configs/recipes/smollm2/eval.yaml").read_text())
+    config, _ = load_recipe(ROOT / "configs/recipes/smollm2").compose(None)
     config["model"]["init_args"]["student"]["path"] = str(model)
     data = config["data"]["init_args"]
     data["engine"]["init_args"]["max_num_seqs"] = 32  # not all of a call at once: some end long before others

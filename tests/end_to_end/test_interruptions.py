@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import yaml
 from sdzero.callbacks import Preemption, preemption
 from sdzero.utils import process
 from sdzero.utils.process import exit_on_signals
-from support.runs import ROOT, SMOKE, command, environment, read_json, scalars
+from support.runs import ROOT, SMOKE, command, environment, read_json, records, scalars, write_records
 
 CALL = 2  # of the second phase's engine: the rollouts of step 3, before its first validation
 
@@ -27,11 +26,10 @@ CALL = 2  # of the second phase's engine: the rollouts of step 3, before its fir
 def out(smoke_run: Path, tmp_path: Path) -> Path:
     """A run that lacks the second phase alone, and knows the evaluation of its model."""
     out = tmp_path / "run"
-    lineage = read_json(smoke_run / "lineage.json")
     for name in ("base", "collect", "srt", "self_distill/eval"):
         shutil.copytree(smoke_run / name, out / name)
-    kept = {name: record for name, record in lineage.items() if name != "self_distill"}
-    (out / "lineage.json").write_text(json.dumps(kept))
+    shutil.copy(smoke_run / "lineage.json", out)
+    write_records(out, {name: record for name, record in records(out).items() if name != "self_distill"})
     return out
 
 
@@ -78,7 +76,7 @@ def test_told_to_end_in_the_midst_of_rollouts_and_hung_after_that(smoke_run: Pat
         finally:
             run.kill()
     said = log.read_text()
-    assert "preempted-step=3.ckpt" in said and "sdzero run: ended by SIGUSR1. Go on with the same command" in said
+    assert "preempted-step=3.ckpt" in said and "sdzero run: ended by SIGUSR1. Resume with the same command" in said
     assert "Traceback" not in said and calls.read_text() == "requeue 77\n", "the stage leaves it to the run"
     assert "SLURM job 77 is requeued" in said and not (out / "self_distill/model").exists()
 

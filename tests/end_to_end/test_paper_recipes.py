@@ -14,9 +14,12 @@ import pytest
 
 from sdzero.cli.stage_commands import check_stage
 from sdzero.data.trace_file import write_traces
-from sdzero.pipeline.stages import resolved
+from sdzero.pipeline.run import parse
+from sdzero.pipeline.stages import list_stages
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Question, Trace
+from sdzero.utils.recipe import RECIPE, load_recipe
+from sdzero.utils.yaml_config import flatten, load_config
 from support.fixtures.make import MAKERS, make
 from support.runs import ROOT, exit_code, read_json, rows
 from support.tiny_model import write_tiny
@@ -88,6 +91,13 @@ APPENDIX_C1 = {
 }
 
 
+def composed(recipe: str, stage: str, *overlays: Path) -> dict[str, Any]:
+    """Flat config of a stage, or of the evaluation."""
+    loaded = load_recipe(ROOT / "configs/recipes" / recipe, overlays)
+    entries = {entry.name: entry for entry in loaded.entries}
+    return flatten(loaded.compose(entries.get(stage))[0])
+
+
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "countdown" not in name])
 @pytest.mark.parametrize(
     ("stage", "table"),
@@ -95,13 +105,13 @@ APPENDIX_C1 = {
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_recipe_says_what_the_paper_says(recipe: str, stage: str, table: dict[str, Any]) -> None:
-    config = resolved(ROOT / f"configs/recipes/{recipe}/{stage}.yaml")
+    config = composed(recipe, stage)
     assert {key: config.get(key) for key in table} == table
 
 
 def test_lengths_and_numbers_of_phase_2() -> None:
     for recipe in RECIPES:
-        config = resolved(ROOT / f"configs/recipes/{recipe}/self_distill.yaml")
+        config = composed(recipe, "self_distill")
         length, num = config["data.init_args.sampling.max_new_tokens"], config["data.init_args.num_questions"]
         assert (length, num) == ((4096, 8000) if "countdown" in recipe else (8192, 9000))
 
@@ -109,7 +119,9 @@ def test_lengths_and_numbers_of_phase_2() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("stage", "table"), [("srt", TABLE_4), ("self_distill", TABLE_6)], ids=["srt", "self_distill"])
 def test_every_setting_of_a_table_says_so_on_its_line(recipe: str, stage: str, table: dict[str, Any]) -> None:
-    lines = (ROOT / f"configs/recipes/{recipe}/{stage}.yaml").read_text().splitlines()
+    folders = (layer.folder for layer in load_recipe(ROOT / "configs/recipes" / recipe).layers)
+    files = [folder / name for folder in folders for name in (f"{stage}.yaml", RECIPE)]
+    lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()]
     for key in table:
         name = key.removesuffix(".0").removesuffix(".1").rpartition(".")[2]
         where = [line for line in lines if re.search(rf"(?<!\w){name}:", line.partition("#")[0])]
@@ -118,16 +130,23 @@ def test_every_setting_of_a_table_says_so_on_its_line(recipe: str, stage: str, t
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_parses_over_its_recipe(overlay: str) -> None:
-    """Its keys are all there, and every one changes something."""
+    """Every key of its files changes something."""
+    folder = ROOT / "configs/ablations" / overlay
     recipe = "olmo3-7b-math" if overlay.endswith("olmo3") else "qwen3-4b-math"
-    for file in (ROOT / "configs/ablations" / overlay).iterdir():
-        config = ROOT / f"configs/recipes/{recipe}" / file.name
-        command = {"collect": "collect", "eval": "test"}.get(file.stem, "fit")
-        check_stage(command, ["--config", str(config), "--config", str(file)])
-        before, after = resolved(config), resolved(file)
-        own = {key: value for key, value in after.items() if ".task." not in key}  # a task may be another one whole
-        assert after and all(before.get(key) != value for key, value in own.items()), file
-        assert before != {**before, **after}
+    loaded = load_recipe(ROOT / "configs/recipes" / recipe, [folder])
+    stages = list_stages(loaded, Path("runs"))
+    parse(stages, check_stage)
+    before = {stage.name: stage.identity() for stage in list_stages(load_recipe(loaded.folder), Path("runs"))}
+    own = [path for path in folder.glob("*.yaml") if path.name != RECIPE]
+    assert loaded.layers[-1].content or own
+    for stage in stages:
+        changed = {key for key, value in stage.identity().items() if before[stage.name].get(key) != value}
+        if sources := [path for path in own if path in stage.sources]:
+            wanted = {key.replace("+", "") for path in sources for key in flatten(load_config(path))}
+            wanted = {key for key in wanted if ".task." not in f".{key}" and ".callbacks." not in key}
+            assert wanted <= changed, stage.name
+        if loaded.layers[-1].shared:
+            assert changed
 
 
 # --- one step of each stage -----------------------------------------------------------------------
@@ -160,7 +179,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(recipe: str, stage: str) -> list[str]:
-    config = resolved(ROOT / f"configs/recipes/{recipe}/{stage}.yaml")
+    config = composed(recipe, stage)
     options: dict[str, Any] = dict(COUNTS[stage])
     if stage == "eval" and "countdown" in recipe:  # verifiers that need more data than pip brings
         options["data.task.num_questions"] = {name: int(not name.startswith("if")) for name in OUT_OF_DOMAIN}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from sdzero.pipeline import run as pipeline
 from support.kills import kill_at
-from support.runs import SMOKE, num_calls, read_json, refusal, scalars, sdzero
+from support.runs import SMOKE, num_calls, read_json, records, refusal, scalars, sdzero, write_records
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +20,8 @@ def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(smoke_run / "base", out / "base")
     for name in ("srt", "self_distill"):
         shutil.copytree(smoke_run / name / "eval", out / name / "eval")
-    lineage = read_json(smoke_run / "lineage.json")
-    kept = {name: record for name, record in lineage.items() if name == "base" or name.endswith("eval")}
-    (out / "lineage.json").write_text(json.dumps(kept))
+    shutil.copy(smoke_run / "lineage.json", out)
+    write_records(out, {name: r for name, r in records(out).items() if name == "base" or name.endswith("eval")})
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +9,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.runs import MODELS, SMOKE, STAGES, num_calls, once, read_json, responses, scalars, sdzero
+from support.runs import (
+    MODELS,
+    SMOKE,
+    STAGES,
+    num_calls,
+    once,
+    read_json,
+    records,
+    responses,
+    scalars,
+    sdzero,
+    write_records,
+)
 
 VLLM = "sdzero.engines.VLLMEngine"
 
@@ -21,7 +32,8 @@ def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(out: Path) -> None:
         shutil.copytree(smoke_run / "base", out / "base", ignore=shutil.ignore_patterns("eval"))
-        (out / "lineage.json").write_text(json.dumps({"base": read_json(smoke_run / "lineage.json")["base"]}))
+        shutil.copy(smoke_run / "lineage.json", out)
+        write_records(out, {"base": records(out)["base"]})
         done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "It is recommended" not in done.stderr, "Lightning's advice for each metric"
@@ -31,7 +43,7 @@ def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_stage_that_samples_sampled_with_vllm(out: Path) -> None:
-    lineage = read_json(out / "lineage.json")
+    lineage = records(out)
     assert list(lineage) == list(STAGES)
     samplers = [name for name in STAGES if name != "base"]
     for name in samplers:

@@ -130,6 +130,8 @@ def recipe(tmp_path: Path) -> Path:
     (folder / "collect.yaml").write_text(json.dumps({"task": "../task.yaml", "num_questions": 3}))
     data = {"task": "../task.yaml", "num_questions": 2}
     (folder / "self_distill.yaml").write_text(json.dumps({"data": {"init_args": data}}))
+    stages = {"base": {"trains": False}, "collect": {"command": "collect"}, "self_distill": {}}
+    (folder / "recipe.yaml").write_text(json.dumps({"stages": stages}))
     held_out = {"task": "../suite.yaml", "evaluation": {"num_questions": None}}
     (folder / "eval.yaml").write_text(json.dumps({"data": {"init_args": held_out}}))
     return folder
@@ -164,7 +166,7 @@ def test_what_is_no_recipe_is_refused(
     said = refusal(capsys, monkeypatch, "decontaminate", recipe)
     assert "eval.yaml: data.init_args.task is missing" in said
     (recipe / "eval.yaml").unlink()
-    assert "is not a recipe: it has no eval.yaml" in refusal(capsys, monkeypatch, "decontaminate", recipe)
+    assert "evaluation: there is no" in refusal(capsys, monkeypatch, "decontaminate", recipe)
 
 
 def test_it_imports_no_torch() -> None:

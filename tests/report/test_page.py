@@ -30,7 +30,7 @@ from support.made_up_run import (
     write_samples,
     write_token_kl,
 )
-from support.runs import exit_code, read_json, refusal, sdzero
+from support.runs import exit_code, read_json, records, refusal, sdzero
 
 
 class Page(HTMLParser):
@@ -121,7 +121,7 @@ def test_a_finished_run_has_every_part(smoke_page: Page, smoke_run: Path) -> Non
     assert len(smoke_page.all("article")) == samples.NUM_QUESTIONS
     figures = [svg for svg in smoke_page.all("svg") if svg["role"] == "img" and svg["aria-label"]]
     assert len(figures) == len(smoke_page.all("figure")) == 5
-    lineage = read_json(smoke_run / "lineage.json")
+    lineage = records(smoke_run)
     hashes = {hash for record in lineage.values() for hash in record["outputs"].values()}
     assert hashes <= {code.get("title") for code in smoke_page.all("code")}
     assert all(key in smoke_page.text for record in lineage.values() for key in record["config"])
@@ -172,10 +172,10 @@ def test_a_partial_run_says_what_is_not_there_yet(
 ) -> None:
     for stage in ("base", "collect"):
         shutil.copytree(smoke_run / stage, tmp_path / stage)
-    lineage = read_json(smoke_run / "lineage.json")
-    lineage = {stage: lineage[stage] for stage in ("base", "base/eval", "collect", "srt")}
+    whole = read_json(smoke_run / "lineage.json")
+    lineage = {stage: whole["stages"][stage] for stage in ("base", "base/eval", "collect", "srt")}
     del lineage["srt"]["seconds"], lineage["srt"]["outputs"]  # begun
-    write_json(tmp_path / "lineage.json", lineage)
+    write_json(tmp_path / "lineage.json", {**whole, "stages": lineage})
     assert exit_code(monkeypatch, "report", tmp_path) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert "Not finished: srt, srt/eval, self_distill, self_distill/eval." in page.text

@@ -96,4 +96,7 @@ def write_run_of(run: Path, texts: tuple[str, ...]) -> None:
         write_samples(run, model, [sample_row(t, t, i % 2, revision=t) for i, t in enumerate(texts)])
         write_evaluation(run, model, {t: [0, 1] for t in texts})
     record = {"config": {"student.path": texts[0], texts[1]: texts[1]}, "inputs": {"a": texts[2]}, "spent": 1.0}
-    write_json(run / "lineage.json", {"srt": record})
+    stages = [{"name": "base", "command": "fit", "file": "", "label": "base", "trains": False}]
+    stages += [{"name": n, "command": "fit", "file": "", "label": n, "starts_from": "base"} for n in MODELS[1:]]
+    recipe = {"name": "made-up", "stages": [{**stage, "takes": {}, "without": []} for stage in stages]}
+    write_json(run / "lineage.json", {"format": 2, "recipe": recipe, "stages": {"srt": record}})

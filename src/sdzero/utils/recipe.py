@@ -214,7 +214,7 @@ def load_recipe(folder: Path, overlays: Sequence[Path] = ()) -> Recipe:
             raw = {name: raw.get(name, {}) if values is None else values for name, values in stages.items()}
             listed_in = layer
         entries = _parse_entries(raw, listed_in)
-        known_files |= {evaluation, *(entry.file for entry in entries)}
+        known_files |= {evaluation, *(entry.file for entry in entries if entry.trains)}
     if not raw:
         raise ValueError(f"{folder / RECIPE}: stages is missing: it lists the recipe's stages")
     for overlay in overlays:
