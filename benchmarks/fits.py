@@ -21,8 +21,9 @@ from transformers import AutoConfig
 
 from sdzero.pipeline.dry_run.assumptions import Architecture, load_assumptions
 from sdzero.pipeline.dry_run.memory import GIB, Machine
-from sdzero.pipeline.dry_run.sampling import engine, rollout_moment
-from sdzero.pipeline.dry_run.training import resident, training_moments
+from sdzero.pipeline.dry_run.sampling import engine, rollout_peak
+from sdzero.pipeline.dry_run.training import resident, training_peaks
+from sdzero.utils.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "configs/recipes"
 LARGE: dict[str, dict[str, Any]] = {  # from their config.json
@@ -113,7 +114,7 @@ CHOICES = {
 def models() -> dict[str, Architecture]:
     sizes = {}
     for name, recipe in SMALLER.items():
-        assumptions = load_assumptions(RECIPES / recipe)
+        assumptions = load_assumptions(load_recipe(RECIPES / recipe))
         assert assumptions is not None
         sizes[name] = assumptions.model
     return {name: Architecture.of(AutoConfig.for_model(**values)) for name, values in {**sizes, **LARGE}.items()}
@@ -136,7 +137,7 @@ def largest(stage: str, model: Architecture, choice: Choice, num_gpus: int) -> t
     on_rank = math.ceil(sizes.examples * choice.tensor_parallel / num_gpus)
     accumulates = on_rank > 1 and on_rank * sizes.longest > sizes.micro_batch
     config = {"model": {"init_args": arguments}}
-    moments = training_moments(stage, config, model, teacher, at, sizes.micro_batch, accumulates)
+    moments = training_peaks(stage, config, model, teacher, at, sizes.micro_batch, accumulates)
     moment = max(moments, key=lambda one: one.total)
     return moment.total, moment.name
 
@@ -181,7 +182,7 @@ def _room(model: Architecture, choice: Choice, engine_gpus: int, num_gpus: int) 
         spec = {"class_path": "sdzero.engines.VLLMEngine", "init_args": options}
         beside = engine(spec, "bfloat16", model, at, longest, 0, GPU_BYTES)
         assert beside is not None and beside.cache is not None
-        moment = rollout_moment("self_distill", model, kept, at, beside, PROMPT + RESPONSE)
+        moment = rollout_peak("self_distill", model, kept, at, beside, PROMPT + RESPONSE)
         if moment.total <= GPU_BYTES:
             held = max(beside.cache, 0) // beside.per_longest
             return f"{percent / 100:.2f}: {held}" if held else "none"

@@ -39,7 +39,7 @@ from sdzero.models.language_model import ModelConfig
 from sdzero.models.lora import Lora
 from sdzero.pipeline.dry_run.assumptions import Architecture
 from sdzero.pipeline.dry_run.memory import Machine
-from sdzero.pipeline.dry_run.training import training_moments
+from sdzero.pipeline.dry_run.training import training_peaks
 from sdzero.trainer.strategies import FullShard
 from sdzero.types import RolloutBatch, TraceBatch
 
@@ -242,7 +242,7 @@ def arithmetic(case: Case, num_tokens: int) -> dict[str, dict[str, int]]:
     arguments = {**case.arguments, "student": settings, "optimizer": {"init_args": {"fused": True}}}
     teacher = (model, 0 if "lora" in settings else 4) if case.kind == "self_distill" else None
     config = {"model": {"init_args": arguments}}
-    loss, backward, update = training_moments(case.kind, config, model, teacher, at, num_tokens, case.micro_batches > 1)
+    loss, backward, update = training_peaks(case.kind, config, model, teacher, at, num_tokens, case.micro_batches > 1)
     return {"backward": max((loss, backward), key=lambda m: m.total).parts, "update": update.parts}
 
 
