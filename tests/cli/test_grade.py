@@ -55,7 +55,7 @@ def test_every_row_and_the_summary(tmp_path: Path) -> None:
 
 def test_a_task_by_name_or_class_path() -> None:
     assert grade.find_task("Math") is grade.find_task("math") is grade.find_task("sdzero.tasks.Math") is Math
-    assert grade.find_task("test_grade.Echo").__name__ == "Echo"
+    assert grade.find_task(f"{__name__}.Echo") is Echo
     for name in ("no", "sdzero.tasks.no", "sdzero.types.Question"):
         with pytest.raises(ValueError, match=r"no such task; there are \['amobench', 'chains', 'code', "):
             grade.find_task(name)

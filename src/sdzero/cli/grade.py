@@ -72,7 +72,7 @@ def grade(task: Task, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(row.get("response"), str):
             raise ValueError(f"row {number} has no string under 'response'; it has {sorted(row)}")
     questions = [_question(number, row) for number, row in enumerate(rows, 1)]
-    problems = task.ungradable(questions) if isinstance(task, Rows) else {}
+    problems = task.find_ungradable(questions) if isinstance(task, Rows) else {}
     open_ = [i for i, q in enumerate(questions) if q.id not in problems and rows[i].get("finish_reason") != "length"]
     verdicts = dict(zip(open_, task.verify_all([(questions[i], rows[i]["response"]) for i in open_]), strict=True))
     graded = []

@@ -70,6 +70,7 @@ def test_codeforces(tmp_path: Path) -> None:
         ("801/A/python", products, "correct"),
         ("801/A/cpp", programs.program(1, "cpp"), "correct"),
         ("801/A/cpp", programs.program(0, "cpp"), "wrong"),
+        ("801/A/cpp", "int main() { nonsense }", "compile_error"),
         ("801/A/cpp", products, "unparseable"),  # in the other language
         ("901/A/python", sums, "correct"),  # ends of lines
         (
