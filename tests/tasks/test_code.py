@@ -156,7 +156,7 @@ def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[
     assert reasons == ["correct", "unparseable", "wrong", "timeout", "correct"]
     [asked] = judge[0].asked
     assert [s.source for s in asked] == ["correct\n", "wrong\n", "timeout\n", "correct\n"]
-    assert asked[0].tests is asked[3].tests  # the judge sends them once
+    assert asked[0].tests is asked[3].tests  # sent once
     assert task.verify_all([(questions[0], "none")])[0].reason == "unparseable"
     assert len(judge[0].asked) == 1
 

@@ -322,7 +322,7 @@ def test_tests_are_read_when_answers_are_judged(repository: Path, fetched: list[
     assert fetched == [["generated_tests/test_cases_0902.parquet"]]
     fake: Any = task._sandbox
     [asked] = fake.asked
-    assert len({id(submission.tests) for submission in asked}) == 1, "the judge is sent them once"
+    assert len({id(submission.tests) for submission in asked}) == 1, "tests are sent once"
 
 
 def with_generated(folder: Path, num: int, lacking: Sequence[int]) -> str:

@@ -31,7 +31,7 @@ _DISPLAY_NAMES: dict[Language, str] = {"cpp": "C++17", "python": "Python 3"}
 _FILES = ("input.txt", "output.txt")  # of Codeforces problems whose input_mode is file
 _FENCE = re.compile(r"( {0,3})(`{3,})([^`]*)")
 _FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
-_MAX_REQUEST = 2**28  # characters of tests per request to the judge, exceeded by at most one question's
+_MAX_REQUEST = 2**28  # characters of tests per request to the sandbox, exceeded by at most one question's
 
 
 class Code(Rows):
@@ -54,7 +54,7 @@ class Code(Rows):
         compare: comparison of outputs without a checker: `tokens`, or `lines` as in LiveCodeBench.
         allow_assertions: train on `{program}` tests. A response can forge these, e.g. by exiting the process, and
             training will find out; without it they are for evaluation only.
-        backend: the judge's sandbox; `auto` takes the first that passes its self-test.
+        backend: sandbox backend; `auto` takes the first that passes its self-test.
         num_workers: number of programs that run at a time; null for one per core.
         python: interpreter in the sandbox, below /usr; null for the system's python3.
 
@@ -122,7 +122,7 @@ class Code(Rows):
     def _batches(self, answers: Sequence[tuple[Question, str]]) -> Iterator[list[Submission | None]]:
         """Yield submissions in order (None: no program), as many per batch as the size of their tests allows."""
         batch: list[Submission | None] = []
-        tests: dict[str, tuple[Test, ...]] = {}  # by question: sent to the judge once for all its answers
+        tests: dict[str, tuple[Test, ...]] = {}  # by question: sent to the sandbox once for all its answers
         size = 0
         for question, response in answers:
             program = self.program(question, response)
