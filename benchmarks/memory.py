@@ -44,8 +44,8 @@ from sdzero.trainer.strategies import FullShard
 from sdzero.types import RolloutBatch, TraceBatch
 
 NUM_STEPS = 3
-MARK = "moment: "
-MOMENTS = ("held", "backward", "update")
+MARK = "phase: "
+PHASES = ("held", "backward", "update")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def local_bytes(tensors: Any) -> int:
 def peaks(prof: Any) -> dict[str, int]:
     """Peak of allocated bytes in each phase after the first step."""
     live: dict[int, int] = {}
-    now, moment, num_steps, found = 0, "", 0, dict.fromkeys(MOMENTS, 0)
+    now, phase, num_steps, found = 0, "", 0, dict.fromkeys(PHASES, 0)
     for event in sorted(events(prof.profiler.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns):
         if event.name == "[memory]":
             size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
@@ -169,10 +169,10 @@ def peaks(prof: Any) -> dict[str, int]:
             if size > 0:
                 now += live.setdefault(address, size)
         else:
-            moment = event.name.removeprefix(MARK)
-            num_steps += moment == "held"
+            phase = event.name.removeprefix(MARK)
+            num_steps += phase == "held"
         if num_steps:
-            found[moment] = max(found[moment], now)
+            found[phase] = max(found[phase], now)
     return found
 
 
@@ -258,13 +258,11 @@ def rows_of(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if abs(worst["parts"][part] - said["update"][part]) > 0.001 * said["update"][part]:
             raise RuntimeError(f"{case.name}: {part}: {worst['parts'][part]} bytes, computed {said['update'][part]}")
     rows = []
-    for moment, parts in said.items():
-        measured, total = worst["peaks"][moment], sum(parts.values())
-        rows.append(
-            {"case": case.name, "moment": moment, "measured": measured, "said": total, "ratio": total / measured}
-        )
+    for phase, parts in said.items():
+        measured, total = worst["peaks"][phase], sum(parts.values())
+        rows.append({"case": case.name, "phase": phase, "measured": measured, "said": total, "ratio": total / measured})
         print(
-            f"{case.name:34} {moment:9} {measured / MIB:8.1f} {total / MIB:8.1f} MiB {total / measured:6.3f}",
+            f"{case.name:34} {phase:9} {measured / MIB:8.1f} {total / MIB:8.1f} MiB {total / measured:6.3f}",
             flush=True,
         )
     return rows

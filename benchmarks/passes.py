@@ -124,8 +124,8 @@ def main() -> None:
     case = f"{given.shape}, {given.rows} x {given.tokens:,}, {given.attention}"
     rows = measure.compare(case, passes(model, given.rows, given.tokens), "teacher", given.rounds)
     for row in rows:
-        row.figures["mfu"] = works[row.side] / row.wall_seconds / peak
-        print(f"{row.case} {row.side}: MFU {row.figures['mfu']:.1%}")
+        row.metrics["mfu"] = works[row.side] / row.wall_seconds / peak
+        print(f"{row.case} {row.side}: MFU {row.metrics['mfu']:.1%}")
     settings = {"rounds": given.rounds, "peak_flops_per_second": peak, "parameters": model.hf.num_parameters()}
     about = "Model FLOP utilisation of the teacher's and the student's pass"
     measure.write("passes", about, settings, rows, given)

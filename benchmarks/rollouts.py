@@ -170,8 +170,8 @@ class Engines:
 
         rows = compare(name, {side: run(side) for side in sides}, next(iter(sides)), rounds, work=work)
         for row in rows:
-            for figure in ("steps", "cached"):
-                row.figures[figure] = sum(call[figure] for call in seen[row.side])
+            for metric in ("steps", "cached"):
+                row.metrics[metric] = sum(call[metric] for call in seen[row.side])
         return rows
 
     def call_sizes(self, name: str, rounds: int, num: int, sizes: Sequence[int], mean: float) -> list[Row]:

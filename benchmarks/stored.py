@@ -153,10 +153,10 @@ def run_case(case: Case, sides_of: SidesOf, alike: Sequence[set[str]], rounds: i
             stack.callback(side.close)
         rows = compare(case.name, sides, next(iter(sides)), rounds, work=num_tokens)
         for row in rows:
-            row.figures["first_loss"] = sides[row.side].first_loss or math.nan
+            row.metrics["first_loss"] = sides[row.side].first_loss or math.nan
         tolerance = 0.05 if torch.cuda.is_available() else 1e-3  # bfloat16 there
         for names in alike:
-            losses = {row.side: row.figures["first_loss"] for row in rows if row.side in names}
+            losses = {row.side: row.metrics["first_loss"] for row in rows if row.side in names}
             if losses and max(losses.values()) > min(losses.values()) * (1 + tolerance):
                 raise RuntimeError(f"{case.name}: losses that should be the same differ: {losses}")
     return rows

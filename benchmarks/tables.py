@@ -47,10 +47,10 @@ def render(name: str, results: Path) -> str:
 
 
 def _line(case: str, row: Mapping[str, Any]) -> str:
-    rate = row["figures"].get("per_second")
+    rate = row["metrics"].get("per_second")
     extra = "" if rate is None else f"{rate:,.0f}"
-    if "mfu" in row["figures"]:
-        extra = f"MFU {row['figures']['mfu']:.0%}"
+    if "mfu" in row["metrics"]:
+        extra = f"MFU {row['metrics']['mfu']:.0%}"
     cells = (case, row["side"], f"{row['ratio']:.2f}", _seconds(row["wall_seconds"]), _seconds(row["cpu_seconds"]))
     return "| " + " | ".join([*cells, f"{row['peak_bytes'] / 2**20:,.0f} MiB", extra]) + " |"
 

@@ -50,7 +50,7 @@ def test_heads_passes_and_steps_run(tmp_path: Path) -> None:
         rows = read_rows(tmp_path / f"{name}-small.json")
         assert {row["side"] for row in rows if not row["side"].startswith(PEERS)} == sides
         if name.endswith("_step"):
-            losses = {row["side"]: row["figures"]["first_loss"] for row in rows}
+            losses = {row["side"]: row["metrics"]["first_loss"] for row in rows}
             assert losses["plain"] == pytest.approx(losses["sdzero"], rel=1e-3)
 
 
@@ -58,8 +58,8 @@ def test_rollouts_run(tmp_path: Path) -> None:
     python("-c", RUN, tmp_path, "rollouts")
     rows = {(row["case"].partition(": ")[2], row["side"]): row for row in read_rows(tmp_path / "rollouts-small.json")}
     assert len(rows) == 16
-    assert rows["call size", "calls of 2"]["figures"]["steps"] > rows["call size", "one call of 16"]["figures"]["steps"]
-    cached = [row["figures"]["cached"] for (case, _), row in rows.items() if case == "prefix"]
+    assert rows["call size", "calls of 2"]["metrics"]["steps"] > rows["call size", "one call of 16"]["metrics"]["steps"]
+    cached = [row["metrics"]["cached"] for (case, _), row in rows.items() if case == "prefix"]
     assert cached[0] > 0 and cached[2] == 0
 
 
@@ -77,6 +77,6 @@ def test_the_arithmetic_of_memory_is_that_of_a_real_step(tmp_path: Path) -> None
     """Self-distillation with checkpointing by two processes under FullShard, every allocation counted."""
     python("benchmarks/memory.py", "--small", "--out", tmp_path)
     rows = json.loads((tmp_path / "memory-small.json").read_text())["rows"]
-    assert [row["moment"] for row in rows] == ["backward", "update"]
+    assert [row["phase"] for row in rows] == ["backward", "update"]
     for row in rows:
-        assert abs(row["ratio"] - 1) < (0.1 if row["moment"] == "backward" else 0.01), row
+        assert abs(row["ratio"] - 1) < (0.1 if row["phase"] == "backward" else 0.01), row

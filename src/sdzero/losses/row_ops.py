@@ -21,7 +21,7 @@ MASKED = -1e30
 
 
 def kernels_for(logits: Tensor) -> ModuleType | None:
-    """Return the Triton kernels for float32 on CUDA, else or without Triton None. torch.compile is no fallback: its
+    """Return the Triton kernels for float32 on CUDA, else or without Triton None. torch.compile is not a fallback: its
     CUDA code is Triton's too."""
     return _kernels() if logits.is_cuda and logits.dtype == torch.float32 else None
 

@@ -26,7 +26,7 @@ class HubDataset:
         split: split of the data set.
         config: configuration (`name` of `datasets.load_dataset`); null for the default one.
         revision: commit of the repository, 40 hexadecimal digits; null for the newest, whose commit is printed.
-        columns: columns to read besides those the task needs; null for all.
+        columns: columns to read in addition to those the task needs; null for all.
         data_files: files of the repository to read instead of a configuration; glob patterns are allowed.
         streaming: read rows over the network and cache them, without downloading whole files first.
     """

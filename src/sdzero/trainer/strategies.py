@@ -114,7 +114,7 @@ class Share:
     Attributes:
         index: of the share, among `num_shares`.
         member: this rank's place among the `num_members` ranks of its group. Member 0 writes what they all know.
-        across: a process group with one rank of each share, over which figures add up; None: all ranks.
+        across: a process group with one rank of each share, over which values are summed; None: all ranks.
         within: the process group of this share; None: this rank alone.
     """
 
