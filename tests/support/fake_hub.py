@@ -1,4 +1,4 @@
-"""A small server that answers for data sets as the Hugging Face hub does, on this machine.
+"""Local server with the part of the Hugging Face Hub's API that reading data sets needs.
 
     from support.fake_hub import FakeHub, hub        # `hub` is the fixture: a test names it as an argument
     from support.fixtures.make import make
@@ -8,12 +8,11 @@
         datasets.load_dataset("cais/mmlu", "all", split="test", revision=commit)
         assert hub.num_bytes > 0
 
-`publish` adds a commit to a data set's repository, and `main` is the last one; a changed folder under the same id is
-its next revision. Within the test, `datasets` and `huggingface_hub` ask this server, under empty caches, and so do
-child processes, which inherit HF_ENDPOINT and HF_HOME. (The libraries read both at import: in this process the fixture
-changes what they read.) An unknown commit, file or data set gets the hub's own refusals. `num_bytes` counts the bytes
-of files that were sent, `requests` lists what was asked, `forget` starts both anew. After `close` nobody answers:
-information is refused at once, but a file that is not in the cache is asked for six times, over 23 seconds.
+`publish` adds a commit to a data set's repository; `main` is the last one. Within the test, `datasets` and
+`huggingface_hub` use this server with empty caches, as do child processes through HF_ENDPOINT and HF_HOME. (The
+libraries read both at import, so the fixture patches their constants in this process.) An unknown commit, file or data
+set gets the Hub's own errors. `num_bytes` counts the bytes of files sent, `requests` lists the requests, `forget`
+resets both. After `close` connections are refused; the client retries an uncached file six times, over 23 seconds.
 
 Files are sent whole or by ranges, over plain HTTP: no redirect to another host, no Xet, no access tokens.
 """
@@ -43,7 +42,7 @@ _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit of a repository: what its files hold, by their paths."""
+    """A commit of a repository: file contents by path."""
 
     commit: str
     files: dict[str, bytes]
@@ -51,7 +50,7 @@ class Revision:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. Errors have headers by which huggingface_hub knows them."""
+    """An HTTP response. huggingface_hub recognizes errors by their headers."""
 
     status: int = 200
     body: bytes = b""
@@ -59,7 +58,7 @@ class Reply:
 
 
 class FakeHub:
-    """The server, from its making to `close`."""
+    """The server, running until `close`."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -72,7 +71,7 @@ class FakeHub:
         self._thread.start()
 
     def publish(self, id: str, folder: Path) -> str:
-        """Adds what the folder holds now as the newest revision of `owner/name`. Returns its commit."""
+        """Publish a folder as the newest revision of `owner/name`; return its commit."""
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         digest = hashlib.sha1(id.encode())
         for name in sorted(files):
@@ -91,7 +90,7 @@ class FakeHub:
         self._thread.join()
 
     def answer(self, method: str, url: str, form: dict[str, list[str]], wanted: str | None) -> Reply:
-        """form: fields of a POST. wanted: the header Range."""
+        """Answer a request. form: fields of a POST. wanted: the header Range."""
         with self._lock:
             self.requests.append(f"{method} {url}")
         parts = urlsplit(url)
@@ -156,7 +155,7 @@ def _api(
 
 
 def _tree(revision: Revision, path: str, recursive: bool) -> list[dict[str, Any]]:
-    """Entries below a folder, as the hub lists them: folders too."""
+    """List the entries below a folder as the Hub does, folders included."""
     entries: dict[str, dict[str, Any]] = {}
     prefix = f"{path}/" if path else ""
     for name, body in sorted(revision.files.items()):
@@ -172,7 +171,7 @@ def _tree(revision: Revision, path: str, recursive: bool) -> list[dict[str, Any]
 
 
 def _blob(body: bytes) -> str:
-    """As git names what a file holds."""
+    """Return git's hash of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
@@ -181,7 +180,7 @@ def _json(value: Any) -> Reply:
 
 
 class _Server(ThreadingHTTPServer):
-    """One that can end the connections which clients keep for their next question."""
+    """HTTP server that can close its clients' keep-alive connections."""
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._connections: set[Any] = set()
@@ -225,7 +224,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
 
 def _point(monkeypatch: pytest.MonkeyPatch, endpoint: str, home: Path) -> None:
-    """This process and its children ask the endpoint, under the caches in `home`."""
+    """Direct this process and its children to the endpoint, with caches in `home`."""
     for name, value in (("HF_ENDPOINT", endpoint), ("HF_HOME", str(home)), ("NO_PROXY", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):

@@ -31,11 +31,11 @@ def test_the_other_types_are_graded(task: AMOBench, kind: str) -> None:
     assert len(questions) >= 6
 
 
-def test_its_prompts_say_already_how_to_answer(task: AMOBench) -> None:
+def test_prompts_contain_the_answer_format(task: AMOBench) -> None:
     assert all(q.text.endswith("is: $\\boxed{<your answer>}$") for q in task.questions("eval", None))
 
 
-def test_a_type_that_nobody_knows_is_dropped(tmp_path: Path) -> None:
+def test_unknown_answer_type_is_dropped(tmp_path: Path) -> None:
     kinds = {1: "number", 2: "number", 3: "riddle"}
     rows = [{"question_id": n, "prompt": f"q{n}", "answer": n, "answer_type": kind} for n, kind in kinds.items()]
     path = tmp_path / "q.jsonl"

@@ -1,6 +1,6 @@
-"""Every shipped benchmark, on made-up rows with the columns of its data set and their odd ones.
+"""Every shipped benchmark, on made-up rows with its data set's columns and irregularities.
 
-They run where the hub's names are folders, so that the very files of configs/tasks are read.
+The working directory has folders named like the Hub data sets, so that configs/tasks is tested as shipped.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sdzero.tasks import AMOBench, Code, Instructions, Math, MultipleChoice, Ope
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.sources import read
 from sdzero.types import Question
+from support.fake_sandbox import fake_sandbox as fake_sandbox  # a fixture
 from support.fixtures import benchmarks, mathematics
 from support.fixtures.make import make
 from support.runs import ROOT
@@ -52,7 +53,7 @@ class Holder:
 
 
 def load(name: str) -> Any:
-    """The task of a file below configs/tasks, as the commands load it."""
+    """Load the task of a file below configs/tasks as the commands do."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Holder, sub_configs=True)
     return parser.instantiate(parser.parse_args(["--task", str(DATA / f"{name}.yaml")])).task
@@ -70,9 +71,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def where_names_are_folders(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def working_directory(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hub)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub / "cache")
 
 
 def rewards(task: Rows, questions: list[Question]) -> list[int]:
@@ -176,7 +177,7 @@ def test_a_package_with_rows_is_named_where_it_is_missing(
 
 
 def test_ifbenchs_real_rows(tmp_path: Path) -> None:
-    """Of 294 rows, the 257 whose verifiers do without NLTK's data, which cannot be had here."""
+    """Uses the 257 of 294 rows whose verifiers work without NLTK's data, which is not installed here."""
     rows = read("package:ifbench/data/IFBench_test.jsonl", ["key", "prompt", "instruction_id_list", "kwargs"])
     kept = [row for row in rows if not {*row["instruction_id_list"]} & IFBENCH_NEEDS_NLTK_DATA]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -196,7 +197,7 @@ def test_ifbenchs_real_rows(tmp_path: Path) -> None:
 
 
 def test_table_1s_mathematics() -> None:
-    """All six at once, and none of the held-out questions is one that a training sees."""
+    """Loads all six; no held-out question is in the training splits."""
     suite, training = load("math_benchmarks"), load("openr1_math")
     assert isinstance(suite, Suite)
     assert [*suite.benchmarks] == ["aime24", "aime25", "hmmt25", "amo_bench", "openr1", "math500"]
@@ -226,21 +227,14 @@ def test_table_16s_benchmarks() -> None:
     assert suite.limits == {"countdown": 1000}
 
 
-@pytest.mark.sandbox  # the benchmarks of programs start a judge
-def test_every_part_pins_a_commit_or_says_that_it_has_none() -> None:
-    for file in sorted(DATA.rglob("*.yaml")):
-        if file.parent.name == "benchmarks" or file.stem in ("openr1_math", "countdown"):
-            task = load(str(file.relative_to(DATA).with_suffix("")))
-            path = getattr(task, "path", None)
-            sources = [*path.values()] if isinstance(path, dict) else [path]
-            for source in sources:
-                if isinstance(source, HubDataset):
-                    assert len(source.revision or "") == 40, file
-
-
-@pytest.mark.sandbox  # the benchmarks of programs start a judge
-def test_parts_are_tasks_of_their_domain() -> None:
-    kinds = {file.stem: type(load(f"benchmarks/{file.stem}")) for file in (DATA / "benchmarks").iterdir()}
+def test_parts_pin_a_commit_and_are_tasks_of_their_domain(fake_sandbox: None) -> None:
+    parts = [f"benchmarks/{file.stem}" for file in (DATA / "benchmarks").iterdir()]
+    tasks = {name.rpartition("/")[2]: load(name) for name in [*parts, "openr1_math", "countdown"]}
+    for name, task in tasks.items():
+        path = getattr(task, "path", None)
+        for source in path.values() if isinstance(path, dict) else [path]:
+            assert not isinstance(source, HubDataset) or len(source.revision or "") == 40, name
+    kinds = {name: type(task) for name, task in tasks.items()}
     assert issubclass(kinds["amo_bench"], Math) and issubclass(kinds["champ"], Math)
     assert issubclass(kinds["livecodebench"], Code) and issubclass(kinds["human_eval"], Code)
     assert kinds["mmlu"] is kinds["mmlu_pro"] is MultipleChoice

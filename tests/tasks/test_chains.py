@@ -21,7 +21,7 @@ def test_the_written_example() -> None:
 
 
 def test_answers_against_python_integers() -> None:
-    """Reducing at every step gives the same as once at the end, brackets to the left."""
+    """Reducing modulo 10 at every step equals reducing once at the end."""
     for question in Chains(seed=3).questions("phase1", 200):
         first, *steps = re.findall(r"[+*-]?\d", question.text)
         assert 4 <= len(steps) <= 8
@@ -55,7 +55,7 @@ def test_the_seed_changes_the_questions_but_not_their_split() -> None:
     assert not eval_ids & {question.id for question in two.questions("phase1", 500)}
 
 
-def test_a_universe_that_is_too_small() -> None:
+def test_too_few_distinct_questions() -> None:
     with pytest.raises(ValueError, match=r"num_questions=301.*holds only"):
         Chains(min_ops=1, max_ops=1).questions("phase1", 301)
 

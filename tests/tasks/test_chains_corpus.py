@@ -29,7 +29,7 @@ def builder() -> PromptBuilder:
 
 
 def steps_of(attempt: str) -> list[tuple[tuple[int, str, int], int]]:
-    """((value before, operator, operand), result written) of every step."""
+    """Return ((value before, operator, operand), written result) of every step."""
     first = int(attempt[0])
     found = []
     for operator, operand, result in re.findall(r"([+*-])(\d)=(\d)", attempt):
@@ -39,7 +39,7 @@ def steps_of(attempt: str) -> list[tuple[tuple[int, str, int], int]]:
 
 
 def attempts_of(document: str) -> tuple[list[str], list[int]]:
-    """The attempts of a document, and the r of each phrase between them."""
+    """Return the attempts of a document, and the reward of each phrase between them."""
     parts = document.split("\n\n")
     return parts[::2], [[PHRASES[0], PHRASES[1]].index(phrase) for phrase in parts[1::2]]
 
@@ -83,7 +83,7 @@ def test_error_rates_of_the_facts(documents: list[tuple[str, str]]) -> None:
 
 
 def test_copy_rates_after_each_phrase(documents: list[tuple[str, str]]) -> None:
-    """A wrong result met again is a copy, or by chance the same error: p + (1 - p) * P(this error)."""
+    """A repeated wrong result is a copy, or by chance the same error: p + (1 - p) * P(this error)."""
     assert COPY == {0: 0.5, 1: 0.95}
     facts = NoisyFacts(seed=5)
     seen: dict[int, list[float]] = {0: [], 1: []}
@@ -104,7 +104,7 @@ def test_copy_rates_after_each_phrase(documents: list[tuple[str, str]]) -> None:
 
 
 def test_a_document_holds_the_bridges_of_the_builder(documents: list[tuple[str, str]], builder: PromptBuilder) -> None:
-    """What pre-training shows between two attempts is, id by id, what collection puts there."""
+    """Pre-training and collection put the same token ids between two attempts."""
     encode = builder.tokenizer.encode
     joined = [document for _, document in documents[:300] if "\n\n" in document]
     assert joined
@@ -133,7 +133,7 @@ def test_the_chat_template_costs_one_token(builder: PromptBuilder) -> None:
 
 @given(st.lists(st.integers(4, 36), max_size=40))
 def test_decoding_is_inverted_by_encoding(ids: list[int]) -> None:
-    """For every sequence the model can sample, not only for sensible ones."""
+    """Holds for every sequence the model can sample."""
     tokenizer = TOKENIZER
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
 

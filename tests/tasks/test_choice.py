@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,9 @@ import pytest
 
 from sdzero.tasks.choice import MultipleChoice, stated_letter
 from sdzero.types import Question
+from support.rows import jsonl
 
 OPTIONS = ["red", "green", "blue", "I do not know"]
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def rows_of(num: int, answer: int | str, column: str = "options") -> list[dict[str, Any]]:
@@ -114,7 +109,7 @@ def test_an_answer_beyond_the_options_is_an_error(tmp_path: Path, answer: Any) -
         MultipleChoice(jsonl(tmp_path / "q.jsonl", rows_of(1, answer))).questions("eval", 1)
 
 
-def test_options_that_say_nothing_are_left_out(tmp_path: Path) -> None:
+def test_padding_options_are_removed(tmp_path: Path) -> None:
     rows = rows_of(1, 3)
     rows[0]["options"] = ["red", "N/A", "green", "blue", "N/A"]
     _, question = MultipleChoice(jsonl(tmp_path / "q.jsonl", rows))._all[0]
@@ -126,7 +121,7 @@ def test_options_that_say_nothing_are_left_out(tmp_path: Path) -> None:
 
 
 def test_one_question_with_other_options_is_another(tmp_path: Path) -> None:
-    """As in "Which of the following is true?"."""
+    """For example "Which of the following is true?"."""
     rows = [{"question": "Which?", "options": [f"a{i}", f"b{i}"], "answer": "A"} for i in range(9)]
     questions = [q for _, q in MultipleChoice(jsonl(tmp_path / "q.jsonl", [*rows, rows[0]]))._all]
     assert len({q.id for q in questions}) == len(questions) == 9
@@ -160,7 +155,7 @@ def test_too_few_or_many_options_are_an_error(tmp_path: Path, options: list[str]
         )
 
 
-def test_a_parquet_file_says_the_same(tmp_path: Path) -> None:
+def test_parquet_and_jsonl_are_equivalent(tmp_path: Path) -> None:
     """With MMLU's columns."""
     rows = rows_of(20, 1, "choices")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")

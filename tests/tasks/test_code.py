@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jsonargparse import ArgumentParser
 
 from sdzero.graders.errors import GraderError
 from sdzero.graders.sandbox.types import (
@@ -24,7 +23,7 @@ from sdzero.graders.sandbox.types import (
     Submission,
     parse_tests,
 )
-from sdzero.tasks import Code, Task
+from sdzero.tasks import Code
 from sdzero.tasks import code as module
 from sdzero.tasks.code import last_block, with_preamble
 from sdzero.tasks.hub import HubDataset
@@ -32,6 +31,7 @@ from sdzero.types import Question
 from support.fake_sandbox import FakeSandbox
 from support.fixtures import programs
 from support.fixtures.make import make
+from support.rows import from_config, jsonl
 
 TESTS = [{"input": "1", "output": "2"}]
 
@@ -48,17 +48,12 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> list[FakeSandbox]:
     return made
 
 
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def rows_of(num: int, **columns: Any) -> list[dict[str, Any]]:
     return [{"question": f"q{i}", "tests": TESTS, **columns} for i in range(num)]
 
 
 def submission(path: Path, language: Language = "cpp", row: dict[str, Any] | None = None, **options: Any) -> Submission:
-    """What a response to the one row is held against."""
+    """Return the submission built for a response to the single row."""
     task = Code(
         jsonl(path / "q.jsonl", [{"question": "q", "tests": TESTS, **(row or {})}]), language=language, **options
     )
@@ -144,7 +139,7 @@ def test_verdicts(tmp_path: Path, response: str, reason: str) -> None:
     assert verdict.parsed == (None if reason == "unparseable" else f"{reason}\n")
 
 
-def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[FakeSandbox]) -> None:
+def test_many_answers_are_one_request(tmp_path: Path, judge: list[FakeSandbox]) -> None:
     task = Code(jsonl(tmp_path / "q.jsonl", rows_of(3)), backend="nsjail", num_workers=3, python="/usr/bin/python3")
     assert judge[0].args == ("nsjail", 3, "/usr/bin/python3")
     questions = [question for _, question in task._all]
@@ -161,7 +156,7 @@ def test_many_answers_are_one_question_to_the_judge(tmp_path: Path, judge: list[
     assert len(judge[0].asked) == 1
 
 
-def test_the_judge_gets_no_more_tests_at_a_time_than_fit(
+def test_requests_are_limited_in_size(
     tmp_path: Path, judge: list[FakeSandbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MAX_REQUEST", 10)
@@ -177,7 +172,7 @@ def test_the_judge_gets_no_more_tests_at_a_time_than_fit(
     assert sizes == [[1, 1, 1, 2, 2, 3, 3, 3], [4, 4, 4, 5, 5, 5]]
 
 
-def test_a_fault_is_no_reward(tmp_path: Path) -> None:
+def test_sandbox_failure_raises(tmp_path: Path) -> None:
     task = Code(jsonl(tmp_path / "q.jsonl", rows_of(1)))
     with pytest.raises(GraderError, match="the sandbox broke"):
         task.verify(task._all[0][1], "```\nfault\n```")
@@ -185,7 +180,7 @@ def test_a_fault_is_no_reward(tmp_path: Path) -> None:
         task.verify(Question("code/other", "", ""), "```\ncorrect\n```")
 
 
-def test_the_judge_starts_with_the_task_before_the_file_is_read(judge: list[FakeSandbox]) -> None:
+def test_sandbox_starts_with_the_task(judge: list[FakeSandbox]) -> None:
     Code("absent.jsonl")
     assert judge[0].args == ("auto", None, None)
 
@@ -234,7 +229,7 @@ def test_a_rows_own_language(tmp_path: Path) -> None:
 
 
 def test_published_prompts_of_codeforces(tmp_path: Path) -> None:
-    """A configuration with a row per language, read without the data set's own task: tests in files are not seen."""
+    """Reads a configuration with a row per language without the data set's own task: no generated tests."""
     folder = make(tmp_path, programs.CODEFORCES)
     source = HubDataset(str(folder), config="verifiable-prompts")
     task = Code(source, "official_tests", question_column="prompt", max_dropped_share=0.2)
@@ -263,7 +258,7 @@ def test_interactive_problems_are_set_aside(tmp_path: Path) -> None:
     assert dict(task.set_aside) == {"the problem is interactive": 1} and task.dropped == []
 
 
-def test_parquet_says_the_same(tmp_path: Path) -> None:
+def test_parquet_and_jsonl_are_equivalent(tmp_path: Path) -> None:
     rows = rows_of(6, time_limit=3.0)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     tasks = [Code(str(tmp_path / "q.parquet")), Code(jsonl(tmp_path / "q.jsonl", rows))]
@@ -271,7 +266,7 @@ def test_parquet_says_the_same(tmp_path: Path) -> None:
     assert tasks[0]._submissions == tasks[1]._submissions
 
 
-def test_what_is_asked(tmp_path: Path) -> None:
+def test_prompt_text(tmp_path: Path) -> None:
     row = {
         "question": "Add.",
         "time_limit": 2.0,
@@ -295,14 +290,14 @@ def test_what_is_asked(tmp_path: Path) -> None:
 
 
 def test_a_questions_split_and_id_depend_on_its_statement_alone(tmp_path: Path) -> None:
-    """One that was trained on in one language is not held out in the other."""
+    """A question used in training in one language is not held out in the other."""
     path = jsonl(tmp_path / "q.jsonl", rows_of(40))
     one, other = Code(path, language="cpp"), Code(path, language="python", limits=Limits(time=1))
     assert [(split, q.id) for split, q in one._all] == [(split, q.id) for split, q in other._all]
     assert len({split for split, _ in one._all}) == 3
 
 
-def test_tests_are_no_part_of_what_a_trace_carries(tmp_path: Path) -> None:
+def test_meta_holds_no_tests(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "q.jsonl", rows_of(3, generated_checker="print(1)", rating=800, time_limit=1))
     task = Code(path)
     assert [dict(q.meta) for _, q in task._all] == [{"rating": 800, "time_limit": 1}] * 3
@@ -369,7 +364,7 @@ def test_a_tests_values_are_read_whole() -> None:
     )
 
 
-def test_assertions_are_no_reward_to_train_on(tmp_path: Path) -> None:
+def test_training_on_assertions_needs_permission(tmp_path: Path) -> None:
     rows = rows_of(40, tests=[{"program": "assert f(1) == 2"}])
     path = jsonl(tmp_path / "q.jsonl", rows)
     task = Code(path, language="python")
@@ -383,12 +378,8 @@ def test_assertions_are_no_reward_to_train_on(tmp_path: Path) -> None:
 
 
 def test_in_a_config(tmp_path: Path) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Task, "task")
     path = jsonl(tmp_path / "q.jsonl", rows_of(9))
-    given = {"path": path, "language": "python", "limits": {"time": 6}, "compare": "lines"}
-    config = {"task": {"class_path": "sdzero.tasks.Code", "init_args": given}}
-    task = parser.instantiate(parser.parse_object(config)).task
+    task = from_config("sdzero.tasks.Code", path=path, language="python", limits={"time": 6}, compare="lines")
     assert (task.limits, task.compare, task.language) == (Limits(time=6), "lines", "python")
 
 

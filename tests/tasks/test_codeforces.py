@@ -1,4 +1,4 @@
-"""Codeforces against a slow reading of the made-up repository's files, which shares nothing with the task."""
+"""Codeforces against an independent, slow reader of the made-up repository."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jsonargparse import ArgumentParser
 
 from sdzero.graders.sandbox.types import Limits, StdioTest
-from sdzero.tasks import Code, Codeforces, Task
+from sdzero.tasks import Code, Codeforces
 from sdzero.tasks import codeforces as module
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.splits import Sizes
@@ -25,6 +24,7 @@ from support.fake_sandbox import fake_sandbox  # noqa: F401 - a fixture
 from support.fixtures.make import make
 from support.fixtures.programs import CODEFORCES, CODEFORCES_ODD
 from support.fixtures.repository import rename_column
+from support.rows import from_config, jsonl
 
 SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
 LANGUAGES = ("cpp", "python")
@@ -41,7 +41,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The names of each call that asked for files of the repository."""
+    """Record the file names of each request to the repository."""
     calls: list[list[str]] = []
     real = module.hub_files
 
@@ -64,7 +64,7 @@ def published(repository: Path, config: str) -> list[Row]:
 
 
 def slow_reading(repository: Path, rows: list[Row]) -> tuple[dict[str, list[tuple[str, str]]], dict[str, str]]:
-    """(problem -> its tests, problem -> why it is not asked)"""
+    """Return the tests by problem, and the reason of exclusion by excluded problem."""
     asked: dict[str, list[tuple[str, str]]] = {}
     left_out: dict[str, str] = {}
     for row in rows:
@@ -120,7 +120,7 @@ def test_questions_and_tests_are_those_of_a_slow_reading(repository: Path, confi
     assert {*CODEFORCES_ODD} <= {*asked, *left_out} or config == "verifiable"
 
 
-def test_what_is_asked(repository: Path) -> None:
+def test_prompt_text(repository: Path) -> None:
     task = task_of(repository)
     questions = {question.id: question for _, question in task._all}
     assert questions["codeforces/905/A/python"].text == (
@@ -152,15 +152,10 @@ def test_note_and_lines_of_a_statement() -> None:
 
 
 def problem(id: str, **changes: Any) -> Row:
-    """A row whose tests are all there."""
+    """Build a row with complete tests."""
     row: Row = dict.fromkeys(module._COLUMNS)
     row |= {"id": id, "contest_id": id.split("/")[0], "title": "T", "description": f"Do {id}.", "executable": True}
     return {**row, "official_tests": [{"input": "1", "output": "2"}], "official_tests_complete": True, **changes}
-
-
-def jsonl(path: Path, rows: list[Row]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +173,7 @@ def jsonl(path: Path, rows: list[Row]) -> str:
         ({"input_mode": "mouse"}, "input_mode is 'mouse'"),
     ],
 )
-def test_rows_that_lack_something_are_left_out(tmp_path: Path, changes: Row, reason: str) -> None:
+def test_incomplete_rows_are_dropped(tmp_path: Path, changes: Row, reason: str) -> None:
     rows = [problem(f"{number}/A") for number in range(30)]
     rows[4] |= changes
     task = Codeforces(jsonl(tmp_path / "q.jsonl", rows), sizes=None, languages=("cpp",))
@@ -249,8 +244,8 @@ def test_a_family_is_in_one_split_whatever_the_seed(repository: Path) -> None:
             assert 12 <= len(task.questions("eval", None)) <= 15
 
 
-def test_what_joins_problems(tmp_path: Path) -> None:
-    """Aliases one way or the other, over a problem without a row or one that is not asked, and the same statement."""
+def test_families_join_aliases_and_equal_statements(tmp_path: Path) -> None:
+    """Covers aliases in either direction, via a missing or an excluded problem, and equal statements."""
     rows = [
         problem("9/A", aliases=["1/A"]),
         problem("1/A"),
@@ -279,7 +274,7 @@ def test_a_problem_keeps_its_split_in_every_choice_of_languages(repository: Path
 
 
 @pytest.mark.parametrize("languages", [(), ("rust",), ("cpp", "cpp")])
-def test_languages_that_there_are_not(languages: Any) -> None:
+def test_invalid_languages_are_refused(languages: Any) -> None:
     with pytest.raises(ValueError, match="task.languages must name one or more of .*'cpp', 'python'.*each once"):
         Codeforces(languages=languages)
 
@@ -287,7 +282,7 @@ def test_languages_that_there_are_not(languages: Any) -> None:
 # --- files of generated tests ---------------------------------------------------------------------
 
 
-def test_files_are_had_for_the_questions_that_are_asked(repository: Path, fetched: list[list[str]]) -> None:
+def test_only_needed_test_files_are_downloaded(repository: Path, fetched: list[list[str]]) -> None:
     task = task_of(repository)
     for split in SPLITS:
         task.ungraded_questions(split, None)
@@ -310,7 +305,7 @@ def test_files_are_had_for_the_questions_that_are_asked(repository: Path, fetche
         fetched.clear()
 
 
-def test_tests_are_read_when_answers_are_judged(repository: Path, fetched: list[list[str]]) -> None:
+def test_tests_are_read_when_grading(repository: Path, fetched: list[list[str]]) -> None:
     task = task_of(repository)
     questions = [question for split in SPLITS for question in task.ungraded_questions(split, None)]
     assert task._cached_tests.cache_info().misses == 0
@@ -326,7 +321,7 @@ def test_tests_are_read_when_answers_are_judged(repository: Path, fetched: list[
 
 
 def with_generated(folder: Path, num: int, lacking: Sequence[int]) -> str:
-    """A file of problems whose tests are in others beside it, which some of them are not."""
+    """Write a file of problems, and beside it their tests, without those of `lacking`."""
     rows = [
         problem(f"{number}/A", official_tests=[], official_tests_complete=False, generated_tests=1)
         for number in range(1, num + 1)
@@ -337,7 +332,7 @@ def with_generated(folder: Path, num: int, lacking: Sequence[int]) -> str:
     return jsonl(folder / "q.jsonl", rows)
 
 
-def test_a_problem_that_its_file_lacks_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_problems_missing_from_their_file_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = with_generated(tmp_path, 60, lacking=(17,))
     task = Codeforces({"eval": path}, sizes=None, languages=("cpp",))
     with caplog.at_level(logging.WARNING):
@@ -351,7 +346,7 @@ def test_a_problem_that_its_file_lacks_is_left_out(tmp_path: Path, caplog: pytes
         Codeforces({"eval": path}, sizes=None, languages=("cpp",)).questions("eval", 30)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_test_file_is_named(tmp_path: Path) -> None:
     path = with_generated(tmp_path, 6, ())
     (tmp_path / "generated_tests/test_cases_0003.parquet").unlink()
     task = Codeforces({"eval": path}, sizes=None)
@@ -364,16 +359,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_in_a_config(repository: Path) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Task, "task")
-    given = {
-        "path": {"id": str(repository), "config": "verifiable"},
-        "languages": ["python"],
-        "sizes": {"phase1": 10, "phase2": 10, "eval": 5},
-        "limits": {"processes": 8},
-    }
-    config = {"task": {"class_path": "sdzero.tasks.Codeforces", "init_args": given}}
-    task = parser.instantiate(parser.parse_object(config)).task
+    task = from_config(
+        "sdzero.tasks.Codeforces",
+        path={"id": str(repository), "config": "verifiable"},
+        languages=["python"],
+        sizes={"phase1": 10, "phase2": 10, "eval": 5},
+        limits={"processes": 8},
+    )
     assert isinstance(task, Code)
     assert [len(task.questions(split, None)) for split in SPLITS] == [10, 10, 5]
     assert task.limits == Limits(processes=8)

@@ -63,7 +63,7 @@ expressions = st.recursive(
 
 
 def combine(left, symbol: str, right):
-    """An expression's text, its value worked out beside it (None: divides by zero), and its numbers."""
+    """Return an expression's text, its independently computed value (None: division by zero) and its numbers."""
     (a_text, a, a_numbers), (b_text, b, b_numbers) = left, right
     value = None
     if a is not None and b is not None and not (symbol == "/" and b == 0):
@@ -96,7 +96,7 @@ def test_questions_keep_the_rules() -> None:
         assert f"equals {target}" in question.text
 
 
-def test_the_order_of_the_numbers_makes_no_new_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_ignore_the_order_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splits, "_MAX_REPEATS", 500)
     small = Countdown(min_numbers=2, max_numbers=2, max_value=3)
     with pytest.raises(ValueError, match="holds only") as error:
@@ -121,7 +121,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Countdown:
     return Countdown(path=HubDataset(str(make(tmp_path, COUNTDOWN))))
 
 
-def test_published_rows_that_ask_the_same_are_asked_once(published: Countdown) -> None:
+def test_published_duplicates_are_removed(published: Countdown) -> None:
     questions = [question for split in SPLITS for question in published.questions(split, None)]
     assert len(questions) == 37 == len({question.id for question in questions})  # 40 rows, of which 3 repeat others
     identities = [question.id.removeprefix("countdown/") for question in questions]
@@ -129,7 +129,7 @@ def test_published_rows_that_ask_the_same_are_asked_once(published: Countdown) -
 
 
 def test_a_published_row_is_the_question_of_the_stream(tmp_path: Path) -> None:
-    """The same id, split and text, so that a training on one cannot see what is held out of the other."""
+    """Id, split and text are the same, so training on one never sees questions held out of the other."""
     made = {split: Countdown(seed=3).questions(split, 20) for split in SPLITS}
     rows = [{"target": q.meta["target"], "nums": q.meta["numbers"]} for split in SPLITS for q in made[split]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -153,14 +153,14 @@ def test_published_rows_are_verified(published: Countdown) -> None:
         assert question.answer == ""
 
 
-def test_a_published_split_that_is_too_small_says_so(published: Countdown) -> None:
+def test_published_split_that_is_too_small_is_an_error(published: Countdown) -> None:
     there = len(published.questions("eval", None))
     with pytest.raises(ValueError, match=rf"split 'eval' of task 'countdown: .* holds only {there}"):
         published.questions("eval", there + 1)
 
 
 @pytest.mark.parametrize(("target", "nums"), [(3.5, [1, 2]), (3, "1 2"), (3, [])])
-def test_rows_that_are_no_whole_numbers_are_refused(tmp_path: Path, target: Any, nums: Any) -> None:
+def test_rows_without_integers_are_refused(tmp_path: Path, target: Any, nums: Any) -> None:
     rows = [{"target": 3, "nums": [1, 2]}, {"target": target, "nums": nums}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=r"rows.jsonl: row 2: target and nums must be integers"):

@@ -1,8 +1,7 @@
-"""Written solutions as traces, against a slow reading of the made-up files."""
+"""Demonstrations against an independent, slow reader of the made-up files."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from jsonargparse import ArgumentParser
 
 from sdzero.graders.sandbox.types import CodeVerdict, Language, Limits, StdioTest, Submission
 from sdzero.prompts import PromptBuilder
@@ -23,6 +21,7 @@ from sdzero.types import Question, Trace, Verdict
 from support.fixtures.make import make
 from support.fixtures.mathematics import OPENR1, uuid_of
 from support.fixtures.programs import CODEFORCES, CPP, PYTHON, TRACES, program
+from support.rows import from_config, jsonl
 from support.tiny_model import tiny_tokenizer
 
 LANGUAGES: tuple[Language, ...] = ("cpp", "python")
@@ -30,14 +29,14 @@ Row = dict[str, Any]
 
 
 class Listed(Rows):
-    """OpenR1-Math's questions without a grader's processes."""
+    """OpenR1-Math's questions without grading processes."""
 
     def verify(self, question: Question, response: str) -> Verdict:
         raise AssertionError("a demonstration is not graded")
 
 
 class ReadingSandbox:
-    """Knows a made-up program by its expression, and computes what that would write."""
+    """Sandbox double: recognizes a made-up program by its expression and computes its output."""
 
     asked: list[int]
 
@@ -64,7 +63,7 @@ class ReadingSandbox:
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No judge that runs anything, and a cache of one's own for the verdicts."""
+    """Use the sandbox double and a private verdict cache."""
     monkeypatch.setattr("sdzero.tasks.code.SandboxClient", ReadingSandbox)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
@@ -83,14 +82,9 @@ def builder() -> PromptBuilder:
 
 
 def texts(traces: Sequence[Trace], builder: PromptBuilder) -> dict[str, str]:
-    """Question id -> the solution that is trained on."""
+    """Return the solution trained on, by question id."""
     assert all(trace.revised_ids[-1] == builder.end_id for trace in traces)
     return {trace.question.id: builder.tokenizer.decode(trace.revised_ids[:-1]) for trace in traces}
-
-
-def jsonl(path: Path, rows: list[Row]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 # --- OpenR1-Math ----------------------------------------------------------------------------------
@@ -104,7 +98,7 @@ def openr1(folder: Path, **options: Any) -> OpenR1Demonstrations:
 
 
 def first_right(folder: Path) -> dict[str, str]:
-    """uuid -> its first generation that is right and not cut, by a slow reading."""
+    """Return the first correct and complete generation, by uuid."""
     found: dict[str, str] = {}
     for file in sorted((folder / OPENR1 / "data").glob("train-*")):
         for row in pq.read_table(file).to_pylist():
@@ -117,7 +111,7 @@ def first_right(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_the_first_generation_that_is_right_and_whole(folder: Path, builder: PromptBuilder) -> None:
+def test_first_correct_and_complete_generation(folder: Path, builder: PromptBuilder) -> None:
     source = openr1(folder)
     traces = source.traces(builder)
     expected = first_right(folder)
@@ -151,7 +145,7 @@ def test_without_thoughts(folder: Path, builder: PromptBuilder) -> None:
     assert not any("think>" in text for text in short.values())
 
 
-def test_of_so_many_questions(folder: Path, builder: PromptBuilder) -> None:
+def test_num_questions_limits_the_traces(folder: Path, builder: PromptBuilder) -> None:
     source = openr1(folder, num_questions=5)
     assert [t.question for t in source.traces(builder)] == source.task.questions("phase1", 5)
 
@@ -198,7 +192,7 @@ def codeforces(folder: Path, languages: tuple[Language, ...] = LANGUAGES, **opti
 
 
 def slow_candidates(folder: Path) -> dict[str, list[str]]:
-    """Question id -> the generations that are whole and hold a block of its language."""
+    """Return the complete generations with a block of the language, by question id."""
     found: dict[str, list[str]] = {}
     for language, config in (("cpp", "solutions"), ("python", "solutions_py")):
         for file in sorted((folder / TRACES / config).iterdir()):
@@ -241,8 +235,8 @@ def block(number: int) -> str:
     return f"```cpp\n{program(number, 'cpp')}```"
 
 
-def test_verified_ones_are_judged_in_turn_and_once(tmp_path: Path, folder: Path, builder: PromptBuilder) -> None:
-    """Number of programs in each call: the first of each question, then the next of those that have none yet."""
+def test_verified_solutions_are_judged_in_turn_and_cached(tmp_path: Path, folder: Path, builder: PromptBuilder) -> None:
+    """Each call judges one program per question that has no correct one yet."""
     programs = [("800/A", "no program"), *(("800/A", block(number)) for number in (1, 2, 0, 0))]
     programs = [*programs, ("801/A", block(1)), ("801/A", block(3)), ("802/A", block(1)), ("803/A", None)]
     path: dict[Language, Source] = {"cpp": write_cots(tmp_path / "cots.jsonl", programs)}
@@ -261,7 +255,9 @@ def test_verified_ones_are_judged_in_turn_and_once(tmp_path: Path, folder: Path,
     assert read(limits=Limits(time=9)) == ([3, 1, 1], traces), "judging in another way has verdicts of its own"
 
 
-def test_unverified_ones_need_no_tests(folder: Path, builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unverified_solutions_need_no_tests(
+    folder: Path, builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("no file of generated tests is needed")
 
@@ -276,8 +272,6 @@ def test_a_language_without_solutions(folder: Path) -> None:
 
 
 def test_in_a_config(folder: Path, builder: PromptBuilder) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(TraceSource, "source")
     init = {"path": {"phase2": {"id": str(folder / CODEFORCES), "config": "verifiable"}}, "sizes": None}
     given = {
         "task": {"class_path": "sdzero.tasks.Codeforces", "init_args": {**init, "languages": ["python"]}},
@@ -285,7 +279,6 @@ def test_in_a_config(folder: Path, builder: PromptBuilder) -> None:
         "num_questions": 3,
         "path": {"python": {"id": str(folder / TRACES), "config": "solutions_py"}},
     }
-    config = {"source": {"class_path": "sdzero.tasks.demonstrations.CodeforcesDemonstrations", "init_args": given}}
-    source = parser.instantiate(parser.parse_object(config)).source
+    source = from_config("sdzero.tasks.demonstrations.CodeforcesDemonstrations", TraceSource, **given)
     assert isinstance(source, Demonstrations)
     assert [t.question.id for t in source.traces(builder)] == [f"codeforces/80{number}/A/python" for number in range(3)]

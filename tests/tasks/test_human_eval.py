@@ -51,7 +51,7 @@ def test_none_is_for_training(task: HumanEval) -> None:
         (2, "from __future__ import annotations\ndef truncate_number(number: Any) -> float:\n    return number % 1"),
     ],
 )
-def test_a_function_stands_behind_what_the_question_has_before_it(task: HumanEval, number: int, block: str) -> None:
+def test_function_gets_the_questions_imports_and_helpers(task: HumanEval, number: int, block: str) -> None:
     q = question(task, number)
     program = task.program(q, f"Like this:\n```python\n{block}\n```")
     assert program is not None
@@ -73,7 +73,7 @@ def test_a_block_without_the_function_is_its_body(task: HumanEval, body: str) ->
     assert names["truncate_number"](3.5) == 0.5
 
 
-def test_no_block_is_no_program(task: HumanEval) -> None:
+def test_response_without_block_has_no_program(task: HumanEval) -> None:
     assert task.program(question(task, 2), "return number % 1.0") is None
     assert task.verify(question(task, 2), "return number % 1.0").reason == "unparseable"
 

@@ -1,4 +1,4 @@
-"""Instructions that a program can check, by if-verifiable's verifiers in killable workers."""
+"""Instruction following, graded by if-verifiable in killable workers."""
 
 import json
 from pathlib import Path
@@ -29,14 +29,10 @@ ROWS = [
 
 def task(tmp_path: Path, rows=ROWS, **options) -> Instructions:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    splits = dict.fromkeys(("phase1", "phase2"), str(tmp_path / "none.jsonl"))
-    (tmp_path / "none.jsonl").write_text(json.dumps({**ROWS[0], "key": 99, "prompt": "other"}))
-    (tmp_path / "none2.jsonl").write_text(json.dumps({**ROWS[0], "key": 98, "prompt": "another"}))
-    splits["phase2"] = str(tmp_path / "none2.jsonl")
-    return Instructions({**splits, "eval": str(tmp_path / "rows.jsonl")}, "ifeval", num_workers=1, **options)
+    return Instructions({"eval": str(tmp_path / "rows.jsonl")}, "ifeval", **options)
 
 
-def test_right_is_to_follow_all(tmp_path: Path) -> None:
+def test_correct_means_all_instructions_followed(tmp_path: Path) -> None:
     questions = task(tmp_path).questions("eval", 2)
     said = [
         (questions[0], "it rains a lot in this part of the world."),
@@ -72,15 +68,15 @@ def test_a_question_that_cannot_be_checked_is_left_out(tmp_path: Path, change: d
     assert len(checked.dropped) == 1 and reason in checked.dropped[0][1]
 
 
-def test_missing_data_of_nltk_is_a_fault_and_no_wrong_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nltk_data_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NLTK_DATA", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     row = {**ROWS[0], "instruction_id_list": ["length_constraints:number_sentences"]}
     row["kwargs"] = [{"num_sentences": 2, "relation": "at least"}]
     with pytest.raises(GraderError, match="python -m nltk.downloader punkt"):
-        task(tmp_path, [row], deadline=11.0).questions("eval", 1)  # workers of its own, which start here
+        task(tmp_path, [row], deadline=11.0, num_workers=1).questions("eval", 1)  # workers of its own, which start here
 
 
-def test_what_a_question_leaves_open_is_the_same_every_time() -> None:
+def test_random_defaults_of_instructions_are_seeded() -> None:
     job = instructions.Job("ifeval", "", ("keywords:existence",), ({},), False, "nothing much")
     assert work(job) == work(job) == Followed(("keywords:existence",))

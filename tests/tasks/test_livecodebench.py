@@ -1,4 +1,4 @@
-"""LiveCodeBench against a slow reading of the made-up files, which unpickles what they hold."""
+"""LiveCodeBench against an independent reader of the made-up files, which unpickles their tests."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from support.fixtures.livecodebench import (
     question,
 )
 from support.fixtures.make import make
+from support.rows import jsonl
 
 Row = dict[str, Any]
 
@@ -59,7 +60,7 @@ def slow_tests(row: Row) -> list[StdioTest | CallTest]:
 
 
 @pytest.mark.parametrize("number", range(1, 7))
-def test_a_version_is_so_many_files(repository: Path, number: int) -> None:
+def test_version_selects_files(repository: Path, number: int) -> None:
     rows = [json.loads(line) for file in FILES[:number] for line in (repository / file).open()]
     assert len(rows) == number * PER_FILE
     task = task_of(repository, f"v{number}")
@@ -78,7 +79,7 @@ def test_a_version_is_so_many_files(repository: Path, number: int) -> None:
     assert {f"livecodebench/{id}" for id in LIVECODEBENCH_ODD} <= {q.id for q in questions}
 
 
-def test_a_copy_in_parquet_says_the_same(tmp_path: Path, repository: Path) -> None:
+def test_parquet_copy_is_equivalent(tmp_path: Path, repository: Path) -> None:
     copy = HubDataset(str(make(tmp_path, LIVECODEBENCH_PARQUET)), config="release_v3", split="test")
     one, other = LiveCodeBench(copy, None), task_of(repository, "v3")
     assert one.questions("eval", None) == other.questions("eval", None)
@@ -119,12 +120,12 @@ def test_dates_are_inclusive(repository: Path, since: str | None, until: str | N
         ({"path": {"eval": HubDataset("a/b")}}, "task.version selects files"),
     ],
 )
-def test_what_cannot_be_asked_for(options: dict[str, Any], said: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         LiveCodeBench(**options)
 
 
-def test_what_is_asked(repository: Path) -> None:
+def test_prompt_text(repository: Path) -> None:
     one, other = (task_of(repository).questions("eval", None)[number] for number in (0, 5))
     assert one.text == (
         "### Question:\nMade up: print the sum of the numbers.\n\n"
@@ -141,7 +142,7 @@ def test_what_is_asked(repository: Path) -> None:
     )
 
 
-def test_names_that_a_program_need_not_import(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_get_the_preamble(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "setrecursionlimit", lambda limit: None)  # of this process
     task = task_of(repository)
     [first, *_] = task.questions("eval", None)
@@ -173,11 +174,6 @@ def rows_of(num: int) -> list[Row]:
     return [question(2 * number) for number in range(num)]
 
 
-def jsonl(path: Path, rows: list[Row]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -204,7 +200,7 @@ def test_rows_whose_tests_cannot_be_read_are_left_out_at_load(tmp_path: Path, ch
     assert where.endswith("row 5") and why.startswith(reason)
 
 
-def test_a_date_that_cannot_be_read_counts_where_dates_do(tmp_path: Path) -> None:
+def test_invalid_date_matters_only_when_filtering_by_date(tmp_path: Path) -> None:
     rows = rows_of(25)
     rows[4]["contest_date"] = "spring"
     path = jsonl(tmp_path / "q.jsonl", rows)
@@ -214,7 +210,7 @@ def test_a_date_that_cannot_be_read_counts_where_dates_do(tmp_path: Path) -> Non
     assert "spring" in task.dropped[0][1]
 
 
-def test_tests_are_kept_as_they_come_and_unpacked_when_answers_are_judged(repository: Path) -> None:
+def test_tests_stay_packed_until_grading(repository: Path) -> None:
     task = task_of(repository)
     questions = task.questions("eval", None)
     assert all(submission.tests == () for submission in task._submissions.values())
@@ -244,7 +240,7 @@ def test_a_changed_repository_is_named(tmp_path: Path, repository: Path) -> None
 def test_in_a_config(repository: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Task, "task")
-    (repository / "task.yaml").write_text(
+    (repository / "task.yaml").write_text(  # dates without quotes
         "class_path: sdzero.tasks.LiveCodeBench\n"
         f"init_args: {{path: {{id: {repository}}}, version: v4, since: 2023-06-26, until: 2023-09-18}}\n"
     )

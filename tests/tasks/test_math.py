@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,9 @@ from sdzero.graders.errors import GraderError
 from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.math import Math
 from sdzero.types import Question
+from support.rows import jsonl
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def rows_of(num: int, gold: str = r"\frac{1}{2}") -> list[dict[str, Any]]:
@@ -84,12 +78,12 @@ def test_many_answers_are_graded_as_one_by_one(task: Math) -> None:
     assert task.verify_all([]) == []
 
 
-def test_an_answer_that_takes_for_ever_is_told_from_a_wrong_one(task: Math) -> None:
+def test_endless_answer_is_a_timeout(task: Math) -> None:
     verdict = task.verify(Question("", "", "x^2"), r"\boxed{(a+b+c+d+e+f)^{40}-(a+b+c+d+e+g)^{40}}")
     assert (verdict.reward, verdict.reason) == (0, "timeout") and verdict.parsed
 
 
-def test_a_fault_of_the_grader_is_no_reward() -> None:
+def test_grader_failure_raises() -> None:
     task = Math("unread.jsonl")
     task._pool = GraderPool[Any, Any](eval, ("1/0", 0))
     with pytest.raises(GraderError):
@@ -136,7 +130,7 @@ def test_too_many_such_rows_are_an_error(tmp_path: Path) -> None:
     assert Math(path, max_dropped_share=0.1).questions("eval", 1)
 
 
-def test_a_gold_answer_that_takes_for_ever_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_gold_answer_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*rows_of(3), {"problem": "p", "answer": "x+1"}]
     task = Math(jsonl(tmp_path / "q.jsonl", rows), max_dropped_share=0.5)
     outcomes = lambda items: [Failed("timeout") if gold == "x+1" else None for _, gold in items]  # noqa: E731
@@ -150,9 +144,3 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, pack
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=rf'{package.replace("_", "-")}: pip install "sdzero\[math\]"'):
         Math("unread.jsonl", deadline=2.5)  # not one whose workers are shared already
-
-
-def test_a_task_is_made_without_torch() -> None:
-    code = "import sys, sdzero.tasks.math as m; m.Math('x'); print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""OpenR1-Math on made-up rows with its columns: what is asked, what is set aside and why, and how it is dealt out."""
+"""OpenR1-Math on made-up rows with its columns: selection, exclusions by reason, and splits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def asked(task: OpenR1Math) -> set[str]:
 
 
 def expected(sources: tuple[str, ...] | None, verified: bool) -> tuple[set[str], Counter[str]]:
-    """(uuids, number set aside by reason) by the list of odd rows, one after the other."""
+    """Compute the selected uuids and the number of exclusions by reason from the list of odd rows."""
     unverified = {
         "correctness_math_verify and correctness_llama are null",
         "no generation is right",

@@ -34,8 +34,8 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         ReasoningGym("chain_sum")
 
 
-def test_almost_right_has_no_reward() -> None:
-    """The scorer's partial credit sums up to 0.9999999 for the right word with a tail."""
+def test_partial_scores_have_no_reward() -> None:
+    """The scorer gives partial credit of 0.9999999 to the correct word with a suffix."""
     task = ReasoningGym("spell_backward")
     questions = task.questions("phase1", 200)
     assert all(task.verify(question, rf"\boxed{{{question.answer}xyz}}").reward == 0 for question in questions)

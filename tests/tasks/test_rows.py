@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jsonargparse import ArgumentParser
 
 from configs.recipes.own_data.verifier import LastDigit
-from sdzero.tasks import Rows, Task
+from sdzero.tasks import Rows
 from sdzero.types import Question, Verdict
+from support.rows import from_config, jsonl
 from support.runs import ROOT, refusal
 
 SPLITS = ("phase1", "phase2", "eval")
@@ -24,17 +24,12 @@ class Equal(Rows):
         return Verdict(1, "correct", response) if response == question.answer else Verdict(0, "wrong", response)
 
 
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def rows_of(num: int, word: str = "q") -> list[dict[str, Any]]:
     return [{"question": f"{word}{i}", "answer": i, "solution": f"it is {i}"} for i in range(num)]
 
 
 def everything(task: Rows) -> list[Question]:
-    """All questions of all splits in the order of the file."""
+    """Return all questions of all splits, in file order."""
     return [question for _, question in task._all]
 
 
@@ -68,7 +63,7 @@ def write_list(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_with_mark(path: Path, rows: list[dict[str, Any]]) -> None:
-    """As some editors write JSONL: a mark in front, carriage returns, and empty lines."""
+    """Write JSONL as some editors do: byte-order mark, carriage returns, empty lines."""
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(row).encode() for row in rows))
 
 
@@ -82,7 +77,7 @@ def write_with_mark(path: Path, rows: list[dict[str, Any]]) -> None:
         ("q.parquet", lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path)),
     ],
 )
-def test_formats_say_the_same(tmp_path: Path, name: str, write: Callable[[Path, Any], Any]) -> None:
+def test_formats_are_equivalent(tmp_path: Path, name: str, write: Callable[[Path, Any], Any]) -> None:
     rows = [{"problem": f"q{i}", "gold": i, "level": [1, 2], "u": "line\u2028break"} for i in range(20)]
     write(tmp_path / name, rows)
     questions = everything(Equal(str(tmp_path / name), "problem", "gold"))
@@ -102,8 +97,8 @@ def test_formats_say_the_same(tmp_path: Path, name: str, write: Callable[[Path, 
         ("0", "0"),
     ],
 )
-def test_an_answer_is_what_the_file_says(tmp_path: Path, written: str, answer: str) -> None:
-    """A table's column of one type would make 3.0 of the 3 that stands beside a 2.5, and a time of a date."""
+def test_answers_keep_their_json_text(tmp_path: Path, written: str, answer: str) -> None:
+    """A typed table column would turn a 3 beside a 2.5 into 3.0, and a date into a timestamp."""
     path = tmp_path / "q.jsonl"
     path.write_text(f'{{"question": "q", "answer": {written}}}\n{{"question": "other", "answer": 2.5}}\n')
     assert everything(Equal(str(path)))[0].answer == answer
@@ -180,7 +175,7 @@ def test_too_many_ungradable_questions_are_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["question", "answer"])
 @pytest.mark.parametrize("value", [None, "", "  \n", float("nan"), "absent"])
-def test_a_row_without_a_value_is_named_and_all_are_counted(tmp_path: Path, column: str, value: Any) -> None:
+def test_incomplete_rows_are_located_and_counted(tmp_path: Path, column: str, value: Any) -> None:
     rows = rows_of(9)
     for i in (4, 6):
         rows[i] = {k: v for k, v in rows[i].items() if k != column} | ({} if value == "absent" else {column: value})
@@ -194,7 +189,7 @@ def test_a_row_without_a_value_is_named_and_all_are_counted(tmp_path: Path, colu
     assert task.dropped == [(f"{path}: row {n}", f"column '{column}' is empty") for n in (5, 7)]
 
 
-def test_columns_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_columns_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "q.jsonl", rows_of(3))
     for key in ("question_column", "answer_column", "id_column"):
         options: Any = {key: "gold"}
@@ -214,20 +209,20 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
         ("q.parquet", b"question", "is not a parquet file"),
     ],
 )
-def test_files_that_are_no_rows(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{tmp_path / name}.*{said}"):
         Equal(str(tmp_path / name)).questions("eval", 1)
 
 
-def test_a_column_that_a_trace_cannot_keep(tmp_path: Path) -> None:
+def test_cells_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
     rows = [{**row, "when": date(2020, 1, 1)} for row in rows_of(2)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     with pytest.raises(ValueError, match="row 1: column 'when': .*date is not JSON serializable: convert it to text"):
         Equal(str(tmp_path / "q.parquet")).questions("eval", 1)
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"task.path: no file {tmp_path}/q.jsonl"):
         Equal(str(tmp_path / "q.jsonl")).questions("eval", 1)
 
@@ -235,25 +230,19 @@ def test_no_file(tmp_path: Path) -> None:
 # --- in a config ----------------------------------------------------------------------------------
 
 
-def parse(config: dict[str, Any]) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Task, "task")
-    return parser.instantiate(parser.parse_object({"task": config})).task
-
-
 def test_a_config_names_the_subclass(tmp_path: Path) -> None:
     paths = {split: jsonl(tmp_path / f"{split}.jsonl", rows_of(3, split)) for split in SPLITS}
-    task = parse({"class_path": "configs.recipes.own_data.verifier.LastDigit", "init_args": {"path": paths}})
+    task = from_config("configs.recipes.own_data.verifier.LastDigit", path=paths)
     assert isinstance(task, LastDigit) and len(task.questions("eval", 3)) == 3
     with pytest.raises(ValueError, match=r"task.path: expected one source.*got \['dev'\]"):
-        parse({"class_path": f"{LastDigit.__module__}.LastDigit", "init_args": {"path": {"dev": "q.jsonl"}}})
+        from_config(f"{LastDigit.__module__}.LastDigit", path={"dev": "q.jsonl"})
 
 
 @pytest.mark.parametrize(("command", "stage"), [("collect", "collect"), ("fit", "self_distill"), ("test", "eval")])
-def test_no_command_gets_as_far_as_the_weights(
+def test_commands_fail_before_loading_weights(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, stage: str
 ) -> None:
-    """The model's folder has none."""
+    """The model folder has no weights, so loading them would fail first."""
     prefix, out = ("", "out") if command == "collect" else ("data.", "trainer.default_root_dir")
     model = "student.path" if command == "collect" else "model.student.path"
     options = {f"{prefix}task.question_column": "text", model: "configs/tiny_model", out: tmp_path}
@@ -262,8 +251,7 @@ def test_no_command_gets_as_far_as_the_weights(
     assert "task.question_column: configs/recipes/own_data/questions.jsonl has no column 'text'; it has ['gold'" in said
 
 
-def test_rows_alone_are_no_task() -> None:
-    """The verifier is what only the user knows."""
+def test_rows_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract.*verify"):
         Rows("q.jsonl")  # pyright: ignore[reportAbstractUsage]
 

@@ -1,4 +1,4 @@
-"""Data sets of the hub, from a server that answers as the hub does: what is fetched, what is kept, what is refused."""
+"""Hub data sets, read from a local server with the Hub's API: downloads, caching and errors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from support.fixtures.make import make
 from support.fixtures.mathematics import AIME25, COUNTDOWN, HMMT, OPENR1, openr1_row
 from support.fixtures.programs import CODEFORCES
 from support.fixtures.repository import rename_column
-from support.runs import refusal, sdzero
+from support.runs import exit_code, refusal, sdzero
 
 NOBODYS = "0" * 40
 COLUMNS = ["problem", "answer"]
 
 
 def gets(hub: FakeHub) -> list[str]:
-    """The files that were sent."""
+    """Return the requests for file contents."""
     return [request for request in hub.requests if request.startswith("GET ") and "/resolve/" in request]
 
 
@@ -67,10 +67,8 @@ def test_columns_of_a_file_of_json(hub: FakeHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_was_read_is_kept(
-    hub: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str], streaming: bool
-) -> None:
-    """The size is said the first time; then nothing is fetched, and nobody need answer."""
+def test_rows_are_cached(hub: FakeHub, tmp_path: Path, capfd: pytest.CaptureFixture[str], streaming: bool) -> None:
+    """The first read prints the size; the second sends no request."""
     commit = hub.publish(OPENR1, make(tmp_path, OPENR1))
     source = HubDataset(OPENR1, revision=commit, columns=("source",), streaming=streaming)
     rows = read(source, COLUMNS)
@@ -84,7 +82,7 @@ def test_what_was_read_is_kept(
 
 
 def test_streaming_reads_less_than_the_whole(hub: FakeHub, tmp_path: Path) -> None:
-    """Readers ask for 5 MB at a time, so the generations, which are not read, must be far more than that."""
+    """Readers request 5 MB at a time, so the unread generations must be much larger."""
     folder = make(tmp_path, OPENR1)
     first, second = sorted((folder / "data").iterdir())
     table = pq.read_table(first)
@@ -97,7 +95,7 @@ def test_streaming_reads_less_than_the_whole(hub: FakeHub, tmp_path: Path) -> No
     assert len(rows) == 40 and whole > 10_000_000 and hub.num_bytes < whole / 2
 
 
-def test_kept_rows_are_those_of_their_columns(hub: FakeHub, tmp_path: Path) -> None:
+def test_cache_depends_on_the_columns(hub: FakeHub, tmp_path: Path) -> None:
     commit = hub.publish(HMMT, make(tmp_path, HMMT))
     for columns in (["problem"], ["problem", "answer"]):
         rows = read(HubDataset(HMMT, revision=commit, columns=(), streaming=True), columns)
@@ -158,7 +156,7 @@ def config_of(tmp_path: Path, path: dict[str, Any]) -> Path:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_each_mistake_is_one_line(
+def test_errors_are_one_line(
     hub: FakeHub,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -184,14 +182,14 @@ def test_a_schema_that_changed_names_the_column(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_nobody_answers(
+def test_unreachable_hub(
     hub: FakeHub,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     streaming: bool,
 ) -> None:
-    """A machine without a network."""
+    """Simulates a machine without a network."""
     hub.close()
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # a file is asked for six times, over 23 seconds
     path = {"id": OPENR1, "revision": NOBODYS, "streaming": streaming}
@@ -200,17 +198,20 @@ def test_nobody_answers(
     assert "(offline, it must be in the cache, HF_HOME" in said
 
 
-def test_a_process_of_its_own_reads_it_and_then_needs_no_hub(hub: FakeHub, tmp_path: Path) -> None:
-    """As people run it: the first run fetches, and the next, on a machine without a network, has what it needs."""
+def test_second_process_reads_the_cache_offline(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run downloads; the next one, offline, reads the cache."""
     commit = hub.publish(COUNTDOWN, make(tmp_path, COUNTDOWN))
     path = {"id": COUNTDOWN, "revision": commit, "columns": [], "streaming": True}
     task = {"class_path": "sdzero.tasks.Countdown", "init_args": {"path": path}}
     (tmp_path / "collect.yaml").write_text(json.dumps({"task": task}))
     for name in ("self_distill", "eval"):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"data": {"init_args": {"task": task}}}))
-    first = sdzero("decontaminate", tmp_path)
-    assert first.returncode == 0 and f"streaming {COUNTDOWN} (train): 1 files, 0.0 MB" in first.stderr, first.stderr
+    assert exit_code(monkeypatch, "decontaminate", tmp_path) == 0
+    first = capsys.readouterr()
+    assert f"streaming {COUNTDOWN} (train): 1 files, 0.0 MB" in first.err
     assert len(gets(hub)) > 0
     hub.forget()
     again = sdzero("decontaminate", tmp_path, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and again.stdout == first.stdout and hub.requests == [], again.stderr
+    assert again.returncode == 0 and again.stdout == first.out and hub.requests == [], again.stderr

@@ -1,4 +1,4 @@
-"""Several tasks as one evaluation: ids, limits, and verdicts that are the tasks' own whatever the order."""
+"""Suite of several tasks: ids, limits, and verdicts of the right task in any order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.tiny_model import write_tiny_model
 
 
 class Finite(Task):
-    """Five questions; notes what it is asked to verify, and what a question was like there."""
+    """Five questions; records the questions it verifies."""
 
     def __init__(self) -> None:
         self.asked: list[list[Question]] = []
@@ -93,7 +93,7 @@ def test_limits_are_at_most() -> None:
     assert (names.count("a"), names.count("b")) == (5, 2)
 
 
-def test_none_of_a_benchmark_leaves_it_out() -> None:
+def test_limit_0_skips_a_benchmark() -> None:
     both = Suite({"a": Toy(), "b": Toy()}, {"a": 0, "b": 2})
     assert [question.benchmark for question in both.questions("eval", None)] == ["b", "b"]
 
@@ -107,12 +107,14 @@ def test_none_of_a_benchmark_leaves_it_out() -> None:
         ({"a": Toy()}, -1, "task.num_questions of 'a' must be non-negative"),
     ],
 )
-def test_refuses(benchmarks: dict[str, Task], num_questions: dict[str, int] | int | None, said: str) -> None:
+def test_invalid_options_are_refused(
+    benchmarks: dict[str, Task], num_questions: dict[str, int] | int | None, said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         Suite(benchmarks, num_questions)
 
 
-def test_refuses_training_and_tasks_without_an_end() -> None:
+def test_refuses_training_splits_and_endless_tasks() -> None:
     with pytest.raises(ValueError, match="no split 'phase1'"):
         suite().questions("phase1", 3)
     with pytest.raises(ValueError, match="no end"):
@@ -122,7 +124,7 @@ def test_refuses_training_and_tasks_without_an_end() -> None:
 def test_a_suite_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table is that of the files."""
+    """The printed table agrees with results.json."""
     task = tmp_path / "suite.yaml"
     task.write_text(
         "class_path: sdzero.tasks.Suite\n"

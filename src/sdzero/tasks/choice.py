@@ -67,9 +67,6 @@ class MultipleChoice(Rows):
             return Verdict(0, "unparseable")
         return Verdict(1, "correct", letter) if letter == question.answer else Verdict(0, "wrong", letter)
 
-    def prompt_text(self, question: Question) -> str:
-        return f"{question.text}\n\n{self.instruction}" if self.instruction else question.text
-
     def required_columns(self) -> dict[str, str]:
         return {**super().required_columns(), "task.options_column": self.options_column}
 

@@ -78,9 +78,6 @@ class Math(Rows):
             return [{**row, str(self.answer_column): boxed}]
         return [row]
 
-    def prompt_text(self, question: Question) -> str:
-        return f"{question.text}\n\n{self.instruction}" if self.instruction else question.text
-
 
 @cache
 def _shared_pool(num_workers: int, deadline: float) -> GraderPool[math_grader.Job, Any]:

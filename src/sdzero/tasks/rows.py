@@ -59,6 +59,7 @@ class Rows(Task):
         self.path = path
         self.question_column, self.answer_column, self.id_column = question_column, answer_column, id_column
         self.max_dropped_share, self.sizes = max_dropped_share, sizes
+        self.instruction = ""
         self.dropped: list[tuple[str, str]] = []
         self.set_aside: Counter[str] = Counter()
         self._locations: dict[str, str] = {}  # question id -> source and row
@@ -103,8 +104,8 @@ class Rows(Task):
         return question.text
 
     def prompt_text(self, question: Question) -> str:
-        """Return the text for the model, made from the row's text."""
-        return question.text
+        """Return the text for the model: the row's text and the instruction, if the task has one."""
+        return f"{question.text}\n\n{self.instruction}" if self.instruction else question.text
 
     # --- questions ----------------------------------------------------------------------------
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sdzero.tasks.base import Task
 from sdzero.types import Question, Split, Verdict
 
-List = Callable[[Split, int | None], list[Question]]
+ListQuestions = Callable[[Split, int | None], list[Question]]
 
 
 class Suite(Task):
@@ -38,27 +38,23 @@ class Suite(Task):
         self.benchmarks, self.limits = benchmarks, limits
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
-        return self._concatenate(split, num_questions, {name: task.questions for name, task in self.benchmarks.items()})
+        return self._concatenate(split, num_questions, lambda task: task.questions)
 
     def ungraded_questions(self, split: Split, num_questions: int | None) -> list[Question]:
-        return self._concatenate(
-            split, num_questions, {name: task.ungraded_questions for name, task in self.benchmarks.items()}
-        )
+        return self._concatenate(split, num_questions, lambda task: task.ungraded_questions)
 
-    def _concatenate(self, split: Split, num_questions: int | None, lists: Mapping[str, List]) -> list[Question]:
+    def _concatenate(self, split: Split, num: int | None, method: Callable[[Task], ListQuestions]) -> list[Question]:
         if split != "eval":
             raise ValueError(f"a suite of benchmarks is for evaluation and has no split {split!r}: train on a task")
         questions = [
             replace(question, id=f"{name}/{question.id}", family=question.identity)  # the identity used in training
-            for name, list_questions in lists.items()
+            for name, task in self.benchmarks.items()
             if self.limits.get(name) != 0
-            for question in _first(list_questions, self.limits.get(name))
+            for question in _first(method(task), self.limits.get(name))
         ]
-        if num_questions is not None and num_questions > len(questions):
-            raise ValueError(
-                f"num_questions={num_questions}, but the suite holds only {len(questions)}: request fewer, or null"
-            )
-        return questions[:num_questions]
+        if num is not None and num > len(questions):
+            raise ValueError(f"num_questions={num}, but the suite holds only {len(questions)}: request fewer, or null")
+        return questions[:num]
 
     def verify(self, question: Question, response: str) -> Verdict:
         return self.benchmarks[question.benchmark].verify(_inner(question), response)
@@ -85,7 +81,7 @@ def _inner(question: Question) -> Question:
     return replace(question, id=own_id, family="" if question.family == own_id else question.family)
 
 
-def _first(list_questions: List, limit: int | None) -> list[Question]:
+def _first(list_questions: ListQuestions, limit: int | None) -> list[Question]:
     """Return the first `limit` held-out questions of a benchmark, or all if there are fewer."""
     try:
         return list_questions("eval", None)[:limit]
