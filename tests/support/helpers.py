@@ -1,4 +1,4 @@
-"""What tests of methods and callbacks share: a task, an engine that takes notes, stored batches, a trainer."""
+"""Helpers for tests of methods and callbacks: a task, a recording engine, stored batches, a trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdzero.types import Prompt, Question, Rollout, RolloutBatch, Sampling, Scor
 
 
 class Toy(Task):
-    """Questions "0+1=", "1+1=", ...; by default a response that ends with the gold answer is right."""
+    """Questions "0+1=", "1+1=", ...; by default a response that ends with the gold answer is correct."""
 
     def __init__(self, right: Callable[[Question, str], bool] = lambda q, text: text.endswith(q.answer)) -> None:
         self.right = right
@@ -37,7 +37,7 @@ class Toy(Task):
 
 
 class Notes(ScriptedEngine):
-    """A scripted engine that keeps the weights it was sent, and the prompts and version of every call."""
+    """Scripted engine that records the weights it received, and the prompts and version of every call."""
 
     def __init__(self, responses: Callable[[Prompt, int], str]) -> None:
         super().__init__(responses)
@@ -56,7 +56,7 @@ class Notes(ScriptedEngine):
 
 
 class Stored(L.LightningDataModule):
-    """Batches made beforehand, one optimizer step each, the same ones every epoch."""
+    """Precomputed batches, one optimizer step each, the same ones every epoch."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Stored(L.LightningDataModule):
 
 
 class Steps(L.Callback):
-    """Of every step: the gradients as the optimizer sees them, and all metrics after it."""
+    """Records, for every step, the gradients seen by the optimizer and all metrics after it."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []
@@ -88,7 +88,7 @@ class Steps(L.Callback):
 
 
 class Curves(DummyLogger):
-    """What was logged, by step."""
+    """Return the logged metrics by step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def make_trainer(root: Path, *callbacks: L.Callback, **options: Any) -> L.Traine
 def fit(
     method: Method, data: L.LightningDataModule | Sequence[Any], root: Path, *callbacks: L.Callback, **options: Any
 ) -> Steps:
-    """A real fit of stored batches, or of a data module, and what its steps were."""
+    """Run a real fit on stored batches or a data module; return the recorded steps."""
     steps = Steps()
     module = data if isinstance(data, L.LightningDataModule) else Stored(data)
     make_trainer(root, *callbacks, steps, **options).fit(method, datamodule=module)
@@ -127,12 +127,12 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two sets of tensors are equal to the bit."""
+    """Return whether two sets of tensors are bitwise equal."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def make_trace(builder: PromptBuilder, question_id: str, init: str | None, revised: str, reward: int | None) -> Trace:
-    """A trace of a first attempt and its revision; without `init`, a demonstration."""
+    """Build a trace of a first attempt and its revision; without `init`, a demonstration."""
     question = Question(question_id, f"{question_id}: what is 1+1?", "2")
     if init is None:
         return builder.demonstration(question, revised)
@@ -144,7 +144,7 @@ def make_trace(builder: PromptBuilder, question_id: str, init: str | None, revis
 def make_scored(
     builder: PromptBuilder, question: Question, response: str, reward: int, cut: bool = False
 ) -> ScoredRollout:
-    """A scored response; a `cut` one has no end-of-turn token."""
+    """Build a scored response; a `cut` one has no end-of-turn token."""
     ids = encode(builder, response) + (() if cut else (builder.end_id,))
     rollout = Rollout(builder.prompt(question), ids, (0.0,) * len(ids), response, "length" if cut else "stop", 0)
     reason = "truncated" if cut else "correct" if reward else "wrong"
@@ -160,20 +160,20 @@ def encode(builder: PromptBuilder, text: str) -> tuple[int, ...]:
 
 
 def plain_model(path: Path) -> Any:
-    """The model as transformers loads it, in float64: the slow reference."""
+    """Load the model with transformers in float64: the slow reference."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
 
 
 def plain_logprobs(model: Any, context: Sequence[int], target: Sequence[int]) -> Tensor:
-    """Log-probabilities [N, V] at every token of `target` after `context`, from one plain forward pass."""
+    """Compute log-probabilities [N, V] at every token of `target` after `context`, in one plain forward pass."""
     logits = model(torch.tensor([[*context, *target]])).logits[0]
     return logits[len(context) - 1 : -1].log_softmax(-1)
 
 
 def read_by_hand(builder: PromptBuilder, scored: ScoredRollout) -> tuple[int, ...]:
-    """What equation 4's teacher reads before the second copy of y."""
+    """Return the context of equation 4's teacher before the second copy of y."""
     body = tuple(i for i in scored.rollout.token_ids if i != builder.end_id)
     phrase = (
         "Let me rephrase the above solution."

@@ -1,4 +1,4 @@
-"""A strategy that saves sharded checkpoints in a process of its own."""
+"""Strategy that saves sharded checkpoints in a single process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdzero.trainer.sharded_checkpoint import AtomicFolders
 
 
 class Plain(ParallelStrategy):
-    """Saves as Lightning's sharded strategies do, in a process that stands alone."""
+    """Saves as Lightning's sharded strategies do, in a single process."""
 
     root_device = torch.device("cpu")  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     global_rank, world_size, is_global_zero = 0, 1, True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]

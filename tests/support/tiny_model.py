@@ -1,4 +1,4 @@
-"""A random tiny Qwen3 in a folder, with a tokenizer whose decoding is exact: what engine and trainer tests load."""
+"""Random tiny Qwen3 in a folder, with a tokenizer that decodes exactly, for engine and trainer tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token is a known word, else one character: printable ASCII survives encode and decode unchanged."""
+    """Build a tokenizer of known words and single characters: printable ASCII survives encode and decode."""
     pieces = sorted({*WORDS, *CHARACTERS}, key=lambda piece: (-len(piece), piece))
     vocab = {piece: index for index, piece in enumerate([*SPECIAL, *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -48,7 +48,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_model(path: str | Path, seed: int = 0, **overrides: Any) -> Path:
-    """Writes config, random weights, tokenizer and generation config (two end-of-turn ids) to `path`, and returns it.
+    """Write config, random weights, tokenizer and generation config (two end-of-turn ids) to `path`; return it.
 
     The torch random state is left as it was. `overrides` are fields of `Qwen3Config`, e.g. `num_hidden_layers=3`.
     """
@@ -86,7 +86,7 @@ def _random(config: Any, seed: int) -> Any:
 
 
 def write_tiny(path: str | Path, kind: str, **overrides: Any) -> Path:
-    """Writes a random tiny model of any architecture that transformers knows by name, as `olmo3`, and its tokenizer."""
+    """Write a random tiny model of any transformers architecture, such as `olmo3`, and its tokenizer."""
     tokenizer = tiny_tokenizer()
     shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=8192)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)

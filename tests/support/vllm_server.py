@@ -1,4 +1,4 @@
-"""A real vLLM server on the CPU, for the tests of the engine that talks to one."""
+"""Real vLLM server on the CPU, for tests of the remote engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @contextmanager
 def vllm_server(model: str, log: Path, max_model_len: int, options: Sequence[str] = OPTIONS) -> Iterator[str]:
-    """The URL of a server that is starting; it and its workers end with the block. `log` gets what it prints.
+    """Start a server and yield its URL; it and its workers end with the block. `log` receives its output.
 
     The command `vllm` does not start under the CPU build of another name, the module behind it does.
     """

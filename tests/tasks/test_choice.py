@@ -3,8 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from sdzero.tasks.choice import MultipleChoice, stated_letter
@@ -128,18 +126,6 @@ def test_one_question_with_other_options_is_another(tmp_path: Path) -> None:
     assert all(q.id.startswith("multiplechoice/") for q in questions)
 
 
-def test_split_and_id_do_not_depend_on_the_instruction(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "q.jsonl", rows_of(20, "B"))
-    first, other = MultipleChoice(path)._all, MultipleChoice(path, instruction="Be brief.")._all
-    assert [(split, q.id) for split, q in first] == [(split, q.id) for split, q in other]
-
-
-def test_ids_of_a_column(tmp_path: Path) -> None:
-    rows = [{**row, "question_id": 70 + i} for i, row in enumerate(rows_of(3, "B"))]
-    task = MultipleChoice(jsonl(tmp_path / "q.jsonl", rows), id_column="question_id")
-    assert [q.id for _, q in task._all] == [f"multiplechoice/{70 + i}" for i in range(3)]
-
-
 @pytest.mark.parametrize("options", [None, "A. red", {"A": "red"}, [["red"]], [None, "red"]])
 def test_a_column_without_a_list_is_an_error(tmp_path: Path, options: Any) -> None:
     rows = [{"question": "q", "options": options, "answer": "A"}]
@@ -153,15 +139,6 @@ def test_too_few_or_many_options_are_an_error(tmp_path: Path, options: list[str]
         MultipleChoice(jsonl(tmp_path / "q.jsonl", [{"question": "q", "options": options, "answer": "A"}])).questions(
             "eval", 1
         )
-
-
-def test_parquet_and_jsonl_are_equivalent(tmp_path: Path) -> None:
-    """With MMLU's columns."""
-    rows = rows_of(20, 1, "choices")
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
-    paths = jsonl(tmp_path / "q.jsonl", rows), str(tmp_path / "q.parquet")
-    first, other = (MultipleChoice(path, options_column="choices")._all for path in paths)
-    assert first == other
 
 
 def test_a_question_without_its_options_cannot_be_graded() -> None:
