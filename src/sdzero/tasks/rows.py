@@ -139,6 +139,7 @@ class Rows(Task):
         given, distinct = self._deduplicate()
         families = self.families(distinct)
         questions = [replace(question, family=families.get(question.id, "")) for question in distinct]
+        assigned: list[tuple[Split, Question]]
         if self.sizes is not None:
             assigned = assign_splits(questions, self.sizes, self._keep_gradable)
         else:
