@@ -1,5 +1,5 @@
-"""The loss heads with operands of low precision, which CUDA multiplies as they are: the same code on the CPU, where
-the products bring them to float32 first, and the heads on a GPU if there is one."""
+"""Loss heads with low-precision operands, which CUDA multiplies as they are: the same code on the CPU, where matmuls
+cast them to float32 first, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -10,41 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdzero.losses import Divergence, cross_entropy_head, divergence_head, fused_linear, matmul
+from sdzero.losses import Divergence, fused_linear, matmul
+from sdzero.losses.reference import token_divergence
 from sdzero.losses.soft_targets import HiddenTargets, top_k_targets
-from support.loss_cases import DIVERGENCES, Case, Recorder, name_of, reference
+from support.loss_cases import HEADS, Case, Recorder, name_of
 
-HEADS = [None, *DIVERGENCES]
 # A gradient of the logits is rounded to 2**-9 of itself before it meets head and hidden states.
 ROUNDED: dict[torch.dtype, dict[str, Any]] = {
     torch.bfloat16: {"rtol": 2**-7, "atol": 4e-3},
     torch.float16: {"rtol": 2**-10, "atol": 5e-4},
 }
-
-
-def head_id(divergence: Divergence | None) -> str:
-    return name_of(divergence) if divergence else "cross_entropy"
-
-
-def apply(case: Case, divergence: Divergence | None, num_tokens: float = 5.0, **kwargs: Any) -> Any:
-    if divergence is None:
-        args = (case.targets, case.token_weights, num_tokens)
-        return cross_entropy_head(case.hidden, case.weight, *args, **kwargs)
-    args = (case.teacher, case.token_weights, num_tokens, divergence)
-    return divergence_head(case.hidden, case.weight, *args, **kwargs)
-
-
-def exact(case: Case, divergence: Divergence | None, num_tokens: float = 5.0) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its gradients by the definitions, in float64 on the CPU, of the numbers that `case` holds."""
-    hidden, weight = (x.detach().double().cpu().requires_grad_() for x in (case.hidden, case.weight))
-    logits, targets = hidden @ weight.T, case.targets.cpu()
-    if divergence is None:
-        values = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    else:
-        teacher = case.teacher.hidden.double().cpu() @ case.teacher.weight.double().cpu().T
-        values = reference(logits, teacher, divergence)
-    loss = (case.token_weights.double().cpu() * values).sum() / num_tokens
-    return loss.detach(), list(torch.autograd.grad(loss, [hidden, weight]))
 
 
 @pytest.fixture
@@ -55,7 +30,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def operands(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
-    """The dtypes of all that is multiplied."""
+    """Collect the dtypes of all matmul operands."""
     seen: set[torch.dtype] = set()
 
     def seeing(product: Callable[..., Any], first: int) -> Callable[..., Any]:
@@ -65,20 +40,20 @@ def operands(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
 
         return call
 
-    for name, first in (("mm", 0), ("addmm_", 1), ("bmm", 0)):
+    for name, first in (("mm", 0), ("addmm_", 1)):
         monkeypatch.setattr(matmul, name, seeing(getattr(matmul, name), first))
     return seen
 
 
 @pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", HEADS, ids=head_id)
+@pytest.mark.parametrize("divergence", HEADS, ids=name_of)
 def test_low_precision_operands_give_float32_values(
     divergence: Divergence | None, dtype: torch.dtype, operands: set[torch.dtype]
 ) -> None:
     case = Case(dtype=dtype)
-    loss, grads = exact(case, divergence)
-    out = apply(case, divergence, chunk_size=3)
+    _, loss, grads = case.exact(divergence)
+    out = case.head(divergence, chunk_size=3)
     assert operands == {dtype}
     assert out.loss.dtype == torch.float32
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-6)
@@ -88,15 +63,15 @@ def test_low_precision_operands_give_float32_values(
 
 
 @pytest.mark.usefixtures("as_on_cuda")
-@pytest.mark.parametrize("divergence", HEADS, ids=head_id)
+@pytest.mark.parametrize("divergence", HEADS, ids=name_of)
 def test_autocast_says_what_is_multiplied_and_gradients_stay_float32(
     divergence: Divergence | None, operands: set[torch.dtype]
 ) -> None:
     case, rounded = Case(dtype=torch.float32), Case(dtype=torch.bfloat16)
     rounded.token_weights = case.token_weights
-    loss, grads = exact(rounded, divergence)
+    _, loss, grads = rounded.exact(divergence)
     with torch.autocast("cpu", torch.bfloat16):
-        out = apply(case, divergence, chunk_size=3)
+        out = case.head(divergence, chunk_size=3)
     assert operands == {torch.bfloat16}
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-6)
     ours = case.grads(out.loss)
@@ -126,12 +101,12 @@ def test_the_cpu_multiplies_in_float32() -> None:
 
 
 @pytest.mark.usefixtures("as_on_cuda")
-@pytest.mark.parametrize("divergence", [None, Divergence(), Divergence(top_k=4)], ids=head_id)
+@pytest.mark.parametrize("divergence", [None, Divergence(), Divergence(top_k=4)], ids=name_of)
 def test_a_share_of_a_large_batch_does_not_vanish_in_float16(divergence: Divergence | None) -> None:
     case = Case(dtype=torch.float16)
     num_tokens = 1e7  # float16 holds nothing below 6e-8
-    _, grads = exact(case, divergence, num_tokens)
-    loss = apply(case, divergence, num_tokens).loss * 2.0**23  # as a gradient scaler does after the head
+    _, _, grads = case.exact(divergence, num_tokens)
+    loss = case.head(divergence, num_tokens=num_tokens).loss * 2.0**23  # as a gradient scaler does after the head
     ours = [grad.double() / 2.0**23 * num_tokens for grad in case.grads(loss)]
     torch.testing.assert_close(ours, [grad * num_tokens for grad in grads], rtol=2**-9, atol=3e-3)
 
@@ -143,10 +118,10 @@ def test_logits_of_low_precision_would_cancel_where_student_and_teacher_agree() 
     near[:, :4] *= 1 + 2**-7  # one step of bfloat16 in four places
     case.teacher = HiddenTargets(near, case.weight.detach())
     student, teacher = (h.detach().double() @ case.weight.detach().double().T for h in (case.hidden, near))
-    expected = reference(student, teacher, Divergence())
-    ours = apply(case, Divergence()).metrics["divergence"]
+    expected = token_divergence(student, teacher, Divergence())
+    ours = case.head(Divergence()).metrics["divergence"]
     student, teacher = ((h @ case.weight.T).detach().float() for h in (case.hidden, near))
-    bare = reference(student, teacher, Divergence())
+    bare = token_divergence(student, teacher, Divergence())
     off, bare_off = (float(((values - expected).abs() / expected).mean()) for values in (ours, bare))
     assert off < 0.01
     assert bare_off > 30 * off
@@ -156,18 +131,18 @@ def test_logits_of_low_precision_would_cancel_where_student_and_teacher_agree() 
 def test_a_kept_teacher_of_low_precision_is_the_hidden_one() -> None:
     case = Case(dtype=torch.bfloat16)
     kept = top_k_targets(case.teacher.hidden, case.teacher.weight, case.targets, 4, 3)
-    hidden = apply(case, Divergence(top_k=4), chunk_size=3)
+    hidden = case.head(Divergence(top_k=4), chunk_size=3)
     stored = case.head(Divergence(top_k=4), kept, chunk_size=3)
     assert kept.logprobs.dtype == torch.float32
     assert torch.equal(stored.loss, hidden.loss)
 
 
 @pytest.mark.usefixtures("as_on_cuda")
-@pytest.mark.parametrize("divergence", HEADS, ids=head_id)
+@pytest.mark.parametrize("divergence", HEADS, ids=name_of)
 def test_float32_on_cuda_takes_other_products_to_the_same_values(divergence: Divergence | None) -> None:
     case = Case(dtype=torch.float32)
-    loss, grads = exact(case, divergence)
-    out = apply(case, divergence, chunk_size=3)
+    _, loss, grads = case.exact(divergence)
+    out = case.head(divergence, chunk_size=3)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close([grad.double() for grad in case.grads(out.loss)], grads, rtol=1e-4, atol=1e-6)
 
@@ -191,25 +166,25 @@ def test_the_chunk_is_the_devices() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("divergence", HEADS, ids=head_id)
+@pytest.mark.parametrize("divergence", HEADS, ids=name_of)
 def test_heads_on_the_device_equal_the_reference(divergence: Divergence | None, dtype: torch.dtype) -> None:
     case = Case(n=70, vocab=1000, hidden=32, scale=0.3, dtype=dtype, device="cuda")
-    loss, grads = exact(case, divergence)
-    out = apply(case, divergence, chunk_size=32)
+    _, loss, grads = case.exact(divergence)
+    out = case.head(divergence, chunk_size=32)
     torch.testing.assert_close(out.loss.double().cpu(), loss, rtol=1e-5, atol=1e-5)
     for ours, grad in zip(case.grads(out.loss), grads, strict=True):
         assert (ours.double().cpu() - grad).norm() < grad.norm() * (1e-5 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("divergence", [None, Divergence(), Divergence("jsd"), Divergence(top_k=64)], ids=head_id)
+@pytest.mark.parametrize("divergence", [None, Divergence(), Divergence("jsd"), Divergence(top_k=64)], ids=name_of)
 def test_autocast_on_the_device_multiplies_in_bfloat16(divergence: Divergence | None) -> None:
     case = Case(n=70, vocab=1000, hidden=32, dtype=torch.float32, device="cuda")
     rounded = Case(n=70, vocab=1000, hidden=32, dtype=torch.bfloat16)
     rounded.token_weights = case.token_weights.cpu()
-    loss, _ = exact(rounded, divergence)
+    _, loss, _ = rounded.exact(divergence)
     with torch.autocast("cuda", torch.bfloat16):
-        out = apply(case, divergence)
+        out = case.head(divergence)
     torch.testing.assert_close(out.loss.double().cpu(), loss, rtol=1e-5, atol=1e-5)
     assert [grad.dtype for grad in case.grads(out.loss)] == [torch.float32, torch.float32]
 
@@ -222,7 +197,7 @@ def test_a_head_on_the_device_never_holds_all_logits(divergence: Divergence | No
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    apply(case, divergence, chunk_size=chunk).loss.backward()
+    case.head(divergence, chunk_size=chunk).loss.backward()
     torch.cuda.synchronize()
     used = torch.cuda.max_memory_allocated() - before
     whole, of_chunk = 4 * n * vocab, 4 * chunk * vocab

@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdzero.losses import Divergence, Kind, cross_entropy_head, divergence_head, matmul, row_ops
+from sdzero.losses import Divergence, Kind, matmul, row_ops
+from sdzero.losses.reference import surprisal, token_divergence
 from sdzero.losses.soft_targets import top_k_targets
-from support.loss_cases import KINDS, Case, reference
+from support.loss_cases import KINDS, Case
 
 SHARE = 0.3
 ROWS = 5
@@ -89,11 +90,11 @@ def expected_of(case: Rows) -> Result:
     """By the definitions, in float64."""
     double = {name: x.double() if x.is_floating_point() else x for name, x in case.tensors.items()}
     student, teacher, targets = double["student"].requires_grad_(), double["teacher"], double["targets"]
-    log_s, log_t = (row_ops.gather_targets(x.log_softmax(-1), targets).detach() for x in (student, teacher))
+    log_s, log_t = (-surprisal(x, targets).detach() for x in (student, teacher))
     if case.kind is None:
-        values = -row_ops.gather_targets(student.log_softmax(-1), targets)
+        values = surprisal(student, targets)
     else:
-        values = reference(student, teacher, Divergence(case.kind, SHARE))
+        values = token_divergence(student, teacher, Divergence(case.kind, SHARE))
     (gradient,) = torch.autograd.grad((values * double["scale"]).sum(), student)
     return {"values": values.detach(), "gradient": gradient, "student": log_s, "teacher": log_t}
 
@@ -119,12 +120,7 @@ HEADS = [None, *(Divergence(kind, SHARE) for kind in KINDS), *(Divergence(top_k=
 def run_head(divergence: Divergence | None, dtype: torch.dtype, device: str = "cpu") -> Result:
     """A whole head, and a kept teacher, of a small case."""
     case = Case(dtype=dtype, device=device)
-    args = (case.hidden, case.weight)
-    if divergence is None:
-        out = cross_entropy_head(*args, case.targets, case.token_weights, 5.0, 3)
-    else:
-        weights = (case.token_weights, 5.0)
-        out = divergence_head(*args, case.teacher, *weights, divergence, targets=case.targets, chunk_size=3)
+    out = case.head(divergence, chunk_size=3, targets=case.targets)
     kept = top_k_targets(case.teacher.hidden, case.teacher.weight, case.targets, 4, 3)
     hidden, weight = case.grads(out.loss)
     logprobs = kept.logprobs.sort().values

@@ -1,4 +1,4 @@
-"""Small cases for the loss heads, a plain reference that holds all logits, and a count of what operators return."""
+"""Small cases for the loss heads, their exact results by the reference, and a recorder of operators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdzero.losses import LOG_ZERO, Divergence, Kind, Outside, Support, divergence_head
+from sdzero.losses import Divergence, Kind, Outside, Support, cross_entropy_head, divergence_head
+from sdzero.losses.reference import surprisal, token_divergence
 from sdzero.losses.soft_targets import HiddenTargets, SoftTargets, TopKTargets
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -16,36 +17,13 @@ SUPPORTS: tuple[Support, ...] = get_args(Support)
 OUTSIDES: tuple[Outside, ...] = get_args(Outside)
 FORMS: list[dict[str, Any]] = [{}, *({"top_k": 4, "support": s, "outside": o} for s in SUPPORTS for o in OUTSIDES)]
 DIVERGENCES = [Divergence(kind, weight=0.3, **form) for kind in KINDS for form in FORMS]
+HEADS: list[Divergence | None] = [None, *DIVERGENCES]  # None is cross-entropy
 
 
-def name_of(divergence: Divergence) -> str:
+def name_of(divergence: Divergence | None) -> str:
+    if divergence is None:
+        return "cross_entropy"
     return "-".join(str(part) for part in (divergence.kind, divergence.top_k, divergence.support, divergence.outside))
-
-
-def reference_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def reference(logits_s: Tensor, logits_t: Tensor, divergence: Divergence) -> Tensor:
-    """D [N] from whole logits [N, V], by the definitions alone."""
-    log_s, log_t = logits_s.log_softmax(-1), logits_t.log_softmax(-1)
-    if divergence.top_k is not None:
-        ids = (log_t if divergence.support == "teacher" else log_s.detach()).topk(divergence.top_k).indices
-        outside = torch.ones_like(log_s, dtype=torch.bool).scatter(1, ids, False)
-        inside_s, inside_t = log_s.gather(1, ids), log_t.gather(1, ids)
-        if divergence.outside == "renormalize":
-            log_s, log_t = inside_s.log_softmax(-1), inside_t.log_softmax(-1)
-        elif divergence.outside == "tail":
-            rest_s, rest_t = (x.masked_fill(~outside, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_s, log_t))
-            log_s, log_t = torch.cat([inside_s, rest_s], -1), torch.cat([inside_t, rest_t], -1)
-        else:
-            log_t = torch.full_like(log_t, LOG_ZERO).scatter(1, ids, inside_t.log_softmax(-1))
-    share = divergence.weight
-    if divergence.kind == "jsd":
-        mixture = (share * log_t.exp() + (1 - share) * log_s.exp()).clamp_min(1e-300).log()
-        return share * reference_kl(log_t, mixture) + (1 - share) * reference_kl(log_s, mixture)
-    forward = {"forward": 1.0, "reverse": 0.0, "mixed": share}[divergence.kind]
-    return forward * reference_kl(log_t, log_s) + (1 - forward) * reference_kl(log_s, log_t)
 
 
 class Case:
@@ -85,9 +63,33 @@ class Case:
     def grads(self, loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, [self.hidden, self.weight]))
 
-    def head(self, divergence: Divergence, teacher: SoftTargets | None = None, **kwargs: Any) -> Any:
+    def head(
+        self,
+        divergence: Divergence | None,
+        teacher: SoftTargets | None = None,
+        num_tokens: float = 5.0,
+        inputs: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Apply the fused head to the case, or to other `inputs` (hidden, weight)."""
+        hidden, weight = inputs or (self.hidden, self.weight)
+        if divergence is None:
+            kwargs.pop("targets", None)  # cross-entropy always takes the case's own
+            return cross_entropy_head(hidden, weight, self.targets, self.token_weights, num_tokens, **kwargs)
         teacher = teacher or self.teacher
-        return divergence_head(self.hidden, self.weight, teacher, self.token_weights, 5.0, divergence, **kwargs)
+        return divergence_head(hidden, weight, teacher, self.token_weights, num_tokens, divergence, **kwargs)
+
+    def exact(self, divergence: Divergence | None, num_tokens: float = 5.0) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Compute token losses, loss and gradients by the reference, in float64 on the CPU."""
+        hidden, weight = (x.detach().double().cpu().requires_grad_() for x in (self.hidden, self.weight))
+        logits, teacher = hidden @ weight.T, (x.double().cpu() for x in vars(self.teacher).values())
+        if divergence is None:
+            values = surprisal(logits, self.targets.cpu())
+        else:
+            hidden_t, weight_t = teacher
+            values = token_divergence(logits, hidden_t @ weight_t.T, divergence)
+        loss = (self.token_weights.double().cpu() * values).sum() / num_tokens
+        return values.detach(), loss.detach(), list(torch.autograd.grad(loss, [hidden, weight]))
 
 
 class Recorder(TorchDispatchMode):

@@ -35,7 +35,7 @@ class Projection:
         hidden: [N, H].
         weight: [V, H].
         chunk_size: maximum number of rows per call.
-        dtype: dtype of the logits. Logits rounded to bfloat16 cancel badly where student and teacher agree.
+        dtype: dtype of the logits; rounded to bfloat16 they would cancel badly where student and teacher agree.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunk_size: int, dtype: torch.dtype) -> None:
@@ -66,7 +66,7 @@ class Projection:
         inputs = self.inputs(rows)
         out = inputs.new_empty(ids.shape, dtype=self.dtype)
         for block in matmul.row_blocks(ids, ids.shape[1] * inputs.shape[1]):
-            matmul.bmm(self.weight[ids[block]], inputs[block, :, None], out[block, :, None])
+            matmul.mm(self.weight[ids[block]], inputs[block, :, None], out[block, :, None])
         return out
 
 
@@ -83,21 +83,8 @@ def chunked_head(
     body: Body,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute sum(token_weights * value) / num_tokens, differentiable once in `hidden` and `weight`.
-
-    Args:
-        hidden: [N, H].
-        weight: [V, H].
-        token_weights: [N].
-        num_tokens: divisor of the sum.
-        body: computes values and gradients of a chunk.
-        chunk_size: rows of a chunk, None for the device's default.
-
-    Returns:
-        The loss and the detached values [N].
-
-    Raises:
-        ValueError: chunk_size or num_tokens is not positive.
+    """Compute sum(token_weights * value) / num_tokens, differentiable once in `hidden` and `weight`, and the detached
+    values [N]. `body` computes values and gradients of a chunk; the other arguments are those of `cross_entropy_head`.
     """
     dtype, chunk_size = matmul.result_dtype(hidden, weight), matmul.chunk_size(chunk_size, hidden)
     count = float(num_tokens)

@@ -58,10 +58,11 @@ def row_blocks(rows: Tensor, width: int | None = None) -> Iterator[slice]:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Compute out = a @ b in the dtype of `out`."""
+    """Compute out = a @ b, of matrices or of batches of them, in the dtype of `out`."""
+    product = torch.mm if a.ndim == 2 else torch.bmm
     if a.is_cuda and a.dtype != out.dtype:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+        return product(a, b, out_dtype=out.dtype, out=out)
+    return product(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def addmm_(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -70,13 +71,6 @@ def addmm_(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
-
-
-def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Compute out = a @ b of each batch in the dtype of `out`."""
-    if a.is_cuda and a.dtype != out.dtype:
-        return torch.bmm(a, b, out_dtype=out.dtype, out=out)
-    return torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def add_outer_(out: Tensor, ids: Tensor, values: Tensor, inputs: Tensor) -> None:

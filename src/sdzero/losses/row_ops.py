@@ -80,14 +80,8 @@ def divergence(
     """Compute the divergence [C] over the whole vocabulary, scale times its gradient [C, V], and the log-probabilities
     [C] of `targets` of student and teacher (an empty list without targets).
 
-    Args:
-        kind: reverse, forward, mixed or jsd.
-        share: as in `divergence_of_log_probs`.
-        logits: [C, V] of the student, overwritten, possibly by the gradient.
-        teacher_logits: [C, V].
-        targets: [C] int64, or None.
-        scale: [C], or None for no gradient.
-        grad_dtype: as in `cross_entropy`.
+    `logits` and `teacher_logits` are [C, V]; kind and share as in `divergence_of_log_probs`, the rest as in
+    `cross_entropy`.
     """
     if (kernels := kernels_for(logits)) is not None:
         return kernels.divergence(kind, share, logits, teacher_logits, targets, scale, grad_dtype)
@@ -150,7 +144,7 @@ def divergence_with_rest(
     """Compute the divergence [C] over the columns `ids` and one bucket of the others, and scale times its gradient.
 
     Args:
-        kind: reverse, forward, mixed or jsd.
+        kind: as in `divergence_of_log_probs`.
         share: as in `divergence_of_log_probs`.
         log_s: [C, V], the student's log-probabilities, overwritten by the gradient.
         ids: [C, K].

@@ -78,16 +78,7 @@ def top_k_targets(
 
 
 def check_top_k(top_k: int | None, num_tokens: int | None = None, source: str = "the vocabulary") -> None:
-    """Check that a support of `top_k` tokens exists.
-
-    Args:
-        top_k: tokens of the support; None is the whole vocabulary and always valid.
-        num_tokens: tokens of `source`; None where it is not known yet.
-        source: what the support is taken from.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError if a support of `top_k` tokens cannot be taken from the `num_tokens` of `source`, if known."""
     if top_k is None or (top_k >= 1 and (num_tokens is None or top_k <= num_tokens)):
         return
     bounds = "at least 1" if num_tokens is None else f"from 1 to {num_tokens}, the size of {source}"

@@ -23,7 +23,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 def log_softmax_(logits: Tensor) -> Tensor:
     """Run `row_ops.log_softmax_` on float32 `logits` [C, V]."""
-    _launch(_log_softmax, logits, logits, logits.shape[1], logits.stride(0))
+    _launch(_log_softmax, logits)
     return logits
 
 
@@ -32,18 +32,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `row_ops.cross_entropy` on float32 `logits` [C, V]; a gradient of another dtype gets its own memory."""
     values, grad = logits.new_empty(len(logits)), _gradient(logits, scale, grad_dtype)
-    _launch(
-        _cross_entropy,
-        logits,
-        logits,
-        targets,
-        _or(scale, values),
-        values,
-        _or(grad, logits),
-        logits.shape[1],
-        logits.stride(0),
-        WITH_GRAD=grad is not None,
-    )
+    _launch(_cross_entropy, logits, targets, _or(scale, values), values, _or(grad, logits), WITH_GRAD=grad is not None)
     return values, grad
 
 
@@ -64,15 +53,12 @@ def divergence(
     _launch(
         _divergence,
         logits,
-        logits,
         teacher_logits,
         _or(targets, values),
         _or(scale, values),
         values,
         *(target_logprobs or (values, values)),
         _or(grad, logits),
-        logits.shape[1],
-        logits.stride(0),
         {"reverse": 0.0, "forward": 1.0}.get(kind, share),
         JSD=kind == "jsd",
         REVERSE=kind in ("reverse", "mixed"),
@@ -97,7 +83,8 @@ def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
 def _launch(kernel: Any, rows: Tensor, *args: Any, **constants: bool) -> None:
     assert rows.is_contiguous() and rows.dtype == torch.float32
     with torch.cuda.device_of(rows):
-        kernel[(len(rows),)](*args, **constants, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+        sizes = (rows.shape[1], rows.stride(0))  # vocab, stride
+        kernel[(len(rows),)](rows, *args, *sizes, **constants, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -193,9 +180,9 @@ def _divergence(
     student_logprobs,
     teacher_logprobs,
     grad,
+    share,
     vocab,
     stride,
-    share,
     JSD: tl.constexpr,
     REVERSE: tl.constexpr,
     FORWARD: tl.constexpr,
