@@ -62,7 +62,7 @@ def test_slurm_collects_on_two_ranks_what_one_collected(smoke_run: Path, tmp_pat
     slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "sdzero", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
     slurm |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_NODELIST": "localhost"}
     slurm |= {"SRUN_LOG": str(tmp_path / "log")}
-    said = bash("slurm.sh", SMOKE, "--out", out, **slurm, programs=srun.parent)
+    said = bash("slurm.sh", SMOKE, "--out", out, **slurm, programs=srun.parent, cwd=ROOT)
     assert said.count("finished before") == 6
     (launched,) = (tmp_path / "log").read_text().splitlines()
     assert launched.startswith("srun --kill-on-bad-exit=1 python -m sdzero collect ")

@@ -169,7 +169,7 @@ OUT_OF_DOMAIN = ("aime24", "aime25", "countdown", "ifbench", "ifeval", "mmlu", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the hub's names are folders."""
+    """Folder in which the hub's names are folders."""
     folder = tmp_path_factory.mktemp("hub")
     for id in MAKERS:
         make(folder, id)
@@ -199,7 +199,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, recipe: str, stage: str) 
 
 
 def made_up_traces(model: Path, ids: list[str]) -> list[Trace]:
-    """What collection would have kept, had random weights answered anything right."""
+    """Traces that a collection would have kept, had random weights answered anything right."""
     builder = PromptBuilder.from_pretrained(model)
     traces = []
     for number, id in enumerate(ids):

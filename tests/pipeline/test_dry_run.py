@@ -353,7 +353,7 @@ LORA = {"rank": 4, "alpha": 8.0, "target_modules": "all-linear"}
 
 
 class AdapterStep(Step):
-    """Of adapters alone, with the model they lie beside as teacher."""
+    """A step of adapters alone, with the model beneath them as teacher."""
 
     def __init__(self, bf16: bool, num_tokens: int) -> None:
         super().__init__(False, bf16, False, num_tokens)

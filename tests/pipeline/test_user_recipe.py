@@ -25,6 +25,7 @@ stages:
 STAGE = """
 model:
   class_path: my_method.HalfAndHalf
+  init_args: {revision_weight: 0.5, generation_weight: 0.5}
 data:
   class_path: sdzero.data.TraceDataModule
   init_args:
@@ -39,10 +40,7 @@ from sdzero.methods import SRT
 
 
 class HalfAndHalf(SRT):
-    """SRT with half the weight on each term."""
-
-    def __init__(self, *args, share: float = 0.5, **options):
-        super().__init__(*args, **{**options, "revision_weight": share, "generation_weight": share})
+    """SRT by another name."""
 '''
 
 

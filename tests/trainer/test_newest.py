@@ -41,7 +41,7 @@ def fit(root: Path, max_steps: int) -> None:
 def test_the_same_command_begins_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "run"
     fit(root, 2)
-    assert f"no finished checkpoint in {root}/checkpoints: starting anew" in capsys.readouterr().out
+    assert f"no finished checkpoint in {root}/checkpoints: starting from scratch" in capsys.readouterr().out
     newest = root / "checkpoints/step=2.ckpt"
     newest.write_bytes(newest.read_bytes()[:-1])
     fit(root, 3)

@@ -127,7 +127,7 @@ class SDZeroCLI(LightningCLI):
         return kwargs
 
     def _newest(self, folder: Path, subcommand: str) -> Path | None:
-        """What `--ckpt_path=newest` stands for. None, a new start, is said and for `fit` only.
+        """Resolve `--ckpt_path=newest`. None (`fit` only): start from scratch; logged.
 
         Raises:
             ValueError: no checkpoint is there for another command, or none of those there verifies.
@@ -136,7 +136,7 @@ class SDZeroCLI(LightningCLI):
         if not finished and subcommand != "fit":
             raise ValueError(f"ckpt_path={NEWEST}: there is no finished checkpoint in {folder}")
         if not finished:
-            self._say(f"no finished checkpoint in {folder}: starting anew")
+            self._say(f"no finished checkpoint in {folder}: starting from scratch")
             return None
         if isinstance(self.trainer.strategy, AtomicFolders) and not self.trainer.is_global_zero:
             return finished[0][0]  # it asks rank 0 when it loads: one rank has to read whole models, not all

@@ -41,7 +41,7 @@ CRASHES = [-signum for signum in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS,
 """Exit codes of a process that its own native code has ended."""
 
 MAX_RESTARTS = 3
-"""Of a stage that hangs or crashes in native code, before the run gives up."""
+"""Maximum number of restarts of a stage that hangs or crashes in native code."""
 
 LOCK_SECONDS = 3.0
 """A stage whose `sdzero run` was killed takes a moment to notice, and holds the folder's lock until it has ended."""
@@ -225,7 +225,7 @@ def _check_engine(stage: Stage) -> None:
 
 
 def _faulted(code: int, folder: Path) -> bool:
-    """Whether native code hung or crashed in a process of the stage. Stacks are written then and only then; another
+    """Return True if native code hung or crashed in a process of the stage. Stacks are written only then; another
     process of the stage may have been killed for it."""
     return code in CRASHES or (folder / STACKS).exists()
 
@@ -277,7 +277,7 @@ def main(arguments: list[str], check: Check) -> None:
 
 
 def parse(stages: Sequence[Stage], check: Check) -> dict[str, dict[str, Any]]:
-    """Whole configs of the stages, with all defaults. The evaluations share one: only their models differ.
+    """Full configs of the stages, with all defaults. The evaluations share one: only their models differ.
 
     Raises:
         ArgumentError: a key is wrong; names the stage's files and the key.

@@ -19,14 +19,14 @@ OTHER = 2 * GIB
 
 @dataclass(frozen=True)
 class Machine:
-    """What a stage runs on.
+    """Processes of a stage and how they share a model.
 
     Attributes:
         on_gpu: False on the CPU.
         world_size: processes, one a GPU.
-        num_shards: over how many processes a model is sharded; 1: each holds all of it.
-        compute_bytes: of an element in the computation: 2 under bf16-mixed, else 4.
-        tensor_parallel: how many neighbouring processes compute a batch together.
+        num_shards: processes that share a model; 1: each holds all of it.
+        compute_bytes: bytes of an element in the computation: 2 under bf16-mixed, else 4.
+        tensor_parallel: neighbouring processes that compute a batch together.
         wrapped: by FSDP, which gathers layer by layer on one process too.
     """
 
@@ -85,7 +85,7 @@ class MemoryPeak:
 
 
 def machine(config: Config, num_gpus: int | None) -> Machine:
-    """Of a stage's trainer; collection, which has none, names its devices itself and trains nothing."""
+    """Machine of a stage's trainer, or of a collection, which has devices of its own and trains nothing."""
     trainer = config.get("trainer") or {"accelerator": "auto", "strategy": "auto", "precision": "32-true", **config}
     on_gpu = trainer["accelerator"] in ("gpu", "cuda") or (trainer["accelerator"] == "auto" and num_gpus is not None)
     devices, nodes = trainer["devices"], trainer["num_nodes"]
@@ -111,7 +111,7 @@ def machine(config: Config, num_gpus: int | None) -> Machine:
 
 @dataclass(frozen=True)
 class Resident:
-    """What a training keeps on a GPU from step to step, in bytes."""
+    """Memory that a training keeps on a GPU from step to step, in bytes."""
 
     weights: int
     optimizer: int

@@ -24,7 +24,7 @@ def cache_bytes(model: Architecture, num_tokens: int, dtype_bytes: int, tensor_p
 def engine(
     spec: Mapping[str, Any], dtype: str, model: Architecture, at: Machine, longest: int, mean: int, memory: int | None
 ) -> Engine | None:
-    """The engine of a stage; None where its class is none of ours, or where the GPU's memory is not known.
+    """Engine of a stage; None if its class is unknown here or the GPU's memory is.
 
     Args:
         spec: the engine's class_path and init_args.
@@ -59,8 +59,8 @@ def engine(
 def rollout_peak(
     stage: str, model: Architecture, kept: Resident | None, at: Machine, beside: Engine, longest_response: int
 ) -> MemoryPeak:
-    """Sampling: what a training keeps, the engine, and the trainer's check of a longest response's log-probabilities
-    while the engine is awake. `kept` None: collection, which has no trainer."""
+    """Memory peak of sampling: resident weights, the engine, and the trainer's check of a longest response's log-
+    probabilities while the engine is awake. `kept` None: collection, which has no trainer."""
     parts = {**(kept.parts if kept else {}), "engine": beside.size}
     if kept:
         per_token = 8 * model.hidden + 3 * model.intermediate * at.compute_bytes // at.tensor_parallel

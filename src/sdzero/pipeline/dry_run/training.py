@@ -14,21 +14,22 @@ from sdzero.pipeline.dry_run.stage import Config
 
 
 def layer_bytes(model: Architecture, at: Machine) -> int:
-    """What autograd keeps of one decoder layer per token: norms in float32, projections, queries and keys with their
-    norms and rotations, the attention's output, and the gated MLP."""
+    """Bytes that autograd keeps of one decoder layer per token: norms in float32, projections, queries and keys with
+    their norms and rotations, the attention's output, and the gated MLP."""
     h, inner = model.hidden, (model.intermediate, model.queries + model.keys)
     i, qk = (size // at.tensor_parallel for size in inner)
     return 26 * h + 8 * i + 10 * qk if at.compute_bytes == 2 else 24 * h + 16 * i + 16 * qk
 
 
 def kept_bytes(model: Architecture, num_tokens: int, checkpointing: bool, at: Machine) -> int:
-    """What the forward pass leaves for the backward pass: all of the layers, or with checkpointing their inputs."""
+    """Activations kept for the backward pass: those of all layers, or with checkpointing the layers' inputs."""
     stream = at.compute_bytes if at.is_sharded else FLOAT32  # autocast keeps the residual stream in float32
     return num_tokens * model.num_layers * (model.hidden * stream if checkpointing else layer_bytes(model, at))
 
 
 def layer_backward_bytes(model: Architecture, num_tokens: int, checkpointing: bool, at: Machine) -> int:
-    """What one layer's backward pass adds: the gradients inside its MLP and, with checkpointing, the layer anew."""
+    """Bytes that one layer's backward pass adds: gradients inside its MLP and, with checkpointing, recomputed
+    activations."""
     inner = 3 * model.intermediate * at.compute_bytes // at.tensor_parallel
     return num_tokens * (inner + (layer_bytes(model, at) if checkpointing else 0))
 
@@ -39,18 +40,19 @@ def root_bytes(model: Architecture, at: Machine) -> int:
 
 
 def layers_gathered(model: Architecture, at: Machine) -> int:
-    """One layer, likewise; of tensor parallelism a rank gathers its part."""
+    """One layer as FSDP2 gathers it; with tensor parallelism this rank's part of it."""
     return model.num_layer_parameters // at.tensor_parallel * at.compute_bytes if at.is_sharded else 0
 
 
 def autocast_bytes(model: Architecture, num_layers: int, at: Machine, settings: Config) -> int:
-    """Copies that autocast makes of the float32 weights of so many unsharded layers; it leaves embedding and head."""
+    """Copies that autocast makes of the float32 weights of `num_layers` unsharded layers; embedding and head are not
+    copied."""
     needed = not at.is_sharded and at.compute_bytes < FLOAT32 and settings.get("dtype") != "bfloat16"
     return num_layers * model.num_layer_parameters * at.compute_bytes if needed else 0
 
 
 def logit_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool) -> int:
-    """A chunk's logits in float32 and what is made of them: on a GPU the gradient in the computation's dtype, on the
+    """Logits of a chunk in float32 and their derivatives: on a GPU the gradient in the computation's dtype, on the
     CPU temporaries of a few rows, which are a whole chunk where the vocabulary is small."""
     if not at.on_gpu:
         chunk = min(CHUNK_SIZE, num_tokens) * model.vocab
@@ -61,7 +63,8 @@ def logit_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: 
 
 
 def head_gradient(model: Architecture, at: Machine, settings: Config) -> int:
-    """The head's gradient as the loss head hands it on: as the gathered head is, or as the weights are."""
+    """Gradient that the loss head returns for the head's weight, in the dtype of the gathered head or of the
+    weights."""
     return 0 if settings.get("lora") else model.vocab * model.hidden * _weight_bytes(at)
 
 
@@ -70,9 +73,9 @@ def _weight_bytes(at: Machine) -> int:
 
 
 def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: bool, settings: Config) -> int:
-    """Of the loss head: copies of the heads in what they are multiplied in, the head's gradient in float32 (unless it
+    """Memory of the loss head: copies of the heads in the matmul's dtype, the head's gradient in float32 (unless it
     is frozen), the hidden states and their gradient, and a chunk's logits or, once these are gone, the head's gradient
-    as it is handed on."""
+    as it is returned."""
     head, is_low = model.vocab * model.hidden, at.compute_bytes < FLOAT32
     # gathered in the computation's dtype: on a GPU multiplied as they are; whole in float32: the other way round
     copied_to = at.compute_bytes if at.on_gpu else FLOAT32
@@ -84,13 +87,20 @@ def head_bytes(model: Architecture, num_tokens: int, at: Machine, has_teacher: b
 
 
 def num_trained(model: Architecture, settings: Config) -> int:
-    """Parameters that train under `model.student` of a config: all, or its adapters'."""
+    """Number of trained parameters under `model.student` of a config: all, or those of its adapters."""
     lora = settings.get("lora")
     return model.num_adapter_parameters(lora) if lora else model.num_parameters
 
 
 def resident(model: Architecture, teacher: tuple[Architecture, int] | None, at: Machine, settings: Config) -> Resident:
-    """Args: teacher: its sizes and the bytes of its elements; settings: of the student, `model.student` of a config."""
+    """Memory that a training keeps from step to step.
+
+    Args:
+        model: architecture of the student.
+        teacher: its architecture and the bytes of its elements; None without one.
+        at: the processes it runs on.
+        settings: `model.student` of a config.
+    """
     if settings["cpu_offload"]:  # the host's memory holds all of it
         return Resident(0, 0, 0)
     trained = FLOAT32 * num_trained(model, settings)
@@ -108,15 +118,16 @@ def training_peaks(
     num_tokens: int,
     accumulates: bool,
 ) -> list[MemoryPeak]:
-    """The largest micro batch at its loss head and in its backward pass, and the optimizer's step; the engine sleeps.
+    """Memory peaks of the largest micro batch (loss head, backward pass) and of the optimizer's step; the engine
+    sleeps.
 
     Args:
         stage: name of the stage.
-        config: of the stage.
-        model: the student.
-        teacher: its sizes and the bytes of its elements, 0 where they are the student's own; None without one.
-        at: what it runs on.
-        num_tokens: of the largest micro batch.
+        config: config of the stage.
+        model: architecture of the student.
+        teacher: its architecture and the bytes of its elements, 0 for the student's own; None without one.
+        at: the processes it runs on.
+        num_tokens: tokens of the largest micro batch.
         accumulates: a step has several micro batches on a rank. FSDP then keeps their whole gradients in float32 until
             the last one, unless `reduce_every_micro_batch` is set.
     """
@@ -143,7 +154,7 @@ def training_peaks(
 
 
 def whole_gradients(model: Architecture, at: Machine, settings: Config) -> int:
-    """Gradients in float32 before FSDP2 has reduced them: with tensor parallelism of this rank's part of the layers."""
+    """Unreduced float32 gradients under FSDP2; with tensor parallelism those of this rank's part of the layers."""
     if settings.get("lora"):
         return FLOAT32 * num_trained(model, settings)
     layers = model.num_layers * model.num_layer_parameters // at.tensor_parallel
@@ -164,9 +175,9 @@ def _at_loss(
 def _in_backward(
     model: Architecture, at: Machine, num_tokens: int, settings: Config, their_root: int
 ) -> dict[str, int]:
-    """The larger of its two ends. At the last layer everything is still kept; a layer is made anew and another one
-    gathered beside it, and a layer's gradient is reduced. At the embedding no activations are left, and the root's
-    gradients are whole."""
+    """Larger peak of the backward pass's two ends. At the last layer all activations are kept, a layer is recomputed
+    while another one is gathered, and a layer's gradient is reduced. At the embedding no activations are left, and the
+    root's gradients are whole."""
     trains, checkpointing = not settings.get("lora"), settings["gradient_checkpointing"]
     is_sharded, gathered = at.is_sharded, layers_gathered(model, at)
     reduced = FLOAT32 if is_sharded and trains else 0  # bytes of an element on its way to the other ranks
