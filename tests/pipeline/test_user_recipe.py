@@ -62,7 +62,7 @@ def test_a_fourth_stage_goes_through_every_command(
     base, *_ = read_json(out / "summary.json")
     assert (row["stage"], row["starts_from"]) == ("mine", "base") and row["num_generations"] == 256
     assert row["accuracy_gain"] == pytest.approx(row["accuracy"] - base["accuracy"])
-    assert records(out)["mine"]["inputs"].keys() == {"model.init_args.student.path", *records(out)["srt"]["inputs"]}
+    assert records(out)["mine"]["inputs"].keys() == {"model.class_path", *records(out)["srt"]["inputs"]}
 
     assert exit_code(monkeypatch, "report", out, cwd=tmp_path) == 0
     assert "Half and half" in (out / "report.html").read_text()
