@@ -4,14 +4,14 @@
 #   sbatch configs/scripts/slurm.sh configs/recipes/qwen3-4b-math [further options of `sdzero run`]
 #
 # Activate the environment first: `sdzero` and `python` are taken from PATH.
-# One more sbatch with the same recipe goes on with it, and so does the job itself after a requeue.
+# Another sbatch with the same recipe resumes it, and so does the job after a requeue.
 #SBATCH --job-name=sdzero
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
-# `sdzero run` hears five minutes before the end: the training saves at its next step, and the job is queued again.
+# `sdzero run` receives five minutes before the end: the training saves at its next step, and the job is requeued.
 # B: the signal goes to this script's process, which is `sdzero run` by then; it passes it on.
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
@@ -21,7 +21,7 @@ set -euo pipefail
 RECIPE=${1:?usage: sbatch slurm.sh RECIPE_DIR}
 shift
 
-# what `sdzero run` tells every stage; Lightning compares it with what SLURM has started
+# passed by `sdzero run` to every stage; Lightning compares it with the number of processes that SLURM has started
 NUM_NODES=$SLURM_NNODES
 DEVICES=$SLURM_NTASKS_PER_NODE
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK

@@ -5,7 +5,7 @@
 #   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node0 bash configs/scripts/torchrun.sh configs/recipes/qwen3-4b-math
 #   NUM_NODES=2 NODE_RANK=1 MASTER_ADDR=node0 bash configs/scripts/torchrun.sh configs/recipes/qwen3-4b-math
 #
-# After a fault start it again on all nodes: finished calls are kept, and a training goes on from its newest checkpoint.
+# After a fault start it again on all nodes: finished calls are kept, and training resumes from its newest checkpoint.
 # One node needs none of this: `sdzero run RECIPE --devices 8` starts its own processes.
 set -euo pipefail
 
