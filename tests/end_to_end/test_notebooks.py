@@ -1,108 +1,104 @@
-"""The notebooks are stored clean, run on a smoke run, and show what sdzero.report says; their pages show it too."""
+"""The notebooks are stored clean, and show the statistics of sdzero.report on a smoke run."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from PIL import Image
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
 
-from sdzero.report import RunFolder, first_wrong, localization, phases, revision
-from sdzero.report import notebooks as render
+from sdzero.report import RunFolder, evaluations, first_wrong, localization, phases
 from support.runs import ROOT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NUM_FIGURES = {"token_kl_localization": 5, "training_dynamics": 3, "revision_stats": 1}
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+NUM_PLOTS = {"token_kl_localization": 3, "training_dynamics": 3, "revision_stats": 1}
+NUM_VIEWS = {"token_kl_localization": 1, "training_dynamics": 1, "revision_stats": 1}
 
 
-@pytest.fixture(autouse=True)
-def kernel_settings(monkeypatch, tmp_path):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.delenv("SDZERO_RUN", raising=False)
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_short_valid_and_stored_without_outputs(path):
+@pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)
+def test_notebooks_are_short_valid_and_stored_without_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3" and len(notebook.cells) <= 20
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    assert all(len(cell.source.splitlines()) <= 12 for cell in code)  # statistics belong into sdzero.report
+    assert all(len(cell.source.splitlines()) <= 12 for cell in code), "statistics belong in sdzero.report"
 
 
-def expected(name: str, run: RunFolder) -> dict[str, Any]:
-    """What the notebook's variables must hold."""
+def tables(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Variables that each notebook must hold."""
     frame = run.token_kl("self_distill", "train")
-    tables = {
-        "token_kl_localization": lambda: {
+    metrics = ("response_tokens", "keywords_per_response", "avg_at_k", "truncated")
+    return {
+        "token_kl_localization": {
             "concentration": localization.concentration(frame),
             "hits": first_wrong.hits(frame),
             "kinds": first_wrong.by_kind(frame),
         },
-        "training_dynamics": lambda: {
-            "evaluations": phases.evaluations(
-                run, ["response_tokens", "keywords_per_response", "avg_at_k", "truncated"]
-            ),
+        "training_dynamics": {
+            "table": evaluations.evaluations(run, metrics),
             "accuracy": phases.over_phases(run, "avg_at_k"),
         },
-        "revision_stats": lambda: {
-            "table_9": revision.table_9(run),
-            "flips": revision.mended_and_broken(run),
-            "copying": revision.copying(run),
+        "revision_stats": {
+            "table_9": evaluations.table_9(run),
+            "corrections": evaluations.corrections(run),
+            "copying": evaluations.copying(run),
         },
-    }[name]()
-    assert all(len(table) for table in tables.values())
-    return {key: json.loads(str(table.to_json())) for key, table in tables.items()}
+    }
 
 
-@pytest.mark.parametrize("name", NUM_FIGURES)
-def test_notebooks_and_their_pages_show_what_the_analysis_says(name, smoke_run, tmp_path):
-    values = expected(name, RunFolder(smoke_run))
-    notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
-    pairs = ", ".join(f"{key!r}: json.loads({key}.to_json())" for key in values)
-    notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{pairs}}}))"))
-    nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-
-    executed = render.execute(tmp_path / f"{name}.ipynb", smoke_run)
-    assert json.loads(executed.cells.pop().outputs[0].text) == values
-    assert [
-        output for cell in executed.cells for output in cell.get("outputs", ()) if output.get("name") == "stderr"
-    ] == []
-
-    pages = tmp_path / "docs"
-    pages.mkdir()
-    (pages / f"{name}_99_0.png").write_bytes(b"of a longer notebook")
-    render.write_page(executed, name, "*Rendered*", pages)
-    page = (pages / f"{name}.md").read_text()
-    shown = re.findall(r"!\[\]\((\S+)\)", page)
-    assert page.startswith("*Rendered*\n\n# ") and "<style" not in page
-    assert len(shown) == NUM_FIGURES[name] and set(shown) == {file.name for file in pages.glob("*.png")}
-    for picture in shown:
-        assert (pages / picture).stat().st_size < 60_000
-        with Image.open(pages / picture) as image:
-            assert image.width > 400 and len(image.getcolors() or ()) > 5
+@pytest.fixture(scope="module")
+def executed(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[NotebookNode]]]:
+    """The cells of all notebooks, executed in one kernel, which forgets all names in between. The last cell of each
+    prints its tables."""
+    cells: dict[str, list[NotebookNode]] = {}
+    for name, values in tables(RunFolder(smoke_run)).items():
+        pairs = ", ".join(f"{key!r}: json.loads({key}.to_json())" for key in values)
+        show = new_code_cell(f"import json\nprint(json.dumps({{{pairs}}}))")
+        cells[name] = [new_code_cell("%reset -f"), *nbformat.read(NOTEBOOKS[name], as_version=4).cells, show]
+    client = NotebookClient(new_notebook(cells=sum(cells.values(), [])), timeout=300, kernel_name="python3")
+    environment = {
+        "SDZERO_RUN": str(smoke_run.resolve()),
+        "OMP_NUM_THREADS": "1",
+        "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
+        "PYTHONWARNINGS": "ignore:IProgress not found",
+    }
+    client.execute(cwd=str(ROOT / "notebooks"), env={**os.environ, **environment})
+    yield cells
 
 
-def test_a_run_is_found_from_either_folder_and_missed_clearly(smoke_run, tmp_path):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_show_the_statistics(name: str, executed: dict[str, list[NotebookNode]], smoke_run: Path) -> None:
+    *cells, last = executed[name]
+    expected = tables(RunFolder(smoke_run))[name]
+    assert all(len(table) for table in expected.values())
+    assert json.loads(last.outputs[0].text) == {key: json.loads(str(t.to_json())) for key, t in expected.items()}
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    shown = [output.get("data", {}) for output in outputs]
+    assert sum("image/png" in data for data in shown) == NUM_PLOTS[name]
+    assert sum("<iframe" in data.get("text/html", "") for data in shown) == NUM_VIEWS[name]
+
+
+def test_the_default_run_is_found_from_either_folder_and_a_missing_one_is_named(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = nbformat.read(NOTEBOOKS["revision_stats"], as_version=4).cells[1].source
+    plain = "\n".join(line for line in setup.splitlines() if not line.startswith("%"))
+    monkeypatch.delenv("SDZERO_RUN", raising=False)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/quickstart").symlink_to(smoke_run)
-    setup = nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
-    steps = [setup, "os.chdir('..')", setup, "os.environ['SDZERO_RUN'] = 'nowhere'", setup]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(step) for step in steps])
-    NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute(cwd=str(tmp_path / "notebooks"))
-    assert [
-        output.ename for cell in notebook.cells[:4] for output in cell.outputs if output.output_type == "error"
-    ] == []
-    (error,) = notebook.cells[4].outputs
-    assert error.ename == "FileNotFoundError" and "nowhere" in error.evalue and "sdzero run" in error.evalue
-
-
-def test_a_page_says_of_which_run_it_is(smoke_run):
-    assert render.about(RunFolder(smoke_run)) == "the run `smoke` (seed 0, device cpu, engine TransformersEngine)"
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(folder)
+        exec(plain, {})
+    monkeypatch.setenv("SDZERO_RUN", "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere.*sdzero run"):
+        exec(plain, {})

@@ -1,9 +1,11 @@
-"""The report's page in a real browser: nothing is asked of the network, everything can be read and reached."""
+"""The report in a real browser: no network request, readable contrasts, keyboard access."""
 
 from __future__ import annotations
 
+import html
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pandas as pd
 import pytest
 
 from sdzero.report import RunFolder, render
-from support.made_up_run import HOSTILE, token_kl_row, write_evaluation, write_run_of, write_token_kl
+from sdzero.report.token_viewer import TokenViewer
+from support.made_up_run import HOSTILE, token_kl_row, write_evaluation, write_lineage, write_run_of
 
 pytestmark = pytest.mark.browser
 
@@ -50,7 +53,7 @@ CONTRASTS = """() => {
   }
   return found;
 }"""
-"""Contrast of every visible text with what lies behind it, after WCAG 2: [ratio, whether in a figure, text]."""
+"""Contrast of every visible text with its background, after WCAG 2: [ratio, is in a figure, text]."""
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +67,16 @@ def browser(browser_path: str) -> Iterator[Any]:
 
 
 class Tab:
-    """A page in a window of its own, and what it asked for and complained of."""
+    """A page in a window of its own, with its requests and errors."""
 
     def __init__(self, browser: Any, file: Path, scheme: str = "light", width: int = 1400) -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.page = self.context.new_page()
         self.requests: list[str] = []
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(file.as_uri())
 
     def __enter__(self) -> Tab:
@@ -93,9 +96,8 @@ def smoke_file(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return file
 
 
-@pytest.mark.parametrize("width", [360, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_asks_for_nothing_and_can_be_read(browser: Any, smoke_file: Path, scheme: str, width: int) -> None:
+@pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 1400)])
+def test_the_page_requests_nothing_and_is_readable(browser: Any, smoke_file: Path, scheme: str, width: int) -> None:
     with Tab(browser, smoke_file, scheme, width) as tab:
         for details in tab.page.locator("details").all():
             details.evaluate("element => element.open = true")
@@ -108,11 +110,11 @@ def test_the_page_asks_for_nothing_and_can_be_read(browser: Any, smoke_file: Pat
         background = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, background[4:-1].split(","))) > 3 * 128) == (scheme == "light")
         assert tab.requests == [smoke_file.as_uri()]
-        assert tab.complaints == []
+        assert tab.errors == []
 
 
-def test_hovering_and_keys_show_the_figures_of_that_token(browser: Any, smoke_run: Path, smoke_file: Path) -> None:
-    frame = RunFolder(smoke_run).token_kl()
+def test_hovering_and_keys_show_the_values_of_a_token(browser: Any, smoke_run: Path, smoke_file: Path) -> None:
+    frame = RunFolder(smoke_run).token_kl("self_distill")
     with Tab(browser, smoke_file) as tab:
         page = tab.page
         for index in (0, page.locator("[name=response]").count() - 1):
@@ -120,7 +122,7 @@ def test_hovering_and_keys_show_the_figures_of_that_token(browser: Any, smoke_ru
             tokens = page.locator("#token-row [role=option]")
             row = _row(frame, tab)
             peak = max(range(len(row["kl"])), key=row["kl"].__getitem__)
-            _assert_shown(tab, row, peak)  # what the eye should fall on first
+            _assert_shown(tab, row, peak)  # shown first
 
             hovered = (peak + 1) % len(row["kl"])
             tokens.nth(hovered).hover()
@@ -135,13 +137,13 @@ def test_hovering_and_keys_show_the_figures_of_that_token(browser: Any, smoke_ru
             page.keyboard.press("ArrowRight")
             _assert_shown(tab, row, 1)
             page.keyboard.press("Tab")
-            assert page.evaluate("!document.activeElement.closest('#token-row')"), "one stop of the Tab key"
+            assert page.evaluate("!document.activeElement.closest('#token-row')"), "the row is one stop of the Tab key"
             page.keyboard.press("Shift+Tab")
-            assert page.evaluate("document.activeElement.dataset.place") == "1", "which remembers the place"
+            assert page.evaluate("document.activeElement.dataset.place") == "1", "and keeps the selected token"
             page.keyboard.press("End")
             page.keyboard.press("ArrowRight")
             _assert_shown(tab, row, len(row["kl"]) - 1)
-        assert tab.complaints == []
+        assert tab.errors == []
 
 
 def _row(frame: pd.DataFrame, tab: Tab) -> dict[str, Any]:
@@ -170,10 +172,10 @@ def _assert_shown(tab: Tab, row: dict[str, Any], place: int) -> None:
     reward = row["token_kl_reward"][place]
     assert float(words[6].rstrip(":")) == pytest.approx(reward, abs=6e-4, rel=6e-4)
     bounds = (
-        (math.log(2), "would take it back"),
-        (0.05, "likes it less"),
-        (-0.05, "agrees"),
-        (-math.inf, "is surer of it"),
+        (math.log(2), "less than half as likely"),
+        (0.05, "less likely"),
+        (-0.05, "the teacher agrees"),
+        (-math.inf, "more likely"),
     )
     meaning = next(words for bound, words in bounds if reward > bound)
     assert meaning in values
@@ -186,18 +188,19 @@ def _assert_shown(tab: Tab, row: dict[str, Any], place: int) -> None:
         assert len(lines) == len(top) + (row["tokens"][place] not in row[f"{model}_top"][place])
 
 
-def test_colours_tell_the_sign_and_the_size(browser: Any, tmp_path: Path) -> None:
+def test_colours_show_sign_and_size_and_the_first_wrong_token_is_marked(browser: Any, tmp_path: Path) -> None:
     row = token_kl_row(random.Random(0), ["back", "add", "half", "none"], 0)
-    write_token_kl(tmp_path, [{**row, "token_kl_reward": [4.0, -4.0, 2.0, 0.0], "kl": [1.0, 0.0, 0.5, 2.0]}])
-    (tmp_path / "report.html").write_text(render(RunFolder(tmp_path)))
+    values = {"token_kl_reward": [4.0, -4.0, 2.0, 0.0], "kl": [1.0, 0.0, 0.5, 2.0], "first_wrong": 2}
+    view = TokenViewer(pd.DataFrame([{**row, **values}]))
+    (tmp_path / "report.html").write_text(html.unescape(re.findall('srcdoc="(.*?)"', view._repr_html_(), re.DOTALL)[0]))
     painted = (
         "[...document.querySelectorAll('#token-row span')].map(e => [e.className, e.style.getPropertyValue('--w')])"
     )
     with Tab(browser, tmp_path / "report.html") as tab:
-        assert tab.page.evaluate(painted) == [["take", "100%"], ["add", "100%"], ["take", "50%"], ["add", "0%"]]
+        assert tab.page.evaluate(painted) == [["take", "100%"], ["add", "100%"], ["take marked", "50%"], ["add", "0%"]]
         assert tab.text("#scale-high") == "+4 nats"
         tab.page.check("[name=mode][value=kl]")
-        assert [name for name, _ in tab.page.evaluate(painted)] == ["kl"] * 4
+        assert [name for name, _ in tab.page.evaluate(painted)] == ["kl", "kl", "kl marked", "kl"]
         assert tab.page.evaluate(painted)[1][1] == "0%" and tab.page.evaluate(painted)[3][1] == "100%"
 
 
@@ -224,12 +227,13 @@ def test_the_policy_stops_other_scripts_and_every_request(browser: Any, tmp_path
     with Tab(browser, tmp_path / "report.html") as tab:
         assert tab.page.evaluate("typeof pwned") == "undefined"
         assert tab.text("#token-place"), "the page's own script runs"
-        assert len(tab.complaints) == 2 and all("Content Security Policy" in c for c in tab.complaints)
+        assert len(tab.errors) == 2 and all("Content Security Policy" in c for c in tab.errors)
 
 
-def test_a_run_without_token_kl_complains_of_nothing(browser: Any, tmp_path: Path) -> None:
+def test_a_run_without_token_kl_raises_no_errors(browser: Any, tmp_path: Path) -> None:
+    write_lineage(tmp_path)
     write_evaluation(tmp_path, "base", {"a": [0, 1]})
     (tmp_path / "report.html").write_text(render(RunFolder(tmp_path)))
     with Tab(browser, tmp_path / "report.html", width=360) as tab:
-        assert tab.complaints == []
+        assert tab.errors == []
         assert tab.page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")

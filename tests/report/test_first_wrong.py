@@ -1,4 +1,4 @@
-"""The first wrong step of a chain, and what is counted of it."""
+"""The first wrong step of a chain, and its statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUESTION = "6+3*9-4="  # 6+3=9*9=1-4=7A7
 
 
 def split(response):
-    """The tokens of the tiny model: signs of a chain one by one, words and blank lines whole."""
+    """Tokens of the tiny model: characters of a chain one by one, words and blank lines whole."""
     return [*re.findall(r"\n\n|[A-Z]?[a-z]+|.", response), END]
 
 
@@ -55,7 +55,7 @@ def test_a_result_is_wrong_if_it_does_not_follow_from_what_is_written():
     assert found.results == (4, 8, 12) and found.wrong_results == (4, 12)  # 8*9=2 is right
 
 
-def test_tokens_of_several_signs_are_found_too():
+def test_tokens_of_several_characters_are_found_too():
     found = attempt("6+3=8*9=2-4=8A8", tokens=["6+", "3=8", "*9=", "2-4", "=8A8", END])
     assert (found.first_wrong, found.results, found.num_tokens) == (1, (1, 3, 4), 5)
 
@@ -69,7 +69,7 @@ def test_every_token_is_of_one_kind():
 
 
 @pytest.mark.parametrize(("question", "text"), [("sums/1", "6+3*9-4="), ("chains/x", "What is 6+3*9-4?")])
-def test_other_tasks_tell_nothing(question, text):
+def test_other_tasks_have_no_first_attempt(question, text):
     assert first_wrong.first_attempt(question, text, "6+3=8", list("6+3=8")) is None
 
 
@@ -115,7 +115,7 @@ def test_hits_count_the_first_attempts_largest_against_chance(frame):
     assert hits.loc["KL", "hit_se"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
 
 
-def test_kl_is_told_apart_by_kind(frame):
+def test_kl_by_kind(frame):
     kinds = first_wrong.by_kind(frame).set_index("kind")
     assert kinds.index.tolist() == list(first_wrong.KINDS)
     assert kinds.loc["wrong result", "kl"] == pytest.approx((3 + 2 + 2 + 1) / 4)
@@ -125,12 +125,12 @@ def test_kl_is_told_apart_by_kind(frame):
     assert kinds["holds_largest"].tolist() == [0.2, 0, 0.2, 0.4, 0.2]
 
 
-def test_the_frame_gets_the_places(frame):
+def test_the_frame_gets_a_column(frame):
     places = first_wrong.with_first_wrong(frame)["first_wrong"].tolist()
     assert places == [4, 4, 4, 12, 13, None, 4]
 
 
-def test_nothing_wrong_is_said_by_empty_tables(frame):
+def test_without_wrong_responses_tables_are_empty(frame):
     for without in (frame[frame["reward"] == 1], frame.assign(question="other/1"), pd.DataFrame()):
         assert len(first_wrong.hits(without)) == len(first_wrong.by_kind(without)) == 0
         assert len(first_wrong.with_first_wrong(without)) == len(without)

@@ -1,4 +1,4 @@
-"""Figure 4's curve against slow references, and what must hold of it for any lengths."""
+"""Figure 4's curve against slow references, and its invariants for any lengths."""
 
 from __future__ import annotations
 

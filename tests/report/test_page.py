@@ -1,9 +1,8 @@
-"""`sdzero report`: figures are the run's, text stays text whatever a model wrote, the same run gives the same bytes."""
+"""`sdzero report`: the page shows the run's values, escapes what a model wrote, and is reproducible."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,29 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sdzero.evaluation.keywords import count_keywords
-from sdzero.report import RunFolder, render, results, samples, tokens
-from sdzero.report.plot_style import label, new_figure
-from sdzero.report.plots import COLORS, INK
-from sdzero.report.svg import inline_svg
+from sdzero.report import RunFolder, render, samples
+from sdzero.report.samples import SampleView
+from sdzero.report.token_viewer import TokenViewer
 from support.made_up_run import (
     HOSTILE,
+    THREE_METHODS,
     sample_row,
-    token_kl_row,
+    write_curves,
     write_evaluation,
     write_json,
+    write_lineage,
     write_run_of,
     write_samples,
-    write_token_kl,
 )
-from support.runs import exit_code, read_json, records, refusal, sdzero
+from support.runs import exit_code, read_json, refusal, sdzero
 
 
 class Page(HTMLParser):
-    """What a browser would see: the elements with their attributes, and the text in them."""
+    """Elements of a page with their attributes, and the text in them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -86,7 +82,7 @@ def smoke_page(smoke_run: Path) -> Page:
 # --- a whole run ----------------------------------------------------------------------------------
 
 
-def test_the_table_says_what_the_summary_says(smoke_page: Page, smoke_run: Path) -> None:
+def test_the_table_shows_the_summary(smoke_page: Page, smoke_run: Path) -> None:
     summary = read_json(smoke_run / "summary.json")
     columns = {
         "avg@8": ("accuracy", "accuracy_se"),
@@ -117,14 +113,14 @@ def test_a_finished_run_has_every_part(smoke_page: Page, smoke_run: Path) -> Non
     assert sections == ["results", "curves", "tokens", "samples", "collection", "lineage"]
     assert {a["href"] for a in smoke_page.all("a")} == {f"#{name}" for name in sections}
     assert not [a for _, a in smoke_page.elements if a.get("class") in ("absent", "missing")]
-    assert len(smoke_page.data["responses"]) == min(40, len(RunFolder(smoke_run).token_kl()))
+    assert len(smoke_page.data["responses"]) == min(40, len(RunFolder(smoke_run).token_kl("self_distill")))
     assert len(smoke_page.all("article")) == samples.NUM_QUESTIONS
     figures = [svg for svg in smoke_page.all("svg") if svg["role"] == "img" and svg["aria-label"]]
     assert len(figures) == len(smoke_page.all("figure")) == 5
-    lineage = records(smoke_run)
-    hashes = {hash for record in lineage.values() for hash in record["outputs"].values()}
+    records = RunFolder(smoke_run).lineage.stages
+    hashes = {hash for record in records.values() for hash in record["outputs"].values()}
     assert hashes <= {code.get("title") for code in smoke_page.all("code")}
-    assert all(key in smoke_page.text for record in lineage.values() for key in record["config"])
+    assert all(key in smoke_page.text for record in records.values() for key in record["config"])
 
 
 def test_headings_ids_and_references_are_in_order(smoke_page: Page) -> None:
@@ -146,6 +142,7 @@ def test_several_benchmarks_have_a_row_each(tmp_path: Path) -> None:
     for model, rewards in (("base", base), ("srt", {**srt, "a/1": [0], "a/2": [0]})):
         of_each = {"eval/a/avg_at_k": 0.25, "eval/a/avg_at_k_se": 0.2, "eval/a/pass_at_1": 0.25}
         write_evaluation(tmp_path, model, rewards, **of_each, **{"eval/b/avg_at_k": 0.5, "eval/b/avg_at_k_se": None})
+    write_lineage(tmp_path)
     page = Page(render(RunFolder(tmp_path)))
     assert page.row("avg@1, a") == ["0.250 ±\xa00.200"] * 2 and page.row("avg@1, b") == ["0.500"] * 2
     headings = [row[0].strip() for row in page.rows if row]
@@ -167,29 +164,45 @@ def test_the_same_run_gives_the_same_bytes(smoke_run: Path, tmp_path: Path) -> N
 # --- parts of a run -------------------------------------------------------------------------------
 
 
-def test_a_partial_run_says_what_is_not_there_yet(
+def test_the_page_of_a_partial_run_names_what_is_missing(
     smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stage in ("base", "collect"):
         shutil.copytree(smoke_run / stage, tmp_path / stage)
-    whole = read_json(smoke_run / "lineage.json")
-    lineage = {stage: whole["stages"][stage] for stage in ("base", "base/eval", "collect", "srt")}
-    del lineage["srt"]["seconds"], lineage["srt"]["outputs"]  # begun
-    write_json(tmp_path / "lineage.json", {**whole, "stages": lineage})
+    lineage = RunFolder(smoke_run).lineage
+    records = {stage: lineage.stages[stage] for stage in ("base", "base/eval", "collect", "srt")}
+    del records["srt"]["seconds"], records["srt"]["outputs"]  # started, not finished
+    write_lineage(tmp_path, lineage.recipe.stages, records)
     assert exit_code(monkeypatch, "report", tmp_path) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert "Not finished: srt, srt/eval, self_distill, self_distill/eval." in page.text
     (score,) = page.row("avg@8")
     assert numbers(score)[0] == pytest.approx(read_json(smoke_run / "summary.json")[0]["accuracy"], abs=0.001)
     assert "No token KL is recorded" in page.text and page.data is None
-    assert "Collection has not finished" not in page.text and "not finished" in page.text
+    assert "No collection has finished" not in page.text and "not finished" in page.text
 
 
 def test_a_lone_stage_has_a_page(tmp_path: Path) -> None:
-    write_json(tmp_path / "collect/questions.json", [])
+    write_json(tmp_path / "collect/statistics.json", {})
     page = Page(render(RunFolder(tmp_path)))
-    for words in ("No model has been evaluated", "Collection has not finished", "no lineage.json", "No samples"):
+    for words in ("No model has been evaluated", "No collection has finished", "No token KL", "There are no samples"):
         assert words in page.text
+
+
+def test_three_methods_that_share_a_base_stand_side_by_side(tmp_path: Path) -> None:
+    write_lineage(tmp_path, THREE_METHODS)
+    for i, stage in enumerate(THREE_METHODS):
+        write_evaluation(tmp_path, stage.name, {"q/1": [0, 1], "q/2": [int(i > 0), 1], "q/3": [0, int(i > 1)]})
+        write_curves(tmp_path / stage.name, {"train/loss": [2.0, 1.0]})
+        write_curves(tmp_path / stage.evaluation, {"eval/response_tokens": [10.0 + i]})
+    page = Page(render(RunFolder(tmp_path)))
+    assert [row[1:] for row in page.rows[:1]] == [["base", "SFT", "RFT", "SDFT"]]
+    assert [numbers(cell)[:1] for cell in page.row("gain")] == [[], [0.167], [0.333], [0.333]]
+    assert page.text.count(" of base (30 → 30).") == 3
+    figures = [svg["aria-label"] for svg in page.all("svg")]
+    assert figures == ["Length and revision phrases", "Accuracy during training", *figures[2:]]
+    styles = " ".join(a["style"] or "" for _, a in page.elements if "style" in a)
+    assert all(f"var(--model-{i})" in styles for i in range(4))
 
 
 def test_a_folder_that_is_no_run_is_refused(
@@ -197,16 +210,19 @@ def test_a_folder_that_is_no_run_is_refused(
 ) -> None:
     assert "is not the folder of a run" in refusal(capsys, monkeypatch, "report", tmp_path)
     assert not list(tmp_path.iterdir())
+    write_json(tmp_path / "lineage.json", {"srt": {"config": {}}})
+    assert "older version of sdzero" in refusal(capsys, monkeypatch, "report", tmp_path)
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lineage(tmp_path)
     write_samples(tmp_path, "base", [sample_row("a", "1")])
     (tmp_path / "report.html").write_text("before")
     (tmp_path / "base/eval/samples/eval-000000-rank1.jsonl").write_text("{")
     with pytest.raises(json.JSONDecodeError):
         exit_code(monkeypatch, "report", tmp_path)
     assert (tmp_path / "report.html").read_text() == "before"
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "lineage.json", "report.html"}
 
 
 # --- text that a model wrote ----------------------------------------------------------------------
@@ -219,102 +235,18 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     hostile, benign = (Page(render(RunFolder(tmp_path / name))) for name in ("hostile", "plain"))
     assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in benign.elements]
     assert [sorted(a) for _, a in hostile.elements] == [sorted(a) for _, a in benign.elements]
-    assert all(hostile.text.count(text) >= 7 for text in HOSTILE), "all of it is there to be read"
+    assert all(hostile.text.count(text) >= 7 for text in HOSTILE), "all of it can be read"
     assert [token["text"] for token in hostile.data["responses"][0]["tokens"]] == list(HOSTILE)
 
 
-@given(st.text(alphabet="Wait, actualy.\n<>&’'") | st.sampled_from(HOSTILE), st.lists(st.text(min_size=1), max_size=2))
-def test_marked_pieces_are_the_text(text: str, phrases: list[str]) -> None:
-    pieces = samples.segments(text, phrases)
-    assert "".join(piece for piece, _ in pieces) == text
-    assert bool(count_keywords(text)) <= any(marked for _, marked in pieces)
-    unmarked = [piece for piece, marked in pieces if not marked]
-    assert not any(phrase.lower() in piece.lower() for phrase in phrases for piece in unmarked)
-
-
-def test_phrases_are_those_of_the_config() -> None:
-    lineage = {"collect": {"config": {"student.control_phrases.incorrect": "Nope.", "student.path": "Fine."}}}
-    phrases = samples.control_phrases(lineage)
-    pieces = samples.segments("1 Nope. Fine. 2 let me rephrase the above solution.", phrases)
-    assert [piece for piece, marked in pieces if marked] == ["Nope.", "let me rephrase the above solution."]
-
-
-def test_a_long_answer_is_cut_and_says_so() -> None:
-    (piece, _), (note, _) = samples.segments("x" * 5_234, [])
-    assert len(piece) == samples.MAX_CHARACTERS and "1,234 more" in note
-
-
-# --- words, choice, figures -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("gain", "error", "words"),
-    [
-        (0.1, 0.02, "SRT raised avg@8 from 0.500 to 0.600 (+0.100 ±\xa00.020)"),
-        (-0.1, 0.02, "SRT lowered avg@8 from 0.500 to 0.400 (−0.100 ±\xa00.020)"),
-        (0.039, 0.02, "SRT did not clearly change avg@8: from 0.500 to 0.539 (+0.039 ±\xa00.020, within its error)"),
-        (0.1, None, "SRT moved avg@8 from 0.500 to 0.600 (+0.100, without an error"),
-    ],
-)
-def test_a_gain_is_one_above_two_standard_errors(gain: float, error: float | None, words: str) -> None:
-    base = {"stage": "base", "accuracy": 0.5, "accuracy_se": 0.01, "mean_response_tokens": 30.0}
-    change = {"accuracy": 0.5 + gain, "accuracy_gain": gain, "accuracy_gain_se": error, "mean_response_tokens": 12.0}
-    first, second = results.headline([base, {**base, **change, "stage": "srt"}], 600, 8)
-    assert "0.500 ±\xa00.010 on 600" in first
-    assert second.startswith(words) and second.endswith("with 40% of the tokens (30 → 12).")
-
-
-def test_the_viewer_holds_the_largest_peaks_and_an_even_draw(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    rows = [token_kl_row(rng, ["a", "b", "c"], i % 2, step=i) for i in range(200)]
-    write_token_kl(tmp_path, rows)
-    frame = RunFolder(tmp_path).token_kl()
-    view = tokens.viewer(frame)
-    assert view and view.num_recorded == 200
-    largest, drawn = ([c for c in view.choices if c.drawn == kind] for kind in (False, True))
-    assert view.choices == [*largest, *drawn]
-    assert [c.reward for c in largest] == [0] * tokens.NUM_LARGEST[0] + [1] * tokens.NUM_LARGEST[1]
-    for reward, num in tokens.NUM_LARGEST.items():
-        peaks = sorted((max(row["kl"]) for row in rows if row["reward"] == reward), reverse=True)
-        assert [c.peak for c in largest if c.reward == reward] == pytest.approx(peaks[:num])
-    steps = sorted(c.step for c in drawn)
-    gaps = [after - before for before, after in pairwise(steps)]
-    assert len(drawn) == tokens.NUM_DRAWN and steps[0] < 20 and min(gaps) >= 8 and max(gaps) <= 16
-    assert not {*steps} & {c.step for c in largest}
-    for choice, shown in zip(view.choices, view.data["responses"], strict=True):
-        assert (shown["step"], max(t["kl"] for t in shown["tokens"])) == pytest.approx(
-            (choice.step, choice.peak), rel=1e-3
-        )
-
-    only_right = tokens.viewer(frame.query("reward == 1"))
-    assert only_right and sum(not c.drawn for c in only_right.choices) == sum(tokens.NUM_LARGEST.values())
-    few = tokens.viewer(frame.head(3))
-    assert few and len(few.choices) == 3
-
-
-def test_long_responses_keep_the_page_small(tmp_path: Path) -> None:
-    """A window around the largest KL, and responses of both kinds up to a number of characters."""
-    rng = random.Random(0)
-    rows = [token_kl_row(rng, [f" token{t}" for t in range(2_000)], i % 2) for i in range(20)]
-    peak = rows[0]["kl"][1_500] = 99.0
-    write_token_kl(tmp_path, rows)
-    view = tokens.viewer(RunFolder(tmp_path).token_kl())
-    assert view and {c.reward for c in view.choices} == {0, 1}
-    first = view.data["responses"][0]
-    assert (view.choices[0].peak, first["total"], len(first["tokens"])) == (peak, 2_000, tokens.MAX_TOKENS)
-    assert first["tokens"][1_500 - first["start"]]["kl"] == peak
-    assert len(render(RunFolder(tmp_path))) < 2_000_000
-
-
-def test_a_figure_takes_the_pages_colours_and_keeps_its_text() -> None:
-    def draw() -> Any:
-        figure, (axes,) = new_figure()
-        axes.plot([0, 1], [0, 1], color=COLORS["srt"], marker="o")
-        label(axes, "a < b & c")
-        return figure
-
-    first = inline_svg(draw(), "one", "Title", {INK: "currentColor", COLORS["srt"]: "var(--srt)"})
-    assert first == inline_svg(draw(), "one", "Title", {INK: "currentColor", COLORS["srt"]: "var(--srt)"})
-    assert "a &lt; b &amp; c" in first and "var(--srt)" in first and "currentColor" in first
-    assert not re.search(f"{INK}|{COLORS['srt']}|<metadata|<style|DejaVu|xmlns", first)
-    assert set(re.findall(r' id="(\w+?)-', first)) == {"one"}
+def test_notebooks_show_the_same_parts_in_frames(tmp_path: Path) -> None:
+    write_run_of(tmp_path, HOSTILE)
+    run = RunFolder(tmp_path)
+    page = Page(render(run))
+    for view in (TokenViewer(run.token_kl("self_distill")), SampleView(run)):
+        ((tag, attributes),) = Page(view._repr_html_()).elements
+        assert tag == "iframe"
+        part = Page(attributes["srcdoc"] or "")
+        assert {tag for tag, _ in part.elements} <= {tag for tag, _ in page.elements}
+        assert part.data in (None, page.data) and len(part.all("article")) in (0, len(page.all("article")))
+        assert part.all("meta") == page.all("meta"), "with the same security policy"

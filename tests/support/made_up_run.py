@@ -1,16 +1,22 @@
-"""A run's folder made up for tests: the files of callbacks and stages, with texts and figures of the test's choice."""
+"""Made-up run folders for tests: the files of callbacks and stages, with chosen texts and values."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-MODELS = ("base", "srt", "self_distill")
+from sdzero.utils.lineage import Lineage, Outline
+from sdzero.utils.recipe import StageEntry
+
 HOSTILE = (
     "<script>pwned = 1</script>",
     "</script><script>pwned = 2</script>",
@@ -19,15 +25,48 @@ HOSTILE = (
 )
 
 
+def stage(name: str, label: str = "", starts_from: str | None = None, command: str = "fit", **takes: str) -> StageEntry:
+    return StageEntry(name, command, f"{name}.yaml", label or name, starts_from, takes)
+
+
+PAPER = (
+    stage("base"),
+    stage("collect", command="collect"),
+    stage("srt", "SRT", "base", path="collect/traces.jsonl"),
+    stage("self_distill", "SD-Zero", "srt"),
+)
+"""Stages of the paper's method."""
+MODELS = tuple(entry.name for entry in PAPER if entry.has_model)
+
+THREE_METHODS = (stage("base"), *(stage(name, name.upper(), "base") for name in ("sft", "rft", "sdft")))
+"""Three methods that start from the same model."""
+
+
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
 
 
+def write_lineage(run: Path, stages: Sequence[StageEntry] = PAPER, records: Mapping[str, Any] | None = None) -> None:
+    """A run of these stages; `records` are those that have started."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "lineage.json").write_text(Lineage(Outline("made_up", tuple(stages)), dict(records or {})).to_json())
+
+
+def write_curves(folder: Path, curves: Mapping[str, list[float] | dict[int, float]]) -> None:
+    """TensorBoard curves of a stage by tag: one value per step, or values by step."""
+    writer = EventFileWriter(str(folder))
+    for tag, values in curves.items():
+        for step, value in values.items() if isinstance(values, dict) else enumerate(values):
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.add_event(Event(wall_time=step, step=step, summary=summary))
+    writer.close()
+
+
 def token_kl_row(
     rng: random.Random, tokens: list[str], reward: int, step: int = 0, question: str = "q"
 ) -> dict[str, Any]:
-    """A row as TokenKLRecorder writes it: the student likes what it sampled, the teacher does not always."""
+    """A row as TokenKLRecorder writes it; the teacher often disagrees with the student."""
     num = len(tokens)
     student, teacher = ([rng.uniform(0.2, 0.8) for _ in range(num)] for _ in range(2))
     others = [[f"other{t}", "<i>it</i>"] for t in range(num)]
@@ -73,10 +112,10 @@ def write_samples(run: Path, model: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write_evaluation(run: Path, model: str, rewards: dict[str, list[int]], **more: float | None) -> None:
-    """An evaluation's files: the errors are those of the caller, or none."""
+    """An evaluation's files, with made-up standard errors."""
     every = [r for answers in rewards.values() for r in answers]
     k = len(next(iter(rewards.values())))
-    figures = {
+    metrics = {
         "eval/avg_at_k": sum(every) / len(every),
         "eval/avg_at_k_se": 0.01,
         f"eval/pass_at_{k}": sum(map(max, rewards.values())) / len(rewards),
@@ -84,19 +123,16 @@ def write_evaluation(run: Path, model: str, rewards: dict[str, list[int]], **mor
         "eval/response_tokens": 30.0,
         "eval/keywords_per_response": 0.5,
     }
-    write_json(run / model / "eval/results.json", {**figures, **more})
+    write_json(run / model / "eval/results.json", {**metrics, **more})
     write_json(run / model / "eval/rewards.json", rewards)
 
 
 def write_run_of(run: Path, texts: tuple[str, ...]) -> None:
-    """A run that says these texts wherever a model, a task or a config may say one."""
+    """A run with these texts wherever a model, a task or a config can write text."""
     rng = random.Random(0)
+    record = {"config": {"student.path": texts[0], texts[1]: texts[1]}, "inputs": {"a": texts[2]}, "spent": 1.0}
+    write_lineage(run, records={"srt": record})
     write_token_kl(run, [{**token_kl_row(rng, [*texts], i % 2, 0, t), "reason": t} for i, t in enumerate(texts)])
     for model in MODELS:
         write_samples(run, model, [sample_row(t, t, i % 2, revision=t) for i, t in enumerate(texts)])
         write_evaluation(run, model, {t: [0, 1] for t in texts})
-    record = {"config": {"student.path": texts[0], texts[1]: texts[1]}, "inputs": {"a": texts[2]}, "spent": 1.0}
-    stages = [{"name": "base", "command": "fit", "file": "", "label": "base", "trains": False}]
-    stages += [{"name": n, "command": "fit", "file": "", "label": n, "starts_from": "base"} for n in MODELS[1:]]
-    recipe = {"name": "made-up", "stages": [{**stage, "takes": {}, "without": []} for stage in stages]}
-    write_json(run / "lineage.json", {"format": 2, "recipe": recipe, "stages": {"srt": record}})

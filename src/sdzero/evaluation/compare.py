@@ -15,8 +15,7 @@ from typing import Any
 
 from sdzero.evaluation.statistics import Estimate, Rewards, average, mean_and_error, mean_rewards, paired_differences
 from sdzero.utils.files import write_text
-
-MODELS = ("base", "srt", "self_distill")
+from sdzero.utils.lineage import read_lineage
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,15 @@ def find_evaluations(folder: Path) -> dict[str, Rewards]:
 
     Raises:
         FileNotFoundError: the folder holds no evaluation.
+        ValueError: lineage.json is damaged or of an older layout.
     """
     for name in ("rewards.json", "eval/rewards.json"):
         if (folder / name).is_file():
             return {str(folder): json.loads((folder / name).read_text())}
     found = {
-        str(folder / name): json.loads(file.read_text())
-        for name in MODELS
-        if (file := folder / name / "eval/rewards.json").is_file()
+        str(folder / model.name): json.loads(file.read_text())
+        for model in read_lineage(folder).models
+        if (file := folder / model.evaluation / "rewards.json").is_file()
     }
     if not found:
         raise FileNotFoundError(

@@ -1,8 +1,8 @@
-"""Where the largest KL falls against the first wrong step, for `sdzero.tasks.Chains`: its question tells all steps.
+"""Position of the largest KL relative to the first wrong step, for `sdzero.tasks.Chains`, whose steps are known.
 
-What counts is the first attempt of a response, up to its first blank line; what follows a control phrase is another
-attempt. Its right working is the one text that `chains.working` writes, so its first wrong token is where it leaves
-that text: as a rule the result of a step, rarely a miscopied operand or a stop too early or too late.
+Only the first attempt of a response counts, up to its first blank line. Its correct form is the text of
+`chains.working`, so its first wrong token is the first that deviates from that text: usually the result of a step,
+rarely a miscopied operand or a stop too early or too late.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from sdzero.evaluation.statistics import mean_and_error
 from sdzero.tasks.chains import apply, solve, working
 
 QUESTION = re.compile(r"(\d)((?:[-+*]\d)+)=")
-WRITTEN_STEP = re.compile(r"(?=(\d)([-+*])(\d)=(\d))")  # looks ahead: a step's result begins the next step
+WRITTEN_STEP = re.compile(r"(?=(\d)([-+*])(\d)=(\d))")  # lookahead: the result of a step begins the next step
 Row = dict[Hashable, Any]
 KINDS = ("wrong result", "right result", "rest of the attempt", "its end", "later attempts")
 
 
 @dataclass(frozen=True)
 class FirstAttempt:
-    """Tokens of a response's first attempt, by index.
+    """Token indices of a response's first attempt.
 
-    `first_wrong` is where it leaves the right working, None where it is right (or cut before it went wrong); `results`
-    are the results of its steps, and `wrong_results` those that do not follow from the step as it is written.
+    Attributes:
+        num_tokens: its length.
+        first_wrong: first token that deviates from the correct text; None if the attempt is right, or cut before.
+        results: results of its steps.
+        wrong_results: results that do not follow from the step as it is written.
     """
 
     num_tokens: int
@@ -40,7 +43,7 @@ class FirstAttempt:
     wrong_results: tuple[int, ...]
 
     def kind(self, token: int) -> str:
-        """Which of `KINDS` a token of the response is. The attempt's end is where the model stops or goes on."""
+        """Return the one of `KINDS` that a token of the response belongs to. At "its end" the model stops or continues."""
         if token >= self.num_tokens:
             return "its end" if token == self.num_tokens else "later attempts"
         if token in self.wrong_results:
@@ -49,13 +52,13 @@ class FirstAttempt:
 
 
 def first_attempt(question: str, text: str, response: str, tokens: Sequence[str]) -> FirstAttempt | None:
-    """The first attempt at a question of `Chains`; None for any other task.
+    """Locate the first attempt at a question of `Chains`; None for any other task.
 
     Args:
         question: its id.
         text: its text, `6+3*9-4=`.
         response: the response's text.
-        tokens: its tokens' own texts, special ones too.
+        tokens: texts of its tokens, including special ones.
     """
     asked = QUESTION.fullmatch(text)
     attempt, written = response.partition("\n\n")[0], "".join(tokens)
@@ -81,14 +84,14 @@ def _of(row: Row) -> FirstAttempt | None:
 
 
 def with_first_wrong(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with a column `first_wrong`, the index of the first attempt's first wrong token; None where unknown."""
+    """Add a column `first_wrong`, the index of the first attempt's first wrong token; None where unknown."""
     attempts = map(_of, frame.to_dict(orient="records"))
     found = [attempt.first_wrong if attempt else None for attempt in attempts]
     return frame.assign(first_wrong=pd.Series(found, dtype=object, index=frame.index))
 
 
 def wrong_responses(frame: pd.DataFrame) -> list[tuple[Row, FirstAttempt]]:
-    """The responses with r=0 whose first attempt is wrong, each with that attempt. Empty for a task without steps."""
+    """Select the responses with r=0 whose first attempt is wrong, with that attempt. Empty for a task without steps."""
     known = [(row, _of(row)) for row in frame.to_dict(orient="records") if row["reward"] == 0]
     return [(row, attempt) for row, attempt in known if attempt is not None and attempt.first_wrong is not None]
 
@@ -98,18 +101,18 @@ SIGNALS = {
     "token KL reward": lambda row: np.asarray(row["token_kl_reward"]),
     "student's surprise": lambda row: -np.asarray(row["student_logprob"]),
 }
-"""What may point at a token. The student's surprise, -log of the sampled token's probability, needs no reviser."""
+"""Signals that may mark a token. The student's surprise, -log p of the sampled token, needs no teacher."""
 
 
 def hits(frame: pd.DataFrame) -> pd.DataFrame:
-    """How often a signal is largest, among the tokens of the first attempt, at its first wrong token.
+    """Measure how often a signal is largest, within the first attempt, at its first wrong token.
 
-    Counts the `wrong_responses`, but for those whose first attempt is wrong only in that it ends too early.
+    Counts the `wrong_responses` except those whose first attempt only ends too early.
 
     Returns:
-        A row a signal. `hit`: share of responses, with its standard error; `hit_anywhere`: largest of all the
-        response's tokens; `chance`: what a random token of the first attempt hits; `chance_result`: what a random
-        step's result hits, as if one only knew where results stand; `responses`. No rows where there is nothing.
+        One row per signal. `hit`: share of responses, with its standard error; `hit_anywhere`: share where it is the
+        largest of the whole response; `chance`: hit rate of a random token of the first attempt; `chance_result`: that
+        of a random step's result; `responses`. No rows without such responses.
     """
     wrong = [
         (row, a) for row, a in wrong_responses(frame) if a.first_wrong is not None and a.first_wrong < a.num_tokens
@@ -127,12 +130,12 @@ def hits(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_kind(frame: pd.DataFrame) -> pd.DataFrame:
-    """KL by kind of token, over the `wrong_responses`.
+    """Measure the KL by kind of token, over the `wrong_responses`.
 
     Returns:
-        A row for each of `KINDS`: `kl`, its tokens' mean in nats, over the responses that have any, with its standard
+        One row per kind: `kl`, mean over its tokens in nats, over the responses that have any, with its standard
         error; `holds_largest`: share of responses whose largest KL is of this kind; `tokens`: their number. No rows
-        where there is nothing to count from.
+        without such responses.
     """
     wrong = wrong_responses(frame)
     means: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -1,7 +1,7 @@
-"""How the reviser's signal is spread over the tokens of a response (section 4.1, figure 4).
+"""Distribution of the token KL over the tokens of a response (section 4.1, figure 4).
 
-All functions take the frame of `RunFolder.token_kl`: a response a row, `kl` and `token_kl_reward` in nats, a value per
-token. Standard errors are over responses; r=0 and r=1 stand apart.
+All functions take the frame of `RunFolder.token_kl`: one row per response, with `kl` in nats, one value per token.
+Standard errors are over responses; r=0 and r=1 are separate.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ NUM_BUCKETS = 20  # section 4.1
 
 
 def bucket_means(values: Sequence[float] | np.ndarray, num_buckets: int = NUM_BUCKETS) -> np.ndarray:
-    """[num_buckets], the means of equal buckets of a sequence of N values, in its order.
+    """Return [num_buckets], the means of equal buckets of a sequence of N values, in order.
 
-    Where N is no multiple of the number of buckets, a value across a border counts in both buckets by the part that
-    lies there. So for every N, the means times N / num_buckets add up to the sum of the values.
+    If N is not a multiple of the number of buckets, a value across a border counts in both in proportion. So for every
+    N, the means times N / num_buckets add up to the sum of the values.
     """
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=float)])
     borders = np.linspace(0, len(values), num_buckets + 1)
     return np.diff(np.interp(borders, np.arange(len(sums)), sums)) * num_buckets / len(values)
 
 
-def bucket_curve(frame: pd.DataFrame, value: str = "kl", num_buckets: int = NUM_BUCKETS) -> pd.DataFrame:
-    """Figure 4: the tokens of each response sorted by `value`, largest first, in equal buckets; means over responses.
+def bucket_curve(frame: pd.DataFrame, num_buckets: int = NUM_BUCKETS) -> pd.DataFrame:
+    """Compute figure 4: each response's tokens sorted by KL, largest first, in equal buckets; means over responses.
 
     Returns:
         Columns reward, bucket (1 holds the largest), mean, se, responses. A reward without responses has no rows.
     """
-    return _curve(frame, value, num_buckets, lambda values: np.sort(values)[::-1])
+    return _curve(frame, num_buckets, lambda values: np.sort(values)[::-1])
 
 
-def position_curve(frame: pd.DataFrame, value: str = "kl", num_buckets: int = NUM_BUCKETS) -> pd.DataFrame:
-    """As `bucket_curve`, with the tokens in the order in which they stand: bucket 1 is the response's beginning."""
-    return _curve(frame, value, num_buckets, np.asarray)
+def position_curve(frame: pd.DataFrame, num_buckets: int = NUM_BUCKETS) -> pd.DataFrame:
+    """Compute `bucket_curve` without sorting: bucket 1 is the beginning of the response."""
+    return _curve(frame, num_buckets, np.asarray)
 
 
-def _curve(frame: pd.DataFrame, value: str, num_buckets: int, arrange: Callable[[Any], np.ndarray]) -> pd.DataFrame:
+def _curve(frame: pd.DataFrame, num_buckets: int, arrange: Callable[[Any], np.ndarray]) -> pd.DataFrame:
     rows = []
     for reward, group in _by_reward(frame):
-        means = np.stack([bucket_means(arrange(values), num_buckets) for values in group[value]])
+        means = np.stack([bucket_means(arrange(values), num_buckets) for values in group["kl"]])
         for bucket, column in enumerate(means.T, start=1):
             mean, error = mean_and_error(column.tolist())
             rows.append((reward, bucket, mean, error, len(group)))
@@ -53,17 +53,17 @@ def _curve(frame: pd.DataFrame, value: str, num_buckets: int, arrange: Callable[
 
 
 def _by_reward(frame: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
-    """(reward, its responses), those rewards that have any."""
+    """Group the responses by reward; a reward without responses is left out."""
     groups = [(reward, frame.query(f"reward == {reward}")) for reward in (0, 1)] if len(frame) else []
     return [(reward, group) for reward, group in groups if len(group)]
 
 
 def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
-    """How few tokens hold the KL.
+    """Measure the concentration of the KL on few tokens.
 
     Returns:
-        A row a reward: `kl`, mean KL of a response's tokens in nats; `top_share`, the part of a response's KL that the
-        `share` of its tokens with the largest holds; `half`, the part of its tokens that hold half of its KL; each with
+        One row per reward: `kl`, mean KL of a response's tokens in nats; `top_share`, the part of a response's KL on the
+        `share` of its tokens with the largest KL; `half`, the part of its tokens that hold half of its KL; each with
         its `_se`; and responses. A response without any KL has neither share.
     """
     rows: list[dict[str, float]] = []
@@ -81,6 +81,6 @@ def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
 
 
 def _share_of_half(values: Sequence[float]) -> float:
-    """The least share of a sequence's places whose values add up to half of its sum."""
+    """Return the smallest share of a sequence's values that add up to half of its sum."""
     sums = np.cumsum(np.sort(values)[::-1])
     return (int(np.searchsorted(sums, sums[-1] / 2)) + 1) / len(sums)

@@ -1,63 +1,114 @@
-"""Puts the page together and writes it."""
+"""`sdzero report RUN_DIR`: one HTML page about a run."""
 
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import pandas as pd
 from markupsafe import Markup
 
-from sdzero.pipeline.summary import summarize
-from sdzero.report import history, results, samples, tokens
-from sdzero.report.figures import curves
-from sdzero.report.run_folder import MODELS, RunFolder
+from sdzero.report import plots, provenance, results
+from sdzero.report.first_wrong import with_first_wrong
+from sdzero.report.plot_style import INK, MODEL_COLORS, REWARD_COLORS
+from sdzero.report.run_folder import RunFolder
+from sdzero.report.samples import SampleView
+from sdzero.report.svg import inline_svg
+from sdzero.report.templates import render_template
+from sdzero.report.token_viewer import TokenViewer
 from sdzero.utils.files import write_text
-from sdzero.utils.lineage import read_lineage
+
+PALETTE = {
+    INK: "currentColor",
+    **{color: f"var(--model-{i})" for i, color in enumerate(MODEL_COLORS)},
+    **{color: f"var(--r{reward})" for reward, color in REWARD_COLORS.items()},
+}
+"""Colours of the plots -> variables of page.css, which differ between light and dark."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A plot on the page."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup
 
 
 def render(run: RunFolder) -> str:
-    """The page of a run, finished or not: the same run gives the same bytes."""
-    lineage = run.lineage()
-    rows = summarize(run.path, read_lineage(run.path))
-    num_questions, num_answers = results.evaluation_size(run, rows)
-    stage, frame = next(
-        ((s, f) for s in ("self_distill", "srt") if not (f := run.token_kl(s)).empty), ("self_distill", run.token_kl())
-    )
-    compared, num_shared = samples.comparisons(run, samples.control_phrases(lineage))
-    return _template(
+    """Render the page of a run, finished or not. The same run gives the same bytes."""
+    evaluated = results.evaluated_models(run)
+    stage = run.token_kl_stage()
+    token_kl = run.token_kl(stage)
+    return render_template(
+        "page.html",
         name=run.path.resolve().name,
-        headline=results.headline(rows, num_questions, num_answers, len(results.benchmarks(run, rows))),
-        missing=history.missing(run),
-        facts=history.facts(lineage),
-        models=[MODELS[row["stage"]] for row in rows],
-        table=results.table(run, rows, num_questions, num_answers),
-        curves=curves(run, frame),
-        viewer=tokens.viewer(frame),
+        headline=results.headline(evaluated),
+        missing=run.lineage.unfinished(),
+        facts=provenance.facts(run),
+        models=[model.label for model in evaluated],
+        table=results.table(evaluated),
+        curves=curves(run, token_kl),
+        viewer=TokenViewer(with_first_wrong(token_kl)),
         viewer_stage=stage,
-        comparisons=compared,
-        num_shared=num_shared,
-        collection=history.collection(run.statistics()),
-        stages=history.stages(lineage),
+        samples=SampleView(run),
+        collections=provenance.collections(run),
+        stages=provenance.stage_records(run),
     )
 
 
-def _template(**context: Any) -> str:
-    loader = PackageLoader("sdzero.report", ".")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":"), "allow_nan": False}
-    environment.filters["shortened"] = history.shortened
-    sources = {name: loader.get_source(environment, name)[0] for name in ("page.css", "viewer.js")}
-    script = sources["viewer.js"]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(
-        style=Markup(sources["page.css"]), script=Markup(script), script_digest=digest, **context
-    )
+def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[Curve]:
+    """Return the plots of the page that the run has data for, in order."""
+    trained = [model for model in run.models if run.parent(model) and run.tags(model.name)]
+    last = {model.name for model in plots.last_models(run)}
+    candidates = [
+        (
+            bool(trained),
+            "dynamics",
+            "Length and revision phrases",
+            "In the paper's figure 6, answers grow in SRT, which trains the model to revise in its answer, and shrink "
+            "again in SelfDistill, which trains the first attempt on the reviser's distribution.",
+            plots.dynamics,
+        ),
+        (
+            any(model.name in last for model in trained),
+            "evolution",
+            "Accuracy during training",
+            "Diamonds are the evaluations of the table. The line is validation during training, on fewer questions, "
+            "with its standard error; the thin line is the reward of the training rollouts, on other questions "
+            "(figure 5).",
+            plots.evolution,
+        ),
+        (
+            not token_kl.empty,
+            "buckets",
+            "Concentration of the KL on few tokens",
+            "Each response's tokens sorted by KL, the largest first, in 20 buckets: mean and standard error over "
+            "responses (figure 4).",
+            lambda _: plots.bucket_curve(token_kl),
+        ),
+        (
+            any(run.results(model) for model in run.models),
+            "revisions",
+            "First attempts and their revisions",
+            "Each model answers, is prompted with the verdict, and revises once (figure 3).",
+            plots.revision_bars,
+        ),
+        (
+            bool(trained),
+            "training",
+            "Training",
+            "The gap between the engine's and the trainer's log-probabilities must stay near zero.",
+            plots.training_curves,
+        ),
+    ]
+    return [
+        Curve(name, title, caption, inline_svg(plot(run), name, title, PALETTE))
+        for has_data, name, title, caption, plot in candidates
+        if has_data
+    ]
 
 
 def main(arguments: list[str]) -> None:

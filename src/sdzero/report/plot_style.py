@@ -1,4 +1,4 @@
-"""One look for all figures. They are drawn for light and dark pages alike: ink and colours are told apart by name."""
+"""Common style of all plots, for light and dark pages: a page can replace every colour by its name."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK = "#010203"
-"""Text, axes, grid lines and marks. A page may put its own text colour in its place."""
+"""Text, axes, grid lines and marks; pages replace it by their text colour."""
 
-COLORS = {"base": "#808080", "srt": "#e69f00", "self_distill": "#0072b2", "r0": "#d55e00", "r1": "#009e73"}
-"""Colours of the models and of the rewards, of Okabe and Ito's palette, which colour-blind people can tell apart."""
+MODEL_COLORS = ("#808080", "#e69f00", "#0072b2", "#cc79a7", "#56b4e9", "#b8a100")
+"""Colours of the models by their order, repeated after the last; after Okabe and Ito, safe for colour-blind readers."""
+
+REWARD_COLORS = {0: "#d55e00", 1: "#009e73"}
 
 
 def new_figure(
     num_rows: int = 1, num_columns: int = 1, width: float = 8.0, height: float = 3.2
 ) -> tuple[Figure, list[Axes]]:
-    """A transparent figure of `width` x `height` inches and its axes, row by row. No pyplot, no global state."""
+    """Create a transparent figure of `width` x `height` inches and its axes, row by row, without pyplot's state."""
     figure = Figure((width, height), layout="constrained", facecolor="none")
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for axes in grid.flat:
@@ -32,28 +34,28 @@ def new_figure(
 
 
 def label(axes: Axes, title: str, x: str = "", y: str = "") -> None:
-    """Title and axis labels, in ink."""
+    """Set title and axis labels."""
     axes.set_title(title, color=INK, fontsize=10, loc="left")
     axes.set_xlabel(x, color=INK, fontsize=9)
     axes.set_ylabel(y, color=INK, fontsize=9)
 
 
 def legend(axes: Axes, place: Any = "best", handles: list[Artist] | None = None) -> None:
-    """The legend, in ink and without a frame; of what is drawn, or of `handles`."""
+    """Add a legend of `handles`, by default of everything plotted; none where nothing has a label."""
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
         axes.legend(handles=handles, loc=place, frameon=False, fontsize=8, labelcolor=INK)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """The legend of one of a figure's panels, in a row below all of them."""
+    """Add the legend of one panel in a row below all panels."""
     handles = axes.get_legend_handles_labels()[0]
     if handles:
-        place = "outside lower center"
-        figure.legend(handles=handles, loc=place, ncols=len(handles), frameon=False, fontsize=8, labelcolor=INK)
+        place, columns = "outside lower center", min(len(handles), 6)
+        figure.legend(handles=handles, loc=place, ncols=columns, frameon=False, fontsize=8, labelcolor=INK)
 
 
-def say_empty(axes: Axes, why: str) -> None:
-    """What a panel without anything to draw says instead."""
+def mark_empty(axes: Axes, reason: str) -> None:
+    """Show why a panel is empty."""
     axes.set_axis_off()
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=9, wrap=True)
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=9, wrap=True)

@@ -1,4 +1,4 @@
-"""The figures, each from a frame or a run's folder. What a run did not log is said in the panel's place."""
+"""Plots of a run, each from a frame or the run's folder. A panel without data shows why it is empty."""
 
 from __future__ import annotations
 
@@ -9,53 +9,58 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sdzero.report import first_wrong, phases, revision
+from sdzero.report import first_wrong, phases
 from sdzero.report import localization as stats
-from sdzero.report.plot_style import COLORS, INK, label, legend, legend_below, new_figure, say_empty
-from sdzero.report.run_folder import MODELS, RunFolder
-
-__all__ = [
-    "COLORS",
-    "INK",
-    "bucket_curve",
-    "dynamics",
-    "evolution",
-    "kl_by_position",
-    "localization",
-    "revision_bars",
-    "training_curves",
-]
+from sdzero.report.evaluations import revision_metrics
+from sdzero.report.plot_style import (
+    INK,
+    MODEL_COLORS,
+    REWARD_COLORS,
+    label,
+    legend,
+    legend_below,
+    mark_empty,
+    new_figure,
+)
+from sdzero.report.run_folder import RunFolder
+from sdzero.utils.recipe import Model
 
 REWARDS = {0: "r=0 (wrong)", 1: "r=1 (right)"}
-PALE = 0.4  # of what a figure compares with: first attempts, a second answer instead of a revision
+PALE = 0.4  # opacity of what a value is compared with: first attempts, a second answer instead of a revision
 ERROR_BARS = {"ecolor": INK, "elinewidth": 1.0}
 NO_KL = "no token KL was recorded"
+NOT_LOGGED = "not logged in this run"
+
+
+def model_colors(run: RunFolder) -> dict[str, str]:
+    """Return the colours of a run's models by name."""
+    return {model.name: MODEL_COLORS[i % len(MODEL_COLORS)] for i, model in enumerate(run.models)}
 
 
 def bucket_curve(frame: pd.DataFrame) -> Figure:
-    """Figure 4, left: mean KL in 20 equal buckets of each response's tokens, the largest first."""
+    """Plot figure 4, left: mean KL in 20 equal buckets of each response's tokens, the largest first."""
     figure, (axes,) = new_figure(width=6)
     label(axes, "KL of a response's tokens, sorted", "tokens, largest KL first (%)", "KL (nats)")
-    _draw_by_reward(axes, stats.bucket_curve(frame))
+    _plot_by_reward(axes, stats.bucket_curve(frame))
     return figure
 
 
 def kl_by_position(frame: pd.DataFrame) -> Figure:
-    """Mean KL from the beginning of a response to its end."""
+    """Plot the mean KL from the beginning of a response to its end."""
     figure, (axes,) = new_figure(width=6)
     label(axes, "KL along a response", "position in the response (%)", "KL (nats)")
-    _draw_by_reward(axes, stats.position_curve(frame))
+    _plot_by_reward(axes, stats.position_curve(frame))
     return figure
 
 
-def _draw_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
-    """A line for each reward, with a band of one standard error."""
+def _plot_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
+    """Plot a line for each reward, with a band of one standard error."""
     if not len(curve):
-        return say_empty(axes, NO_KL)
+        return mark_empty(axes, NO_KL)
     for reward in curve["reward"].unique():
         group = curve.query(f"reward == {reward}")
         x, mean, error = 100 * (group["bucket"] - 0.5) / stats.NUM_BUCKETS, group["mean"], group["se"].fillna(0)
-        color, count = COLORS[f"r{reward}"], group["responses"].iloc[0]
+        color, count = REWARD_COLORS[reward], group["responses"].iloc[0]
         axes.plot(x, mean, color=color, marker="o", markersize=3, label=f"{REWARDS[reward]}, {count} responses")
         axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
     axes.set_xlim(0, 100)
@@ -64,109 +69,137 @@ def _draw_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
 
 
 def localization(frame: pd.DataFrame) -> Figure:
-    """Where the largest KL falls against the first wrong step, for a task that knows its steps."""
+    """Plot how often the largest KL marks the first wrong step, and the KL by kind of token, for a task with steps."""
     figure, (left, right) = new_figure(1, 2, width=9, height=2.6)
     hits, kinds = first_wrong.hits(frame), first_wrong.by_kind(frame)
-    label(left, "Largest of an attempt at its first wrong token", "wrong responses (%)")
+    label(left, "Largest in its attempt at the first wrong token", "wrong responses (%)")
     label(right, "Mean KL by kind of token", "KL (nats)")
     if not len(hits):
         for axes in (left, right):
-            say_empty(axes, "no wrong response with a known first wrong step")
+            mark_empty(axes, "no wrong response with a known first wrong step")
         return figure
     signals = [*hits["signal"], "a random result", "a random token"]
     shares = [*hits["hit"], hits["chance_result"].iloc[0], hits["chance"].iloc[0]]
-    _draw_bars(left, signals, [100 * share for share in shares], [100 * error for error in [*hits["hit_se"], 0, 0]])
+    _plot_bars(left, signals, [100 * share for share in shares], [100 * error for error in [*hits["hit_se"], 0, 0]])
     for patch in left.patches[len(hits) :]:
         patch.set_alpha(PALE)
-    _draw_bars(right, kinds["kind"], kinds["kl"], kinds["kl_se"])
+    _plot_bars(right, kinds["kind"], kinds["kl"], kinds["kl_se"])
     return figure
 
 
-def _draw_bars(axes: Axes, names: Any, values: Any, errors: Any) -> None:
-    """Lying bars of figures of wrong responses, the first on top."""
-    axes.barh(names, values, xerr=errors, color=COLORS["r0"], height=0.6, error_kw=ERROR_BARS)
+def _plot_bars(axes: Axes, names: Any, values: Any, errors: Any) -> None:
+    """Plot horizontal bars, the first on top."""
+    axes.barh(names, values, xerr=errors, color=REWARD_COLORS[0], height=0.6, error_kw=ERROR_BARS)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
 
 
 def dynamics(run: RunFolder) -> Figure:
-    """Figure 6, right: response length and revision phrases. Both phases are as wide, however many steps they have."""
+    """Plot figure 6, right: response length and revision phrases over all trainings.
+
+    A model is one unit to the right of the model it starts from, however many steps its training has.
+    """
     figure, (left, right) = new_figure(1, 2, width=9)
-    num_srt, num_distill = (phases.num_steps(run, stage) for stage in ("srt", "self_distill"))
+    by_depth: dict[int, list[Model]] = {}
+    for model in run.models:
+        by_depth.setdefault(run.depth(model), []).append(model)
+    depths = range(1, max(by_depth, default=0) + 1)
+    names = [" / ".join(model.label for model in by_depth[depth]) for depth in depths]
+    steps = {model.name: phases.num_steps(run, model.name) for model in run.models}
+    ends = [" / ".join(map(str, sorted({steps[model.name] for model in by_depth[depth]}))) for depth in depths]
+    ticks = ["0", *(f"{end} | 0" for end in ends[:-1]), *ends[-1:]]
+    offsets = {model.name: max(0, run.depth(model) - 1) for model in run.models}
     for axes, tag, rollout, title, unit in (
         (left, "response_tokens", "length", "Response length", "tokens"),
         (right, "keywords_per_response", "keywords_per_response", "Revision phrases", "per response"),
     ):
-        label(axes, title, "steps of SRT | steps of SelfDistill", unit)
+        label(axes, title, " | ".join(f"steps of {name}" for name in names), unit)
         curve = phases.over_phases(run, tag, rollout)
-        begins = curve["phase"].eq("self_distill")
-        lengths = begins.map(lambda is_second: max(1, num_distill if is_second else num_srt))
-        _draw_phases(axes, curve.assign(x=begins + curve["step"] / lengths))
-        axes.axvline(1, color=INK, linestyle=":", linewidth=1)
-        ticks = [f"{num_srt // 2}", f"{num_srt} | 0", f"{num_distill // 2}", f"{num_distill}"]
-        axes.set_xticks([0, 0.5, 1, 1.5, 2], ["0", *ticks])
+        lengths = curve["model"].map(lambda name: max(1, steps[name]))
+        _plot_phases(axes, run, curve.assign(x=curve["model"].map(offsets) + curve["step"] / lengths))
+        for depth in depths[:-1]:
+            axes.axvline(depth, color=INK, linestyle=":", linewidth=1)
+        axes.set_xticks(range(len(ticks)), ticks)
     legend_below(figure, left)
     return figure
 
 
+def last_models(run: RunFolder) -> list[Model]:
+    """Return the trained models from which no other model starts."""
+    sources = {model.starts_from for model in run.models}
+    return [model for model in run.models if run.parent(model) and model.name not in sources]
+
+
 def evolution(run: RunFolder) -> Figure:
-    """Figure 5: accuracy over the steps of self-distillation, with the teacher's synchronisations."""
+    """Plot figure 5: accuracy over the steps of the last training (or trainings), with the teacher's updates."""
     figure, (axes,) = new_figure(width=6.5)
-    label(axes, "Accuracy in SelfDistill", "steps of SelfDistill", "accuracy")
     curve = phases.over_phases(run, "avg_at_k", "reward")
-    start = curve.query("phase == 'srt' and kind == 'evaluation'").assign(x=0)
-    then = curve.query("phase == 'self_distill'").assign(x=lambda rows: rows["step"])
-    _draw_phases(axes, pd.concat([start, then]))
-    for i, step in enumerate(phases.teacher_syncs(run)):
-        axes.axvline(step, color=INK, linestyle="--", linewidth=1, label="" if i else "new teacher")
+    models = last_models(run)
+    parts = [curve.head(0)]
+    for model in models:
+        parent = run.parent(model)
+        assert parent is not None
+        starts = curve[(curve["model"] == parent.name) & (curve["kind"] == "evaluation")]
+        parts += [starts.assign(step=0), curve[curve["model"] == model.name]]
+    shown = pd.concat(parts).drop_duplicates()
+    label(axes, "Accuracy in training", "steps of " + " / ".join(model.label for model in models), "accuracy")
+    _plot_phases(axes, run, shown.assign(x=shown["step"]))
+    syncs = [(model, step) for model in models for step in phases.teacher_syncs(run, model.name)]
+    for i, (model, step) in enumerate(syncs):
+        color = INK if len(models) == 1 else model_colors(run)[model.name]
+        axes.axvline(step, color=color, linestyle="--", linewidth=1, label="" if i else "new teacher")
     legend_below(figure, axes)
     return figure
 
 
-def _draw_phases(axes: Axes, curve: pd.DataFrame) -> None:
-    """Over `x`: evaluations as diamonds, validations as a line with a band of one standard error, rollouts thin."""
+def _plot_phases(axes: Axes, run: RunFolder, curve: pd.DataFrame) -> None:
+    """Plot over `x`: evaluations as diamonds, joined to those of the model that they start from; validations as a line
+    with a band of one standard error; rollouts thin."""
     if not len(curve):
-        return say_empty(axes, "not logged in this run")
-    evaluations = curve.query("kind == 'evaluation'")
-    axes.plot(evaluations["x"], evaluations["value"], color=INK, alpha=PALE, linewidth=0.8)
-    for phase, name in MODELS.items():
-        color = COLORS[phase]
+        return mark_empty(axes, NOT_LOGGED)
+    evaluations = curve[curve["kind"] == "evaluation"].groupby("model").first()
+    colors = model_colors(run)
+    for model in run.models:
+        color, of_model = colors[model.name], curve[curve["model"] == model.name]
         evaluation, validations, rollouts = (
-            curve.query(f"phase == '{phase}' and kind == '{kind}'") for kind in ("evaluation", "validation", "rollout")
+            of_model[of_model["kind"] == kind] for kind in ("evaluation", "validation", "rollout")
         )
+        if {model.name, model.starts_from} <= {*evaluations.index}:
+            ends = evaluations.loc[[model.starts_from, model.name]]
+            axes.plot(ends["x"], ends["value"], color=INK, alpha=PALE, linewidth=0.8)
         if len(rollouts):
-            axes.plot(rollouts["x"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label="rollouts")
+            axes.plot(rollouts["x"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label=f"{model.label}, rollouts")
         if len(validations):
             x, value, error = validations["x"], validations["value"], validations["se"].fillna(0)
-            axes.plot(x, value, color=color, marker="o", markersize=3, label=f"{name}, validation")
+            axes.plot(x, value, color=color, marker="o", markersize=3, label=f"{model.label}, validation")
             axes.fill_between(x, value - error, value + error, color=color, alpha=0.2, linewidth=0)
         if len(evaluation):
             marks = {"color": color, "marker": "D", "markersize": 6, "linestyle": ""}
-            axes.errorbar(evaluation["x"], evaluation["value"], evaluation["se"], **marks, label=name)
+            axes.errorbar(evaluation["x"], evaluation["value"], evaluation["se"], **marks, label=model.label)
 
 
 def revision_bars(run: RunFolder) -> Figure:
-    """Figure 3: first attempts and their revisions by model, beside plainly sampling another answer."""
+    """Plot figure 3: first attempts and their revisions by model, beside a plain second answer."""
     figure, panels = new_figure(2, 2, height=5)
-    figures = revision.revision_figures(run)
+    metrics = revision_metrics(run)
+    colors = [model_colors(run)[model.name] for model in run.models if model.label in metrics.index]
     for axes, title, unit, (pale, full), (pale_name, full_name) in (
         (panels[0], "Accuracy", "%", ("revise_acc1", "revise_acc2"), ("first attempt", "revised")),
         (panels[1], "Tokens", "", ("revise_tokens1", "revise_tokens2"), ("first attempt", "revised")),
-        (panels[2], "Wrong first attempts mended", "%", _both("wrong_to_right_rate"), ("another answer", "revised")),
-        (panels[3], "Right first attempts broken", "%", _both("right_to_wrong_rate"), ("another answer", "revised")),
+        (panels[2], "Wrong first attempts corrected", "%", _both("wrong_to_right_rate"), ("resampled", "revised")),
+        (panels[3], "Right first attempts broken", "%", _both("right_to_wrong_rate"), ("resampled", "revised")),
     ):
         label(axes, title, y=unit)
-        if figures.reindex(columns=[pale, full]).isna().all(axis=None):
-            say_empty(axes, "not logged in this run")
+        if metrics.reindex(columns=[pale, full]).isna().all(axis=None):
+            mark_empty(axes, NOT_LOGGED)
             continue
         scale = 100 if unit else 1
         for shift, name, alpha in ((-0.2, pale, PALE), (0.2, full, 1.0)):
-            places = [place + shift for place in range(len(figures))]
-            errors = scale * figures[f"{name}_se"] if f"{name}_se" in figures else None
-            colors = [COLORS[str(model)] for model in figures.index]
-            axes.bar(places, scale * figures[name], 0.38, color=colors, alpha=alpha, yerr=errors, error_kw=ERROR_BARS)
-        axes.set_xticks(range(len(figures)), [MODELS[str(model)] for model in figures.index])
+            places = [place + shift for place in range(len(metrics))]
+            errors = scale * metrics[f"{name}_se"] if f"{name}_se" in metrics else None
+            axes.bar(places, scale * metrics[name], 0.38, color=colors, alpha=alpha, yerr=errors, error_kw=ERROR_BARS)
+        axes.set_xticks(range(len(metrics)), metrics.index.tolist())
         axes.margins(y=0.3)  # room for the legend
         names = ((pale_name, PALE), (full_name, 1.0))
         legend(axes, "upper left", [Patch(color=INK, alpha=alpha, label=name) for name, alpha in names])
@@ -177,27 +210,8 @@ def _both(rate: str) -> tuple[str, str]:
     return f"resample_{rate}", f"revise_{rate}"
 
 
-def training_curves(run: RunFolder) -> Figure:
-    """Loss terms, KL by reward, reward, gradient norm, learning rate and log-probability gap, phase by phase."""
-    figure, panels = new_figure(2, 3, width=10, height=5)
-    for axes, (title, lines) in zip(panels, TRAINING.items(), strict=True):
-        label(axes, title, "step")
-        logged = [(line, points) for line in lines if (points := run.scalars(line.stage, line.tag))]
-        if not logged:
-            say_empty(axes, "not logged in this run")
-        for line, points in logged:
-            curve, color = pd.Series(dict(points)), COLORS[line.color]
-            window = 1 if line.tag == "train/lr" else 1 + len(curve) // 25  # noisy ones faint, below a running mean
-            axes.plot(curve, color=color, alpha=0.25, linewidth=0.8)
-            mean = curve.rolling(window, center=True, min_periods=1).mean()
-            axes.plot(mean, color=color, linestyle=line.style, label=line.name)
-        if len(lines) > 1:
-            legend(axes)
-    return figure
-
-
 class Line(NamedTuple):
-    """A curve of a stage; the colour by its name in `COLORS`."""
+    """A curve of a stage."""
 
     stage: str
     tag: str
@@ -206,24 +220,47 @@ class Line(NamedTuple):
     style: str = "-"
 
 
-def _of_both(tag: str) -> list[Line]:
-    return [Line("srt", tag, "SRT", "srt"), Line("self_distill", tag, "SelfDistill", "self_distill")]
+def training_curves(run: RunFolder) -> Figure:
+    """Plot the losses of each training, and reward, gradient norm, learning rate and log-probability gap of all."""
+    panels = _training_panels(run)
+    num_rows = -(-len(panels) // 3)
+    figure, grid = new_figure(num_rows, 3, width=10, height=2.5 * num_rows)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        label(axes, title, "step")
+        logged = [(line, points) for line in lines if (points := run.scalars(line.stage, line.tag))]
+        if not logged:
+            mark_empty(axes, NOT_LOGGED)
+        for line, points in logged:
+            curve = pd.Series(dict(points))
+            window = 1 if line.tag == "train/lr" else 1 + len(curve) // 25
+            axes.plot(curve, color=line.color, alpha=0.25, linewidth=0.8)  # noisy values, below their running mean
+            mean = curve.rolling(window, center=True, min_periods=1).mean()
+            axes.plot(mean, color=line.color, linestyle=line.style, label=line.name)
+        if len(logged) > 1:
+            legend(axes)
+    return figure
 
 
-TRAINING = {
-    "SRT: loss": [
-        Line("srt", "train/loss", "both terms", "srt"),
-        Line("srt", "train/loss_generation", "generation", "srt", "--"),
-        Line("srt", "train/loss_revision", "revision", "srt", ":"),
-    ],
-    "SelfDistill: KL to the reviser": [
-        Line("self_distill", "train/loss", "loss", "self_distill"),
-        Line("self_distill", "teacher/kl_r0", REWARDS[0], "r0"),
-        Line("self_distill", "teacher/kl_r1", REWARDS[1], "r1"),
-    ],
-    "SelfDistill: reward of rollouts": [Line("self_distill", "rollout/reward", "reward", "self_distill")],
-    "Gradient norm": _of_both("train/grad_norm"),
-    "Learning rate": _of_both("train/lr"),
-    "Log-prob. gap of engine and trainer": [Line("self_distill", "rollout/logprob_gap", "gap", "self_distill")],
-}
-"""The panels of `training_curves`."""
+def _training_panels(run: RunFolder) -> dict[str, list[Line]]:
+    """List the lines of each panel: the losses of every model that started from another, then what all share."""
+    trained = [model for model in run.models if run.parent(model)]
+    colors = model_colors(run)
+    panels: dict[str, list[Line]] = {}
+    for model in trained:
+        name, color = model.name, colors[model.name]
+        terms = [tag for tag in run.tags(name) if tag.startswith("train/loss_")]
+        panels[f"{model.label}: loss"] = [
+            Line(name, "train/loss", "loss", color),
+            *(Line(name, tag, tag.removeprefix("train/loss_"), color, ("--", ":")[i % 2]) for i, tag in enumerate(terms)),
+            *(Line(name, f"teacher/kl_r{r}", f"KL, {REWARDS[r]}", REWARD_COLORS[r]) for r in REWARDS),
+        ]
+    for title, tag in (
+        ("Reward of rollouts", "rollout/reward"),
+        ("Gradient norm", "train/grad_norm"),
+        ("Learning rate", "train/lr"),
+        ("Log-prob. gap of engine and trainer", "rollout/logprob_gap"),
+    ):
+        panels[title] = [Line(model.name, tag, model.label, colors[model.name]) for model in trained]
+    return panels

@@ -1,98 +1,110 @@
-"""Reads what the stages of a run left in its folder. What is not there (yet) comes back empty."""
+"""Reader of a run's folder. Whatever the run has not written (yet) comes back empty."""
 
 from __future__ import annotations
 
 import json
 import math
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
-from sdzero.data.trace_file import read_traces
-from sdzero.types import Trace
 from sdzero.utils.lineage import read_lineage
+from sdzero.utils.recipe import Model
 
-MODELS = {"base": "base", "srt": "SRT", "self_distill": "SD-Zero"}
-"""Folder of each model in a run -> its name in figures."""
+Curves = dict[str, dict[int, float]]
+"""Tag -> step -> value."""
 
 
 class RunFolder:
-    """The folder of `sdzero run`, finished or not; or of single stages, one folder each.
+    """Folder of `sdzero run`, finished or not; or of single stages, one folder each.
+
+    Attributes:
+        path: the folder.
+        lineage: the recipe's stages, and the record of each that has started.
+        models: the run's models in the order of the recipe, whether or not they are trained yet.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing of a run in it.
+        FileNotFoundError: the folder does not exist or holds no stage.
+        ValueError: lineage.json is damaged or of an older layout.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not any((self.path / name).is_dir() for name in (*MODELS, "collect")):
+        self.lineage = read_lineage(self.path)
+        self.models = self.lineage.models
+        self._curves: dict[str, Curves] = {}
+        if not self.lineage.recipe.stages:
             raise FileNotFoundError(
-                f"{self.path} is not the folder of a run: it has none of {', '.join((*MODELS, 'collect'))}. "
-                "`sdzero run RECIPE_DIR --out FOLDER` makes one"
+                f"{self.path} is not the folder of a run: it holds no lineage.json and no stage. "
+                "`sdzero run RECIPE_DIR --out FOLDER` writes one"
             )
 
+    def parent(self, model: Model) -> Model | None:
+        """Return the model of this run that another one starts from; None where it starts from outside the run."""
+        return next((other for other in self.models if other.name == model.starts_from), None)
+
+    def depth(self, model: Model) -> int:
+        """Return the number of trainings between a model and the one that the run begins with."""
+        parent = self.parent(model)
+        return 0 if parent is None else 1 + self.depth(parent)
+
+    def configs(self) -> list[dict[str, Any]]:
+        """Return the flat configs of the stages that have started."""
+        return [record["config"] for record in self.lineage.stages.values()]
+
     def scalars(self, stage: str, tag: str) -> list[tuple[int, float]]:
-        """(step, value) of a curve, without the steps that had nothing to count from. Where a stage was started again,
-        the later start's values count."""
-        return sorted(self._curves(stage).get(tag, {}).items())
+        """Return (step, value) of a curve without NaN; where a stage was restarted, the later values count."""
+        return sorted(self._load(stage).get(tag, {}).items())
 
     def tags(self, stage: str) -> list[str]:
-        return sorted(self._curves(stage))
+        return sorted(self._load(stage))
 
-    def _curves(self, stage: str) -> dict[str, dict[int, float]]:
-        if stage not in self._loaded:
-            self._loaded[stage] = _read_events(self.path / stage)
-        return self._loaded[stage]
+    def _load(self, stage: str) -> Curves:
+        if stage not in self._curves:
+            self._curves[stage] = _read_events(self.path / stage)
+        return self._curves[stage]
 
-    @cached_property
-    def _loaded(self) -> dict[str, dict[str, dict[int, float]]]:
-        return {}
+    def results(self, model: Model) -> dict[str, float | None]:
+        """Return the metrics of a model's evaluation by tag."""
+        return self._json(f"{model.evaluation}/results.json")
 
-    def summary(self) -> list[dict[str, Any]]:
-        """The table of the run, one object per model."""
-        return self._json("summary.json") or []
+    def rewards(self, model: Model) -> dict[str, list[int]]:
+        """Return the rewards of a model's answers by question id."""
+        return self._json(f"{model.evaluation}/rewards.json")
 
-    def lineage(self) -> dict[str, Any]:
-        return read_lineage(self.path).stages
+    def statistics(self, stage: str) -> dict[str, Any]:
+        """Return the statistics of a collection."""
+        return self._json(f"{stage}/statistics.json")
 
-    def results(self, model: str) -> dict[str, float | None]:
-        """The figures of a model's evaluation, by tag."""
-        return self._json(f"{model}/eval/results.json") or {}
-
-    def statistics(self) -> dict[str, Any]:
-        """Collection's statistics."""
-        return self._json("collect/statistics.json") or {}
-
-    def _json(self, name: str) -> Any:
+    def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else None
-
-    def traces(self) -> list[Trace]:
-        """D_revision."""
-        file = self.path / "collect/traces.jsonl"
-        return read_traces(file) if file.is_file() else []
+        return json.loads(file.read_text()) if file.is_file() else {}
 
     def samples(self, stage: str, kind: Literal["train", "eval"] = "eval") -> list[dict[str, Any]]:
-        """What SampleWriter left in a stage, in the order of the steps; of an evaluation the first answers to its
-        questions, for all of them may not fit into memory."""
+        """Return the rows of SampleWriter in order of steps. Of an evaluation, only each question's first answer: all
+        of them may not fit into memory."""
         rows: list[dict[str, Any]] = []
         for path in sorted((self.path / stage / "samples").glob(f"{kind}-*.jsonl")):
             with path.open() as file:
                 rows += (row for row in map(json.loads, file) if kind == "train" or not row.get("sample"))
         return rows
 
-    def token_kl(self, stage: str = "self_distill", kind: Literal["train", "eval", "*"] = "*") -> pd.DataFrame:
-        """What TokenKLRecorder left in a stage, one row a response: of evaluations, of training, in order of steps."""
+    def token_kl(self, stage: str, kind: Literal["train", "eval", "*"] = "*") -> pd.DataFrame:
+        """Return the rows of TokenKLRecorder, one per response, in order of steps."""
         files = sorted((self.path / stage / "token_kl").glob(f"{kind}-*.parquet"))
         return pd.concat(map(pd.read_parquet, files), ignore_index=True) if files else pd.DataFrame()
 
+    def token_kl_stage(self) -> str:
+        """Return the last stage that recorded token KL, else the last one of all."""
+        stages = [stage.name for stage in reversed(self.lineage.recipe.stages)]
+        return next((stage for stage in stages if any((self.path / stage / "token_kl").glob("*.parquet"))), stages[0])
 
-def _read_events(folder: Path) -> dict[str, dict[int, float]]:
+
+def _read_events(folder: Path) -> Curves:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    curves: dict[str, dict[int, float]] = {}
+    curves: Curves = {}
     for file in sorted(folder.glob("events*"), key=lambda f: f.stat().st_mtime_ns):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:

@@ -1,26 +1,27 @@
-"""Answers before and after, side by side, with the phrases that speak of revising."""
+"""Samples of the evaluations: the same questions answered by each model, with revision phrases marked."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdzero.evaluation.keywords import keyword_spans
+from sdzero.evaluation.keywords import count_keywords, keyword_spans
 from sdzero.prompts import ControlPhrases
-from sdzero.report.run_folder import MODELS, RunFolder
+from sdzero.report.run_folder import RunFolder
+from sdzero.report.templates import embed
 
 NUM_QUESTIONS = 6
 MAX_CHARACTERS = 4_000
 
 Segments = list[tuple[str, bool]]
-"""A text in pieces, each with whether it is a revision phrase."""
+"""A text in pieces; true marks a revision phrase."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer; `verdict` is the verifier's, `revision` what it made of it when told the verdict."""
+    """A model's answer with its verdict, and its revision where the evaluation sampled one."""
 
     model: str
     reward: int
@@ -39,63 +40,78 @@ class Comparison:
     answers: list[Answer]
 
 
-def comparisons(run: RunFolder, phrases: Sequence[str]) -> tuple[list[Comparison], int]:
-    """The first questions that every model with samples has answered, and how many such questions there are."""
-    first: dict[str, dict[str, dict[str, Any]]] = {}
-    for stage, model in MODELS.items():
-        for row in run.samples(f"{stage}/eval"):
-            first.setdefault(model, {}).setdefault(row["question"], row)
-    if not first:
-        return [], 0
-    shared = [q for q in next(iter(first.values())) if all(q in rows for rows in first.values())]
-    found = []
-    for question in shared[:NUM_QUESTIONS]:
-        answers = [_answer(model, rows[question], phrases) for model, rows in first.items()]
-        row = next(iter(first.values()))[question]
-        found.append(Comparison(row["text"], row["answer"], answers))
-    return found, len(shared)
+class SampleView:
+    """First questions that every model with samples has answered, as the report and notebooks show them.
+
+    Args:
+        run: a run.
+        num: maximum number of questions.
+        with_keywords: prefer questions to which a model other than the first answers with a revision keyword.
+    """
+
+    def __init__(self, run: RunFolder, num: int = NUM_QUESTIONS, with_keywords: bool = False) -> None:
+        by_model: dict[str, dict[str, dict[str, Any]]] = {}
+        for model in run.models:
+            for row in run.samples(model.evaluation):
+                by_model.setdefault(model.label, {}).setdefault(row["question"], row)
+        first, *others = by_model.values() or [{}]
+        shared = [question for question in first if all(question in rows for rows in others)]
+        self.num_shared = len(shared)
+        if with_keywords:
+            shared.sort(key=lambda q: not any(count_keywords(rows[q]["response"]) for rows in others))  # stable
+        phrases = control_phrases(run.configs())
+        self.comparisons = [
+            Comparison(
+                first[question]["text"],
+                first[question]["answer"],
+                [_answer(label, rows[question], phrases) for label, rows in by_model.items()],
+            )
+            for question in shared[:num]
+        ]
+
+    def _repr_html_(self) -> str:
+        return embed("samples.html", 480, samples=self, viewer=None)
 
 
 def _answer(model: str, row: Mapping[str, Any], phrases: Sequence[str]) -> Answer:
-    read = f", read as {row['parsed']}" if row.get("parsed") is not None else ""
+    is_parsed = not row["reward"] and row.get("parsed") is not None
     revision = row.get("revision")
     return Answer(
         model,
         row["reward"],
-        row["reason"] + (read if not row["reward"] else ""),
+        row["reason"] + (f", parsed as {row['parsed']}" if is_parsed else ""),
         row["num_tokens"],
-        segments(row["response"], phrases),
+        segment(row["response"], phrases),
         _answer(model, revision, phrases) if revision else None,
     )
 
 
-def control_phrases(lineage: Mapping[str, Any]) -> list[str]:
-    """P_0 and P_1, the default ones and those that the run's configs name."""
+def control_phrases(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return P_0 and P_1: the defaults and those of the stages' configs."""
     default = ControlPhrases()
-    configs = [record["config"] for record in lineage.values()]
     keys = ("control_phrases.correct", "control_phrases.incorrect")
-    named = {str(value) for config in configs for key, value in config.items() if key.endswith(keys)}
-    return sorted({default.correct, default.incorrect, *named})
+    configured = {str(value) for config in configs for key, value in config.items() if key.endswith(keys)}
+    return sorted({default.correct, default.incorrect, *configured})
 
 
-def segments(text: str, phrases: Sequence[str]) -> Segments:
-    """Cuts a text at its keywords (appendix E.1) and control phrases; a long text ends with what it lacks."""
-    left_out = len(text) - MAX_CHARACTERS
+def segment(text: str, phrases: Sequence[str]) -> Segments:
+    """Split a text at its keywords (appendix E.1) and control phrases; cut it after `MAX_CHARACTERS`, with a note."""
+    num_left_out = len(text) - MAX_CHARACTERS
     text = text[:MAX_CHARACTERS]
-    said = [match.span() for phrase in phrases for match in re.finditer(re.escape(phrase), text, re.IGNORECASE)]
+    matches = [match.span() for phrase in phrases for match in re.finditer(re.escape(phrase), text, re.IGNORECASE)]
     pieces: Segments = []
     end = 0
-    for begin, stop in _merged([*keyword_spans(text), *said]):
+    for begin, stop in _merge([*keyword_spans(text), *matches]):
         pieces += [(text[end:begin], False), (text[begin:stop], True)]
         end = stop
     pieces.append((text[end:], False))
-    if left_out > 0:
-        pieces.append((f" … {left_out:,} more characters", False))
+    if num_left_out > 0:
+        pieces.append((f" … {num_left_out:,} more characters", False))
     return [piece for piece in pieces if piece[0]]
 
 
-def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans in order, those that overlap as one."""
+def _merge(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sort spans and join those that overlap."""
     merged: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
         if merged and begin < merged[-1][1]:

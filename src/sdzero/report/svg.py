@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG that lives inside the page: its text is text, its colours are the page's."""
+"""Matplotlib figures as inline SVG, with searchable text and the colours of the page."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str]) -> Markup:
-    """An `<svg>` element that CSS can scale: its own width in points is the variable `--width`.
+    """Convert a figure to an `<svg>` element that CSS can scale; its width in points is the variable `--width`.
 
     Args:
-        figure: the same figure gives the same bytes.
-        name: goes before every id, so that figures on one page do not meet.
-        title: what a screen reader says.
-        colors: hex colour as matplotlib writes it -> what CSS puts in its place.
+        figure: equal figures give equal bytes.
+        name: prefix of every id, so that ids on one page are unique.
+        title: label for screen readers.
+        colors: hex colour as matplotlib writes it -> its CSS replacement.
     """
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=NO_METADATA, transparent=True)
     root = ET.fromstring(file.getvalue())
     for parent in root.iter():
-        for child in [c for c in parent if c.tag.endswith(("}metadata", "}style"))]:  # its style is for all of a page
+        for child in [c for c in parent if c.tag.endswith(("}metadata", "}style"))]:  # its style would apply to the whole page
             parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -44,11 +44,11 @@ def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str])
 
 
 def _local(key: str, value: str, name: str, colors: Mapping[str, str]) -> str:
-    """An attribute with the figure's own ids and the page's colours and font."""
+    """Rewrite an attribute to the figure's own ids and the page's colours and font."""
     if key == "id":
         return f"{name}-{value}"
     if key == "href":
         return value.replace("#", f"#{name}-")
     value = value.replace("url(#", f"url(#{name}-")
-    value = re.sub(r"font-family:[^;]*;", "", value)  # it inherits the page's
+    value = re.sub(r"font-family:[^;]*;", "", value)  # inherits the font of the page
     return re.sub(r"#[0-9a-f]{6}\b", lambda color: colors.get(color[0], color[0]), value)

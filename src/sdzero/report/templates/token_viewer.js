@@ -1,12 +1,11 @@
-
-// The token viewer: one response at a time, its tokens coloured, the pointed-at or focused one explained in the panel.
+// The token viewer: one response at a time, its tokens coloured; the panel explains the one that is hovered or focused.
 "use strict";
 (() => {
   const find = (id) => document.getElementById(id);
   const { scale, responses } = JSON.parse(find("token-data").textContent);
   const row = find("token-row");
   let response = responses[0];
-  let selected = 0; // the one token that Tab reaches
+  let selected = 0; // the token that the Tab key reaches
   let mode = "reward";
 
   const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "∅";
@@ -22,9 +21,9 @@
   }
 
   function meaning(reward) {
-    if (Math.abs(reward) < 0.05) return "the reviser agrees";
-    if (reward < 0) return "the reviser is surer of it";
-    return reward > Math.LN2 ? "the reviser would take it back" : "the reviser likes it less"; // ln 2 halves it
+    if (Math.abs(reward) < 0.05) return "the teacher agrees";
+    if (reward < 0) return "more likely under the teacher";
+    return reward > Math.LN2 ? "less than half as likely under the teacher" : "less likely under the teacher";
   }
 
   function guesses(id, own, text, top) {
@@ -71,6 +70,7 @@
       const value = token[mode];
       const shade = row.children[index];
       shade.className = mode === "kl" ? "kl" : value > 0 ? "take" : "add";
+      shade.classList.toggle("marked", index === response.first_wrong);
       shade.style.setProperty("--w", `${Math.round(100 * Math.min(1, Math.abs(value) / most))}%`);
     });
     find("scale-bar").className = mode;
@@ -83,7 +83,7 @@
     selected = 0;
     find("token-question").replaceChildren(
       "Question ", element("code", response.question), ", right answer ", element("code", response.gold),
-      `. The verifier said: ${response.verdict}. Sampled at step ${response.step}.`,
+      `. Verdict: ${response.verdict}. Sampled at step ${response.step}.`,
     );
     row.replaceChildren(
       ...response.tokens.map((token, place) => {
@@ -121,7 +121,7 @@
     input.addEventListener("change", () => show(Number(input.value))));
   document.querySelectorAll("[name=mode]").forEach((input) =>
     input.addEventListener("change", () => { mode = input.value; paint(); }));
-  // a reloaded page keeps the reader's choice
+  // a reloaded page keeps the selection
   mode = document.querySelector("[name=mode]:checked").value;
   show(Number(document.querySelector("[name=response]:checked").value));
 })();
