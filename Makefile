@@ -24,7 +24,7 @@ help:
 	@echo "make chaos    at least 20 random SIGKILLs; results must stay bitwise equal: about 10 minutes"
 	@echo "make lint     the checks without the tests;  make format  rewrites the files"
 	@echo "make docs     write docs/config.md, the reference of all configuration keys"
-	@echo "make notebooks  docs/notebooks from notebooks/ and the run in runs/quickstart (make demo makes one)"
+	@echo "make notebooks  render notebooks/ into runs/quickstart/notebooks, and the picture of the README (after make demo)"
 	@echo "make bench    compare with TRL and Liger, in .venv-bench: about 45 minutes on one core"
 	@echo "make bench-gpu  the tests and benchmarks that need a CUDA device, in .venv-bench-gpu"
 	@echo "make clean    removes .venv, caches and build outputs; runs/ stays"
@@ -63,7 +63,10 @@ docs: $(INSTALLED)
 	$(BIN)/python -m sdzero.cli.config_reference > docs/config.md
 
 notebooks: $(INSTALLED)
-	$(BIN)/python -m sdzero.report.notebooks runs/quickstart
+	SDZERO_RUN=$(abspath runs/quickstart) $(BIN)/jupyter-nbconvert --execute --to html \
+		--output-dir runs/quickstart/notebooks notebooks/*.ipynb
+	$(BIN)/python -c "from sdzero.report import RunFolder, plots; \
+		plots.dynamics(RunFolder('runs/quickstart')).savefig('docs/images/length_and_phrases.png', facecolor='white')"
 
 # One thread: results are ratios of sides that take turns in one process.
 BENCHMARKS := heads sd_step srt_step scaling passes
