@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def executed(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         pairs = ", ".join(f"{key!r}: json.loads({key}.to_json())" for key in values)
         show = new_code_cell(f"import json\nprint(json.dumps({{{pairs}}}))")
         cells[name] = [new_code_cell("%reset -f"), *nbformat.read(NOTEBOOKS[name], as_version=4).cells, show]
-    client = NotebookClient(new_notebook(cells=sum(cells.values(), [])), timeout=300, kernel_name="python3")
+    client = NotebookClient(
+        new_notebook(cells=[*chain.from_iterable(cells.values())]), timeout=300, kernel_name="python3"
+    )
     environment = {
         "SDZERO_RUN": str(smoke_run.resolve()),
         "OMP_NUM_THREADS": "1",

@@ -24,9 +24,7 @@ def test_marked_pieces_are_the_text(text: str, phrases: list[str]) -> None:
 
 def test_phrases_are_those_of_the_config() -> None:
     config = {"student.control_phrases.incorrect": "Nope.", "student.path": "Fine."}
-    pieces = samples.segment(
-        "1 Nope. Fine. 2 let me rephrase the above solution.", samples.control_phrases([config])
-    )
+    pieces = samples.segment("1 Nope. Fine. 2 let me rephrase the above solution.", samples.control_phrases([config]))
     assert [piece for piece, marked in pieces if marked] == ["Nope.", "let me rephrase the above solution."]
 
 

@@ -43,7 +43,7 @@ class FirstAttempt:
     wrong_results: tuple[int, ...]
 
     def kind(self, token: int) -> str:
-        """Return the one of `KINDS` that a token of the response belongs to. At "its end" the model stops or continues."""
+        """Return the kind of a token of the response, one of `KINDS`. At "its end" the model stops or continues."""
         if token >= self.num_tokens:
             return "its end" if token == self.num_tokens else "later attempts"
         if token in self.wrong_results:

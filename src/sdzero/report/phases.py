@@ -35,7 +35,9 @@ def over_phases(run: RunFolder, metric: str, rollout: str | None = None) -> pd.D
                 continue
             errors = dict(run.scalars(folder, f"eval/{metric}_se"))
             for step, value in run.scalars(folder, f"eval/{metric}"):
-                updates = num_steps(run, model.name) if kind == "evaluation" else step + 1  # logged with the step before
+                updates = (
+                    num_steps(run, model.name) if kind == "evaluation" else step + 1
+                )  # logged with the step before
                 rows.append((model.name, 0 if is_start else updates, value, errors.get(step), kind))
         for step, value in run.scalars(model.name, f"rollout/{rollout}") if rollout and not is_start else ():
             rows.append((model.name, step, value, None, "rollout"))

@@ -169,7 +169,9 @@ def _plot_phases(axes: Axes, run: RunFolder, curve: pd.DataFrame) -> None:
             ends = evaluations.loc[[model.starts_from, model.name]]
             axes.plot(ends["x"], ends["value"], color=INK, alpha=PALE, linewidth=0.8)
         if len(rollouts):
-            axes.plot(rollouts["x"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label=f"{model.label}, rollouts")
+            axes.plot(
+                rollouts["x"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label=f"{model.label}, rollouts"
+            )
         if len(validations):
             x, value, error = validations["x"], validations["value"], validations["se"].fillna(0)
             axes.plot(x, value, color=color, marker="o", markersize=3, label=f"{model.label}, validation")
@@ -253,7 +255,10 @@ def _training_panels(run: RunFolder) -> dict[str, list[Line]]:
         terms = [tag for tag in run.tags(name) if tag.startswith("train/loss_")]
         panels[f"{model.label}: loss"] = [
             Line(name, "train/loss", "loss", color),
-            *(Line(name, tag, tag.removeprefix("train/loss_"), color, ("--", ":")[i % 2]) for i, tag in enumerate(terms)),
+            *(
+                Line(name, tag, tag.removeprefix("train/loss_"), color, ("--", ":")[i % 2])
+                for i, tag in enumerate(terms)
+            ),
             *(Line(name, f"teacher/kl_r{r}", f"KL, {REWARDS[r]}", REWARD_COLORS[r]) for r in REWARDS),
         ]
     for title, tag in (

@@ -63,7 +63,9 @@ def _collection(stage: str, statistics: Mapping[str, Any]) -> Collection:
         ("candidates: verified, finished revisions", "candidate_traces", "candidate_correct_share"),
         ("kept", "traces", "correct_share"),
     ]
-    return Collection(stage, reasons, attempts, [(label, statistics[n], statistics[share]) for label, n, share in traces])
+    return Collection(
+        stage, reasons, attempts, [(label, statistics[n], statistics[share]) for label, n, share in traces]
+    )
 
 
 def stage_records(run: RunFolder) -> list[StageRecord]:

@@ -84,7 +84,8 @@ def _describe(model: Evaluated) -> str:
     tokens, tokens_before = row["mean_response_tokens"], before["mean_response_tokens"]
     ratio = tokens / tokens_before
     share = f"{ratio:.0%} of" if ratio < 1 else f"{ratio:.1f} times"
-    return f"{model.label}: {effect}, with {share} the tokens of {model.before.label} ({tokens_before:.0f} → {tokens:.0f})."
+    lengths = f"{share} the tokens of {model.before.label} ({tokens_before:.0f} → {tokens:.0f})"
+    return f"{model.label}: {effect}, with {lengths}."
 
 
 def table(models: Sequence[Evaluated]) -> list[TableRow]:
@@ -123,7 +124,9 @@ def table(models: Sequence[Evaluated]) -> list[TableRow]:
         TableRow(f"pass@{k}", f"share of questions with a right answer among {k}", summary(f"pass_at_{k}")),
         TableRow("tokens", "mean length of an answer", summary("mean_response_tokens", ".1f")),
         TableRow("revision phrases", "“wait”, “let me start over”, … per answer", summary("keyword_rate", ".2f")),
-        TableRow("wrong → right", "first attempts corrected by one revision; of the wrong ones", flips("wrong_to_right")),
+        TableRow(
+            "wrong → right", "first attempts corrected by one revision; of the wrong ones", flips("wrong_to_right")
+        ),
         TableRow("right → wrong", "first attempts broken by one revision; of the right ones", flips("right_to_wrong")),
         TableRow(
             "resampled → right",

@@ -29,7 +29,9 @@ def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str])
         figure.savefig(file, format="svg", metadata=NO_METADATA, transparent=True)
     root = ET.fromstring(file.getvalue())
     for parent in root.iter():
-        for child in [c for c in parent if c.tag.endswith(("}metadata", "}style"))]:  # its style would apply to the whole page
+        for child in [
+            c for c in parent if c.tag.endswith(("}metadata", "}style"))
+        ]:  # its style would apply to the whole page
             parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
