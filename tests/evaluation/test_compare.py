@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -110,9 +108,3 @@ def test_other_questions_other_folders_and_the_same_one_twice_are_refused(
     assert f"1 questions are only in {b} and 2 only in {a}" in said
     assert "has no rewards.json" in refusal(capsys, monkeypatch, "compare", a, tmp_path)
     assert "is named twice" in refusal(capsys, monkeypatch, "compare", a, a)
-
-
-def test_it_starts_without_torch() -> None:
-    code = "import sys, sdzero.evaluation.compare; print(*{'torch', 'numpy', 'lightning'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == ""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bs4 import BeautifulSoup
 
 from sdzero.report import RunFolder, render, samples
 from sdzero.report.samples import SampleView
@@ -29,44 +29,24 @@ from support.made_up_run import (
 from support.runs import exit_code, read_json, refusal, sdzero
 
 
-class Page(HTMLParser):
-    """Elements of a page with their attributes, and the text in them."""
+class Page:
+    """Elements of a page with their attributes, its text, and the cells of its tables without their hints."""
 
     def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.data: Any = None
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th") and self.rows:
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            if self.elements[-1][1].get("type") == "application/json":
-                self.data = json.loads(data)
-            return
-        self.text += data
-        if {"td", "th"} & set(self.open) and "small" not in self.open:
-            self.rows[-1][-1] += data
+        soup = BeautifulSoup(text, "html.parser", multi_valued_attributes=None)
+        self.elements = [(element.name, element.attrs) for element in soup.find_all(True)]
+        data = soup.find(type="application/json")
+        self.data: Any = json.loads(data.text) if data else None
+        self.text = soup.get_text()
+        for hint in soup.find_all("small"):
+            hint.extract()
+        self.rows = [[cell.get_text() for cell in row.find_all(["td", "th"])] for row in soup.find_all("tr")]
 
     def row(self, heading: str) -> list[str]:
         (found,) = (row[1:] for row in self.rows if row and row[0].strip() == heading)
         return found
 
-    def all(self, tag: str) -> list[dict[str, str | None]]:
+    def all(self, tag: str) -> list[dict[str, Any]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
 
@@ -246,7 +226,7 @@ def test_notebooks_show_the_same_parts_in_frames(tmp_path: Path) -> None:
     for view in (TokenViewer(run.token_kl("self_distill")), SampleView(run)):
         ((tag, attributes),) = Page(view._repr_html_()).elements
         assert tag == "iframe"
-        part = Page(attributes["srcdoc"] or "")
+        part = Page(attributes["srcdoc"])
         assert {tag for tag, _ in part.elements} <= {tag for tag, _ in page.elements}
         assert part.data in (None, page.data) and len(part.all("article")) in (0, len(page.all("article")))
         assert part.all("meta") == page.all("meta"), "with the same security policy"

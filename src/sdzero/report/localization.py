@@ -63,8 +63,8 @@ def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
 
     Returns:
         One row per reward: `kl`, mean KL of a response's tokens in nats; `top_share`, the part of a response's KL on
-        the `share` of its tokens with the largest KL; `half`, the part of its tokens that hold half of its KL; each with
-        its `_se`; and responses. A response without any KL has neither share.
+        the `share` of its tokens with the largest KL; `half`, the part of its tokens that hold half of its KL; each
+        with its `_se`; and responses. A response without any KL has neither share.
     """
     rows: list[dict[str, float]] = []
     for reward, group in _by_reward(frame):
