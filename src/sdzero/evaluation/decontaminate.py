@@ -1,6 +1,6 @@
-"""`sdzero decontaminate RECIPE_DIR`: which benchmark questions a recipe trains on, word for word or in long passages.
+"""`sdzero decontaminate RECIPE_DIR`: overlap of benchmark questions with the questions that a recipe trains on.
 
-It reads questions and no model, and imports no torch.
+It reads only questions, and imports no torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from sdzero.utils.recipe import Recipe, StageEntry, load_recipe
 from sdzero.utils.yaml_config import get_value
 
 N = 13
-"""Words of a passage that two questions hardly share by chance: the most that GPT-3's analysis takes (Brown et al.,
-2020, appendix C)."""
+"""Words of a passage: the largest n of GPT-3's analysis (Brown et al., 2020, appendix C)."""
 
 Texts = Mapping[str, str]
 """Question id -> statement."""
@@ -29,13 +28,13 @@ Texts = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Overlap:
-    """A benchmark's question and a training question that share text.
+    """A benchmark question and a training question that share text.
 
     Attributes:
-        benchmark: id of the benchmark's question.
+        benchmark: id of the benchmark question.
         training: id of the training question.
-        exact: they are the same but for case, spaces and signs.
-        passages: different 13-grams of words that both have.
+        exact: they are equal up to case, spaces and punctuation.
+        passages: number of distinct passages that both contain.
     """
 
     benchmark: str
@@ -45,28 +44,25 @@ class Overlap:
 
 
 def letters(text: str) -> str:
-    """A text's letters and digits, without case."""
+    """Return a text's letters and digits, case-folded."""
     return "".join(filter(str.isalnum, text.casefold()))
 
 
 def passages(text: str) -> Iterator[str]:
-    """Every N words in a row of a text; none where it has fewer."""
+    """Return every passage of N consecutive words; none for a shorter text."""
     words = re.findall(r"[^\W_]+", text.casefold())
     return (" ".join(words[start : start + N]) for start in range(len(words) - N + 1))
 
 
 def overlaps(benchmark: Texts, training: Texts) -> list[Overlap]:
-    """Every pair that shares text, in the order of the training questions.
-
-    The benchmark's passages are indexed, so the time is that of reading both.
-    """
+    """Find every pair that shares text, in the order of the training questions, in linear time."""
     same: dict[str, list[str]] = {}
     having: dict[str, list[str]] = {}
     for id, text in benchmark.items():
         same.setdefault(letters(text), []).append(id)
         for passage in {*passages(text)}:
             having.setdefault(passage, []).append(id)
-    same.pop("", None)  # a text of signs only
+    same.pop("", None)  # a text without letters and digits
     found: list[Overlap] = []
     for id, text in training.items():
         exact = same.get(letters(text), ())
@@ -76,7 +72,7 @@ def overlaps(benchmark: Texts, training: Texts) -> list[Overlap]:
 
 
 def report(benchmarks: Mapping[str, Texts], training: Mapping[str, Texts]) -> dict[str, Any]:
-    """What stands in the JSON.
+    """Count the overlaps by benchmark, for the table and the JSON file.
 
     Args:
         benchmarks: name -> questions.
@@ -86,7 +82,8 @@ def report(benchmarks: Mapping[str, Texts], training: Mapping[str, Texts]) -> di
     rows: dict[str, Any] = {}
     for name, texts in benchmarks.items():
         pairs = overlaps(texts, everything)
-        exact, long = ({pair.benchmark for pair in pairs if kind(pair)} for kind in (_exact, _long))
+        exact = {pair.benchmark for pair in pairs if pair.exact}
+        long = {pair.benchmark for pair in pairs if pair.passages}
         rows[name] = {
             "questions": len(texts),
             "short": sum(not any(passages(text)) for text in texts.values()),
@@ -97,14 +94,6 @@ def report(benchmarks: Mapping[str, Texts], training: Mapping[str, Texts]) -> di
             "pairs": [asdict(pair) for pair in pairs],
         }
     return {"n": N, "training": {phase: len(texts) for phase, texts in training.items()}, "benchmarks": rows}
-
-
-def _exact(pair: Overlap) -> bool:
-    return pair.exact
-
-
-def _long(pair: Overlap) -> bool:
-    return pair.passages > 0
 
 
 # --- a recipe's questions -------------------------------------------------------------------------
@@ -181,16 +170,16 @@ def main(arguments: list[str]) -> None:
     print_table(figures)
 
 
-def print_table(figures: Mapping[str, Any]) -> None:
+def print_table(overlap: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    said = " and ".join(f"{num} of {phase}" for phase, num in figures["training"].items())
-    table = Table(title=f"Benchmark questions that share text with the training's: {said}")
+    training = " and ".join(f"{num} of {phase}" for phase, num in overlap["training"].items())
+    table = Table(title=f"Benchmark questions that share text with training questions: {training}")
     table.add_column("benchmark", no_wrap=True)
     for heading in ("questions", "same text", f"{N} words in a row", "either", "share", f"under {N} words"):
         table.add_column(heading, justify="right")
-    for name, row in figures["benchmarks"].items():
+    for name, row in overlap["benchmarks"].items():
         counts = [row[key] for key in ("questions", "exact", "passages", "overlapping")]
         table.add_row(name, *map(str, counts), f"{row['share']:.1%}", str(row["short"]))
     console = Console(width=None if Console().is_terminal else 120)
