@@ -34,7 +34,7 @@ class Page:
 
     def __init__(self, text: str) -> None:
         soup = BeautifulSoup(text, "html.parser", multi_valued_attributes=None)
-        self.elements = [(element.name, element.attrs) for element in soup.find_all(True)]
+        self.elements: list[tuple[str, dict[str, Any]]] = [(e.name, dict(e.attrs)) for e in soup.find_all(True)]
         data = soup.find(type="application/json")
         self.data: Any = json.loads(data.text) if data else None
         self.text = soup.get_text()

@@ -117,7 +117,9 @@ def dynamics(run: RunFolder) -> Figure:
         label(axes, title, " | ".join(f"steps of {name}" for name in names), unit)
         curve = phases.over_phases(run, tag, rollout)
         lengths = curve["model"].map(lambda name: max(1, steps[name]))
-        _plot_phases(axes, run, curve.assign(x=curve["model"].map(offsets) + curve["step"] / lengths))
+        _plot_phases(
+            axes, run, curve.assign(x=curve["model"].map(lambda name: offsets[name]) + curve["step"] / lengths)
+        )
         for depth in depths[:-1]:
             axes.axvline(depth, color=INK, linestyle=":", linewidth=1)
         axes.set_xticks(range(len(ticks)), ticks)
@@ -161,9 +163,9 @@ def _plot_phases(axes: Axes, run: RunFolder, curve: pd.DataFrame) -> None:
     evaluations = curve[curve["kind"] == "evaluation"].groupby("model").first()
     colors = model_colors(run)
     for model in run.models:
-        color, of_model = colors[model.name], curve[curve["model"] == model.name]
+        color, of_model = colors[model.name], curve.query(f"model == '{model.name}'")
         evaluation, validations, rollouts = (
-            of_model[of_model["kind"] == kind] for kind in ("evaluation", "validation", "rollout")
+            of_model.query(f"kind == '{kind}'") for kind in ("evaluation", "validation", "rollout")
         )
         if {model.name, model.starts_from} <= {*evaluations.index}:
             ends = evaluations.loc[[model.starts_from, model.name]]
