@@ -175,7 +175,7 @@ def print_table(overlap: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     training = " and ".join(f"{num} of {phase}" for phase, num in overlap["training"].items())
-    table = Table(title=f"Benchmark questions that share text with training questions: {training}")
+    table = Table(title=f"Overlap with the training questions: {training}")
     table.add_column("benchmark", no_wrap=True)
     for heading in ("questions", "same text", f"{N} words in a row", "either", "share", f"under {N} words"):
         table.add_column(heading, justify="right")
