@@ -1,3 +1,5 @@
+"""Metrics against definitions and slow references; partial sums add up."""
+
 from __future__ import annotations
 
 import copy
@@ -90,37 +92,35 @@ def test_a_rank_without_questions_measures_nan_and_adds_nothing() -> None:
     assert math.isnan(floats(nothing)["acc1"])
 
 
-def test_response_length() -> None:
-    metric = ResponseLength()
-    metric.update([10, 20])
-    metric.update([60])
-    assert floats(metric) == {"response_tokens": 30.0}
-
-
-def test_reason_shares() -> None:
-    metric = ReasonShares()
-    metric.update(["correct", "truncated", "correct"])
-    metric.update(["timeout"])
-    assert floats(metric) == {reason: 0.0 for reason in get_args(Reason)} | {
-        "correct": 0.5,
-        "truncated": 0.25,
-        "timeout": 0.25,
-    }
+@pytest.mark.parametrize(
+    ("metric", "updates", "expected"),
+    [
+        (ResponseLength(), [([10, 20],), ([60],)], {"response_tokens": 30.0}),
+        (
+            ReasonShares(),
+            [(["correct", "truncated", "correct"],), (["timeout"],)],
+            dict.fromkeys(get_args(Reason), 0.0) | {"correct": 0.5, "truncated": 0.25, "timeout": 0.25},
+        ),
+        (
+            KeywordRate(),
+            [(["Wait, wait.", "fine"], [30, 20]), (["oops"], [50])],
+            {"keywords_per_response": 1.0, "keywords_per_1k_tokens": 30.0},
+        ),
+    ],
+    ids=["length", "reasons", "keywords"],
+)
+def test_two_updates_by_hand(metric: Metric, updates: list[tuple], expected: dict[str, float]) -> None:
+    for update in updates:
+        metric.update(*update)
+    assert floats(metric) == pytest.approx(expected)
 
 
 def test_averaged_over_benchmarks_by_hand() -> None:
     one, two = AvgAtK(), AvgAtK()
     one.update([[1, 1], [0, 0], [1, 1], [1, 1]])  # 0.75, error 0.25
     two.update([[1, 0], [0, 0]])  # 0.25, error 0.25
-    figures = {name: float(value) for name, value in averaged([one.compute(), two.compute()]).items()}
-    assert figures == pytest.approx({"avg_at_k": 0.5, "avg_at_k_se": math.sqrt(0.25**2 + 0.25**2) / 2})
-
-
-def test_keyword_rate() -> None:
-    metric = KeywordRate()
-    metric.update(["Wait, wait.", "fine"], [30, 20])
-    metric.update(["oops"], [50])
-    assert floats(metric) == pytest.approx({"keywords_per_response": 1.0, "keywords_per_1k_tokens": 30.0})
+    averages = {name: float(value) for name, value in averaged([one.compute(), two.compute()]).items()}
+    assert averages == pytest.approx({"avg_at_k": 0.5, "avg_at_k_se": math.sqrt(0.25**2 + 0.25**2) / 2})
 
 
 def test_correction_rate_by_hand() -> None:
@@ -169,13 +169,6 @@ def test_errors_of_correction_against_the_definition(questions: list[list[tuple[
         assert values["correction_rate_se"] == pytest.approx(error(gain, wrong), abs=1e-6)
 
 
-def test_error_of_accuracy_is_the_plain_one_when_all_questions_differ() -> None:
-    metric = CorrectionRate()
-    first = [0, 1, 1, 0, 1, 0, 0]
-    metric.update(first, first)
-    assert floats(metric)["acc1_se"] == pytest.approx(standard_error([float(value) for value in first]))
-
-
 def updates(rng: random.Random) -> list[tuple[Metric, tuple]]:
     groups = [[rng.randint(0, 1) for _ in range(5)] for _ in range(rng.randint(0, 6))]
     first, second = ([rng.randint(0, 1) for _ in groups] for _ in range(2))
@@ -213,13 +206,13 @@ def test_lengths_against_the_sorted_list(responses: list[tuple[int, int]], cut: 
     for part in (responses[:cut], responses[cut:]):
         metric.update([n for n, _ in part], [r for _, r in part])
     ordered = sorted(n for n, _ in responses)
-    figures = floats(metric)
+    values = floats(metric)
     for name, share in (("length_p50", 0.5), ("length_p90", 0.9), ("length_max", 1.0)):
-        assert figures[name] == min(n for n in ordered if sum(m <= n for m in ordered) >= share * len(ordered))
+        assert values[name] == min(n for n in ordered if sum(m <= n for m in ordered) >= share * len(ordered))
     for reward in (0, 1):
         of_reward = [n for n, r in responses if r == reward]
         expected = statistics.fmean(of_reward) if of_reward else math.nan
-        assert figures[f"length_r{reward}"] == pytest.approx(expected, nan_ok=True)
+        assert values[f"length_r{reward}"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_longest_lengths_share_a_place() -> None:
