@@ -16,6 +16,7 @@ from typing import Any
 
 from sdzero.tasks.base import Task
 from sdzero.types import Question
+from sdzero.utils.files import write_text
 from sdzero.utils.recipe import Recipe, StageEntry, load_recipe
 from sdzero.utils.yaml_config import get_value
 
@@ -96,11 +97,8 @@ def report(benchmarks: Mapping[str, Texts], training: Mapping[str, Texts]) -> di
     return {"n": N, "training": {phase: len(texts) for phase, texts in training.items()}, "benchmarks": rows}
 
 
-# --- a recipe's questions -------------------------------------------------------------------------
-
-
 def read_recipe(recipe: Path) -> tuple[dict[str, Texts], dict[str, Texts]]:
-    """(benchmarks, training) of a recipe: name -> id -> statement.
+    """Read the questions that a recipe evaluates, by benchmark, and those that it trains on, by split.
 
     Raises:
         FileNotFoundError: it is not a recipe, or a stage's file is missing.
@@ -135,18 +133,22 @@ class _Tasks:
 
 
 class _Config:
-    """Config of one stage of a recipe; None: of the evaluation."""
+    """Config of a stage of a recipe, or of the evaluation (None)."""
 
     def __init__(self, recipe: Recipe, entry: StageEntry | None) -> None:
         self.values, self.sources = recipe.compose(entry)
         self.prefix = "" if entry and entry.command == "collect" else "data.init_args."
 
     def value(self, key: str) -> Any:
-        """Value under a dotted key of the stage's data; None without one."""
+        """Return the value under a dotted key of the stage's data; None without one."""
         return get_value(self.values, f"{self.prefix}{key}")
 
     def task(self) -> Task:
-        """The stage's task. Raises: ValueError where there is none."""
+        """Instantiate the stage's task.
+
+        Raises:
+            ValueError: the stage has none.
+        """
         from jsonargparse import ArgumentParser
 
         if self.value("task") is None:
@@ -159,15 +161,17 @@ class _Config:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="sdzero decontaminate",
-        description="Counts the benchmark questions of eval.yaml that phase 1 or phase 2 trains on.",
+        description="Counts the benchmark questions that share text with a recipe's training questions.",
     )
     parser.add_argument("recipe", type=Path, help="folder with a recipe.yaml")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and all pairs of ids")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the counts and all pairs of ids to this file"
+    )
     given = parser.parse_args(arguments)
-    figures = report(*read_recipe(given.recipe))
+    overlap = report(*read_recipe(given.recipe))
     if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print_table(figures)
+        write_text(given.json, json.dumps(overlap, indent=1) + "\n")
+    print_table(overlap)
 
 
 def print_table(overlap: Mapping[str, Any]) -> None:
