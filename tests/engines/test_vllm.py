@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -314,25 +315,27 @@ def test_prefixes_of_older_weights_must_go(start: Any) -> None:
     assert engine.policy_version is None
 
 
-def test_a_hang_in_native_code_ends_the_process_with_its_stacks() -> None:
-    code = (
-        "import sys, time\n"
-        "from sdzero.engines import VLLMEngine, vllm\n"
-        "vllm._GRACE_SECONDS = 0.1\n"
-        "engine = VLLMEngine(deadline_seconds=0.1)\n"
-        "engine._runs_eagerly = False\n"
-        "with engine._guarded():\n"
-        "    pass\n"
-        "time.sleep(0.4)\n"  # the watchdog of a call that returned stays quiet
-        "print('alive', flush=True)\n"
-        "def native_call_that_hangs():\n"
-        "    time.sleep(60)\n"
-        "with engine._guarded():\n"
-        "    native_call_that_hangs()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
-    assert done.returncode == 1 and done.stdout == "alive\n"
-    assert "native_call_that_hangs" in done.stderr
+def test_a_hang_in_native_code_ends_the_process_with_its_stacks(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def native_call_that_hangs() -> None:
+        time.sleep(60)
+
+    monkeypatch.setattr(vllm, "_GRACE_SECONDS", 0.1)
+    engine = VLLMEngine(deadline_seconds=0.1)
+    engine._runs_eagerly = False
+    child = os.fork()
+    if not child:
+        with engine._guarded():
+            pass
+        time.sleep(0.4)  # the watchdog of a call that returned stays quiet
+        os.write(1, b"alive\n")
+        with engine._guarded():
+            native_call_that_hangs()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    out, err = capfd.readouterr()
+    assert out == "alive\n" and "native_call_that_hangs" in err
 
 
 def test_without_vllm_the_error_names_the_extras(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,7 @@ import json
 import logging
 import os
 import resource
-import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.trainer.checkpoint_manifest import CheckpointError, manifest_path
 from sdzero.utils.files import PARTIAL
 from sdzero.utils.row_checksum import verify_checksum
+from support.killed_saves import killed_saves
 
 
 def state(step: int, num_weights: int = 1000) -> dict:
@@ -184,34 +182,6 @@ def test_a_link_counts_as_its_target(tmp_path, caplog):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
 
 
-KILLED_SAVES = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from sdzero.trainer.checkpoint_io import AtomicCheckpointIO
-
-def dying(real, deaths):
-    def call(*args):
-        deaths["left"] -= 1
-        if deaths["left"] == 0 and deaths["when"] == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args)
-        if deaths["left"] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
-
-for folder in sys.argv[1:]:
-    name, function, when, number = Path(folder).name.split(" ")
-    child = os.fork()
-    if child == 0:
-        setattr(os, function, dying(getattr(os, function), {"left": int(number), "when": when}))
-        AtomicCheckpointIO().save_checkpoint(
-            {"global_step": 2, "weights": torch.full((1000,), 2.0)}, Path(folder, name)
-        )
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
 CALLS = ["fsync before 1", "fsync after 1", "replace before 1", "replace after 1", "fsync after 2",
          "replace before 2", "replace after 2"]  # fmt: skip
 NEW = [f"step=2.ckpt {call}" for call in CALLS]
@@ -220,19 +190,8 @@ SAME = [f"step=1.ckpt {call}" for call in [*CALLS, "replace before 3", "replace 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """One folder per kill: step 1 was saved in peace, then step 2 was killed at the named call of os."""
-    root = tmp_path_factory.mktemp("killed")
-    good = save(root, 1)
-    folders = {case: root / case for case in [*NEW, *SAME]}
-    for folder in folders.values():
-        folder.mkdir()
-        shutil.copy2(good, folder)
-        shutil.copy2(manifest_path(good), folder)
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED_SAVES, *map(str, folders.values())], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split() == [str(-signal.SIGKILL)] * len(folders), run.stderr
-    return folders
+    """One folder per kill: step 1 was saved, then the save of step 2 was killed at the named call of os."""
+    return killed_saves("file", save(tmp_path_factory.mktemp("killed"), 1), [*NEW, *SAME])
 
 
 @pytest.mark.parametrize("case", NEW)
@@ -326,33 +285,12 @@ def test_save_last_is_always_a_verified_copy(tmp_path):
 
 
 def test_it_is_a_plugin_that_yaml_can_name(tmp_path):
-    recipe = {
-        "trainer": {
-            "max_steps": 2,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "plugins": ["sdzero.trainer.AtomicCheckpointIO"],
-            "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {
-                        "dirpath": str(tmp_path / "checkpoints"),
-                        "monitor": "step",
-                        "mode": "max",
-                        "save_top_k": 2,
-                        "every_n_train_steps": 1,
-                    },
-                }
-            ],
-        }
-    }
+    every_step = {"dirpath": str(tmp_path / "checkpoints"), "every_n_train_steps": 1}
+    callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": every_step}]
+    options = {"max_steps": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    recipe = {"trainer": {**options, "plugins": ["sdzero.trainer.AtomicCheckpointIO"], "callbacks": callbacks}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    cli = LightningCLI(
-        Line,
-        save_config_callback=None,
-        seed_everything_default=False,
-        args=["fit", "--config", str(tmp_path / "recipe.yaml")],
-    )
+    arguments = ["fit", "--config", str(tmp_path / "recipe.yaml")]
+    cli = LightningCLI(Line, save_config_callback=None, seed_everything_default=False, args=arguments)
     assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     assert step_of(newest_checkpoint(tmp_path / "checkpoints")) == 2

@@ -8,9 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.trainer.checkpoint_manifest import OLD, CheckpointError, clean_up, manifest_path
 from sdzero.utils.files import PARTIAL
+from support.killed_saves import killed_saves
 from support.lone_strategy import Lone, save
 
 
@@ -124,32 +122,6 @@ def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path, monkey
     assert newest_checkpoint(tmp_path) is None
 
 
-KILLED_SAVES = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from support.lone_strategy import save
-
-def dying(real, deaths):
-    def call(*args, **kwargs):
-        deaths["left"] -= 1
-        if deaths["left"] == 0 and deaths["when"] == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **kwargs)
-        if deaths["left"] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return call
-
-for folder in sys.argv[2:]:
-    name, function, when, number = Path(folder).name.split(" ")
-    child = os.fork()
-    if child == 0:
-        setattr(os, function, dying(getattr(os, function), {"left": int(number), "when": when}))
-        save(Path(folder), 2, name)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
 # fsync: torch's two of shard and .metadata, ours of the three files, the manifest, its folder, the folder above
 NEW = [f"step=2.ckpt {call} {n}" for call in ("fsync before", "fsync after") for n in range(1, 9)]
 NEW += [f"step=2.ckpt {call} {n}" for call in ("replace before", "replace after") for n in (1, 2)]  # manifest, folder
@@ -159,20 +131,8 @@ SAME += ["step=1.ckpt rmdir before 1", "step=1.ckpt rmdir after 1"]
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One folder per kill: step 1 was saved in peace, then step 2 was killed at the named call of os."""
-    root = tmp_path_factory.mktemp("killed")
-    good = save(root, 1)
-    folders = {case: root / case for case in [*NEW, *SAME]}
-    for folder in folders.values():
-        shutil.copytree(good, folder / good.name)
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED_SAVES, str(Path(__file__).parents[1]), *map(str, folders.values())],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.split() == [str(-signal.SIGKILL)] * len(folders), run.stderr
-    return folders
+    """One folder per kill: step 1 was saved, then the save of step 2 was killed at the named call of os."""
+    return killed_saves("folder", save(tmp_path_factory.mktemp("killed"), 1), [*NEW, *SAME])
 
 
 @pytest.mark.parametrize("case", NEW)

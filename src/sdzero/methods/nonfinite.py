@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sdzero.types import Example
+from sdzero.utils.files import atomic_write
 
 
 def write_post_mortem(
@@ -24,6 +25,6 @@ def write_post_mortem(
     path = folder / f"step={step}-rank={rank}.pt"
     rows = [asdict(example) for example in examples]
     contents = {"step": step, "rank": rank, "examples": rows, "figures": dict(figures), "counts": list(counts)}
-    with path.open("wb") as file:
+    with atomic_write(path) as file:
         torch.save(contents, file)
     return path

@@ -27,7 +27,7 @@ from sdzero.engines.base import (
 )
 from sdzero.engines.remote.client import Client
 from sdzero.engines.remote.server import GENERATE, check_server, wait_until_up
-from sdzero.engines.remote.weight_transfer import EMPTY, Digests, FolderTransport, NCCLTransport, Transport
+from sdzero.engines.remote.weight_transfer import EMPTY, Digests, FolderTransport, NCCLTransport
 from sdzero.engines.sync_check import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Rollout, Sampling
@@ -77,7 +77,7 @@ class RemoteVLLMEngine(RolloutEngine):
         self.deadline_seconds = deadline_seconds
         self.start_seconds = start_seconds
         self._http: Client | None = None
-        self._transport: Transport | None = None
+        self._transport: FolderTransport | NCCLTransport | None = None
 
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
         """Connect to the servers and check them.
@@ -176,7 +176,7 @@ class RemoteVLLMEngine(RolloutEngine):
                 raise EngineError(f"weight sync: the vLLM server at {url} still holds the weights of the previous sync")
         self._sent, self._held = checksum, dict(zip(self.urls, held, strict=True))
 
-    def _connected(self) -> Transport:
+    def _connected(self) -> FolderTransport | NCCLTransport:
         """Connect at the first sync, since NCCL needs both sides."""
         if self._transport is None:
             if self.folder is not None:

@@ -23,15 +23,8 @@ _DEVELOPMENT = (  # available with VLLM_SERVER_DEV_MODE=1
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """Properties of a running server.
+    """world_size: workers of a server, over all its parallelisms; repacks: True if they have the extension above."""
 
-    Attributes:
-        version: version of vLLM.
-        world_size: number of workers, over all its parallelisms.
-        repacks: True if its workers have the extension above.
-    """
-
-    version: str
     world_size: int
     repacks: bool
 
@@ -86,7 +79,7 @@ def check_server(client: Client, url: str, spec: EngineSpec, tied: bool, by_fold
             "0.32 or later"
         )
     world_size = client.get(f"{url}/get_world_size")["world_size"]
-    return ServerInfo(version, world_size, config["parallel_config"].get("worker_extension_cls") == EXTENSION)
+    return ServerInfo(world_size, config["parallel_config"].get("worker_extension_cls") == EXTENSION)
 
 
 def _faults(config: Any, spec: EngineSpec, tied: bool, by_folder: bool) -> dict[str, str]:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -24,14 +24,6 @@ _VOCABULARY_MULTIPLE = 64  # vLLM pads vocabularies to it
 EMPTY = hashlib.sha256().hexdigest()  # of a weight that vLLM's CPU build has packed
 
 
-class Transport(Protocol):
-    def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Send (Hugging Face name, full tensor) pairs to all servers."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class FolderTransport:
     """Writes weights as safetensors into a folder from which the servers load them, under the same path.
 
@@ -42,6 +34,7 @@ class FolderTransport:
         self._client, self._urls, self._folder, self._dtype, self._seconds = client, urls, folder, dtype, seconds
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Send (Hugging Face name, full tensor) pairs to all servers."""
         self._folder.mkdir(parents=True, exist_ok=True)
         folder = Path(mkdtemp(prefix="weights-", dir=self._folder))
         folder.chmod(0o755)  # a server may run as another user
@@ -83,6 +76,7 @@ class NCCLTransport:
         )
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Send (Hugging Face name, full tensor) pairs to the server."""
         self._source.weights = weights
         self._engine.send_weights()
 
