@@ -35,7 +35,7 @@ from measure import Row, compare, one_thread, parser, write
 from stored import SHAPE, TINY, Case, write_model
 from transformers import AutoModelForCausalLM
 
-from sdzero.data.sampler import CallJournal
+from sdzero.data.journal import CallJournal
 from sdzero.engines import VLLMEngine
 from sdzero.engines.base import EngineSpec, preserve_rng
 from sdzero.engines.vllm_requests import Request, sampling_params
@@ -98,7 +98,7 @@ class Engines:
         return self.ours.generate(self.prompts, self.sampling, SEED, 0)
 
     def journaled(self) -> list[Rollout]:
-        with self.journal.writing("benchmark", "benchmark") as on_tokens:
+        with self.journal.append_partial("benchmark", "benchmark") as on_tokens:
             rollouts = self.ours.generate(self.prompts, self.sampling, SEED, 0, on_tokens)
         (self.journal.folder / "benchmark.partial").unlink()
         return rollouts

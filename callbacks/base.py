@@ -10,7 +10,7 @@ import lightning as L
 from torchmetrics import Metric
 
 from sdzero.evaluation.metrics import Scalars
-from sdzero.methods import Method
+from sdzero.methods import Policy
 from sdzero.types import EvalBatch, RolloutBatch
 
 
@@ -35,23 +35,23 @@ class EvaluationReader(L.Callback, ABC):
     """Reads the responses of every validation and test."""
 
     @abstractmethod
-    def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
+    def read(self, trainer: L.Trainer, pl_module: Policy, batch: EvalBatch) -> None:
         """Read one generate call of an evaluation."""
 
     @abstractmethod
-    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
+    def finish(self, trainer: L.Trainer, pl_module: Policy) -> None:
         """Log or write the evaluation's result, and reset."""
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, Policy)
         self.read(trainer, pl_module, batch)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, Policy)
         self.finish(trainer, pl_module)
 
     on_test_epoch_end = on_validation_epoch_end
@@ -70,7 +70,7 @@ class ResponseTracker(EvaluationReader):
         self.metrics = metrics
 
     @abstractmethod
-    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         """Add a batch's responses to the metrics."""
 
     @abstractmethod
@@ -81,15 +81,15 @@ class ResponseTracker(EvaluationReader):
         the previous step again.
         """
 
-    def read(self, trainer: L.Trainer, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def read(self, trainer: L.Trainer, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         for metric in self.metrics.values():
             metric.to(pl_module.device).process_group = pl_module.share.across
         self.update(pl_module, batch)
 
-    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
+    def finish(self, trainer: L.Trainer, pl_module: Policy) -> None:
         self._log(pl_module, "eval")
 
-    def _log(self, pl_module: Method, prefix: str) -> None:
+    def _log(self, pl_module: Policy, prefix: str) -> None:
         values = self.compute(prefix == "eval")
         pl_module.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=True)
         for metric in self.metrics.values():
@@ -99,6 +99,6 @@ class ResponseTracker(EvaluationReader):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if isinstance(batch, RolloutBatch):
-            assert isinstance(pl_module, Method)
+            assert isinstance(pl_module, Policy)
             self.read(trainer, pl_module, batch)
             self._log(pl_module, "rollout")

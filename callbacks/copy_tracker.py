@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from sdzero.callbacks.base import ResponseTracker, drop_nan
 from sdzero.evaluation.metrics import Ratio, Scalars
-from sdzero.methods import Method
+from sdzero.methods import Policy
 from sdzero.prompts import PromptBuilder
 from sdzero.types import EvalBatch, RolloutBatch
 
@@ -50,7 +50,7 @@ class CopyTracker(ResponseTracker):
         names = ("phrase_leak", "phrase_leak_p0", "phrase_leak_p1", "copy_rate")
         super().__init__(**{name: Ratio() for name in (*names, *(f"revise_copy_rate{r}" for r in ("", "_r0", "_r1")))})
 
-    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         builder = pl_module.builder
         phrases = [builder.control_phrases[r] for r in (0, 1)]
         found = [[phrase in s.rollout.text for phrase in phrases] for s in batch.scored]

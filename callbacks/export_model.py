@@ -7,8 +7,8 @@ from pathlib import Path
 import lightning as L
 
 from sdzero.methods import Method
-from sdzero.methods.base import BUDGET
-from sdzero.models.weights import export
+from sdzero.models.export import export
+from sdzero.types import BUDGET
 
 
 class ExportModel(L.Callback):

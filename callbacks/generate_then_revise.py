@@ -8,7 +8,7 @@ from torchmetrics import SumMetric
 from sdzero.callbacks.base import ResponseTracker
 from sdzero.data.base import StepDataModule
 from sdzero.evaluation.metrics import CorrectionRate, Ratio, Scalars
-from sdzero.methods import Method
+from sdzero.methods import Policy
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 
 
@@ -26,10 +26,10 @@ class GenerateThenRevise(ResponseTracker):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(data, StepDataModule) and data.evaluation.asks and not data.evaluation.num_revised:
+        if isinstance(data, StepDataModule) and data.evaluation.is_enabled and not data.evaluation.num_revised:
             raise ValueError("GenerateThenRevise has nothing to read: set data.evaluation.num_revised to 1 or more")
 
-    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         if isinstance(batch, RolloutBatch):
             return
         neighbours = [pair for g in batch.groups if len(g) > 1 for pair in zip(g, [*g[1:], g[0]], strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdzero.callbacks.base import ResponseTracker, drop_nan
 from sdzero.evaluation.keywords import count_keywords
 from sdzero.evaluation.metrics import KeywordRate, Ratio, Scalars
-from sdzero.methods import Method
+from sdzero.methods import Policy
 from sdzero.types import EvalBatch, RolloutBatch
 
 
@@ -16,7 +16,7 @@ class KeywordTracker(ResponseTracker):
     def __init__(self) -> None:
         super().__init__(rate=KeywordRate(), share=Ratio(), r0=Ratio(), r1=Ratio())
 
-    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         texts = [s.rollout.text for s in batch.scored]
         self.metrics["rate"].update(texts, [len(s.rollout.token_ids) for s in batch.scored])
         counts = [(s.verdict.reward, count_keywords(text)) for s, text in zip(batch.scored, texts, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdzero.callbacks.base import ResponseTracker, drop_nan
 from sdzero.evaluation.metrics import LengthDistribution, Ratio, Scalars
-from sdzero.methods import Method
+from sdzero.methods import Policy
 from sdzero.types import EvalBatch, RolloutBatch
 
 END_OF_THOUGHT = "</think>"
@@ -19,7 +19,7 @@ class LengthTracker(ResponseTracker):
         super().__init__(length=LengthDistribution(), think=Ratio())
         self.thinks = False
 
-    def update(self, pl_module: Method, batch: RolloutBatch | EvalBatch) -> None:
+    def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         responses = [s.rollout.token_ids for s in batch.scored]
         self.metrics["length"].update([len(ids) for ids in responses], [s.verdict.reward for s in batch.scored])
         end = pl_module.builder.tokenizer.get_vocab().get(END_OF_THOUGHT)

@@ -13,8 +13,8 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sdzero.callbacks.base import EvaluationReader, rank_file
-from sdzero.methods import Method
-from sdzero.trainer.strategies import share_of
+from sdzero.methods import Policy
+from sdzero.trainer.shares import share_of
 from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
 from sdzero.utils.files import atomic_write
 
@@ -43,7 +43,7 @@ class SampleWriter(EvaluationReader):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, Policy)
         writes, step = share_of(trainer).member == 0, pl_module.policy_version
         if writes and isinstance(batch, RolloutBatch) and step % self.every_n_steps == 0:
             seen: Counter[str] = Counter()
@@ -54,7 +54,7 @@ class SampleWriter(EvaluationReader):
                 seen[question] += 1
             self._finish(trainer, "train", step, file)
 
-    def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
+    def read(self, trainer: L.Trainer, pl_module: Policy, batch: EvalBatch) -> None:
         if share_of(trainer).member:
             return
         if self._file is None:
@@ -65,7 +65,7 @@ class SampleWriter(EvaluationReader):
                 if self.num_samples is None or self._file.num_rows < self.num_samples:
                     self._file.add(_row(scored, batch.policy_version, i, revisions.get(id(scored))))
 
-    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
+    def finish(self, trainer: L.Trainer, pl_module: Policy) -> None:
         if self._file is not None:
             self._finish(trainer, "eval", pl_module.policy_version, self._file)
             self._file = None

@@ -16,8 +16,8 @@ from sdzero.evaluation.metrics import Ratio
 from sdzero.evaluation.statistics import top_share
 from sdzero.losses import Divergence, divergence_head
 from sdzero.losses.soft_targets import HiddenTargets, hidden_targets, top_k_targets
-from sdzero.methods import Method
-from sdzero.methods.batching import collate, micro_batches
+from sdzero.methods import Policy
+from sdzero.methods.batching import collate, filler_example, micro_batches
 from sdzero.types import EvalBatch, Example, RolloutBatch, ScoredRollout
 from sdzero.utils.files import atomic_write
 
@@ -53,16 +53,16 @@ class TokenKLRecorder(EvaluationReader):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, Method)
+        assert isinstance(pl_module, Policy)
         if isinstance(batch, RolloutBatch) and pl_module.policy_version % self.every_n_steps == 0:
             self._record(pl_module, batch.scored[: self.num_responses], batch.scored)
             self._write(trainer, pl_module, "train")
 
-    def read(self, trainer: L.Trainer, pl_module: Method, batch: EvalBatch) -> None:
+    def read(self, trainer: L.Trainer, pl_module: Policy, batch: EvalBatch) -> None:
         chosen = [group[0] for group in batch.groups[: self.num_responses - len(self.rows)]]
         self._record(pl_module, chosen, batch.scored)
 
-    def _record(self, method: Method, chosen: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout]) -> None:
+    def _record(self, method: Policy, chosen: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout]) -> None:
         rows = score_tokens(method, chosen, siblings, self.top_k)
         for reward, share in enumerate(self.shares):
             share.process_group = method.share.across
@@ -70,10 +70,10 @@ class TokenKLRecorder(EvaluationReader):
             share.update(sum(shares), len(shares))
         self.rows += rows
 
-    def finish(self, trainer: L.Trainer, pl_module: Method) -> None:
+    def finish(self, trainer: L.Trainer, pl_module: Policy) -> None:
         self._write(trainer, pl_module, "eval")
 
-    def _write(self, trainer: L.Trainer, pl_module: Method, kind: str) -> None:
+    def _write(self, trainer: L.Trainer, pl_module: Policy, kind: str) -> None:
         path = rank_file(trainer, f"token_kl/{kind}-{pl_module.policy_version:06d}", "parquet")
         if self.rows and pl_module.share.member == 0:
             _write_parquet(path, self.rows)
@@ -91,7 +91,7 @@ class TokenKLRecorder(EvaluationReader):
 
 @torch.no_grad()
 def score_tokens(
-    method: Method, scored: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout], top_k: int
+    method: Policy, scored: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout], top_k: int
 ) -> list[Row]:
     """Return a row for each response that is not empty and fits the model with its teacher context. Collective.
 
@@ -101,7 +101,7 @@ def score_tokens(
         siblings: responses among which a context may look for others to the same question.
         top_k: most likely tokens kept of each distribution.
     """
-    context = method.reviser()[1]
+    context = method.teacher_and_context()[1]
     examples = []
     for place, one in enumerate(scored):
         question = one.rollout.prompt.question
@@ -113,7 +113,7 @@ def score_tokens(
         log.warning("token KL: left out %d responses that are empty or too long with their context", num_left_out)
     batches = micro_batches(fitting, method.max_tokens_per_micro_batch)
     num_batches = int(method.reduce(torch.tensor(len(batches)), "max"))
-    batches += [[method.blank()]] * (num_batches - len(batches))
+    batches += [[filler_example(method.builder.pad_id)]] * (num_batches - len(batches))
     rows = {}
     for batch in batches:
         values = _forward(method, batch, min(top_k, method.hf_config.vocab_size))
@@ -123,7 +123,7 @@ def score_tokens(
     return [rows[place] for place in sorted(rows)]
 
 
-def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Row]:
+def _forward(method: Policy, examples: Sequence[Example], top_k: int) -> list[Row]:
     """Compute the per-token values of each example."""
     targets, pad = [e.target for e in examples], method.builder.pad_id
     student_batch = collate([e.context for e in examples], targets, pad).to(method.device)
@@ -140,14 +140,14 @@ def _forward(method: Method, examples: Sequence[Example], top_k: int) -> list[Ro
         return values
 
     with method.trainer.precision_plugin.forward_context():
-        teacher = method.reviser()[0](teacher_batch.input_ids, teacher_batch.predicts, hidden_targets)
+        teacher = method.teacher_and_context()[0](teacher_batch.input_ids, teacher_batch.predicts, hidden_targets)
         values = method.student(student_batch.input_ids, student_batch.predicts, head)
     lengths = [len(target) for target in targets]
     columns = {name: [part.tolist() for part in value.cpu().split(lengths)] for name, value in values.items()}
     return [_row(method, {name: column[i] for name, column in columns.items()}) for i in range(len(examples))]
 
 
-def _row(method: Method, values: dict[str, list[Any]]) -> Row:
+def _row(method: Policy, values: dict[str, list[Any]]) -> Row:
     """Return the columns of one response that have one entry per token."""
     decode = method.builder.tokenizer.decode
     pairs = zip(values["student_logprobs"], values["teacher_logprobs"], strict=True)
@@ -163,7 +163,7 @@ def _row(method: Method, values: dict[str, list[Any]]) -> Row:
     return row
 
 
-def _about(method: Method, scored: ScoredRollout) -> Row:
+def _about(method: Policy, scored: ScoredRollout) -> Row:
     rollout, question = scored.rollout, scored.rollout.prompt.question
     return {
         "step": method.policy_version,

@@ -21,17 +21,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from sdzero.methods import Context, Demonstration, Feedback, FinalAnswer, Plain, Revision
 from sdzero.methods.batching import collate
-from sdzero.prompts import (
-    Context,
-    ControlPhrases,
-    Demonstration,
-    Feedback,
-    FinalAnswer,
-    Plain,
-    PromptBuilder,
-    Revision,
-)
+from sdzero.prompts import ControlPhrases, PromptBuilder
 from sdzero.types import Question, Rollout, ScoredRollout, TokenIds, Verdict
 
 GOLDEN = Path(__file__).parent / "golden"

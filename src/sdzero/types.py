@@ -29,6 +29,8 @@ Reason = Literal[
     "compile_error",
     "output_limit",
 ]
+BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
+"""Counters of the computation that a training has used."""
 
 
 def benchmark_of(question_id: str) -> str:

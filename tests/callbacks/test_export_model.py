@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sdzero.callbacks import ExportModel
 from sdzero.methods import SRT
-from sdzero.models.language_model import ModelConfig, folder_sha256
+from sdzero.models.language_model import ModelConfig
+from sdzero.models.weights import folder_sha256
 from sdzero.prompts import PromptBuilder
 from sdzero.types import TraceBatch
 from support.helpers import fit, make_trace

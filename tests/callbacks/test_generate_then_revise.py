@@ -11,7 +11,7 @@ import pytest
 
 from sdzero.callbacks import GenerateThenRevise
 from sdzero.data import Evaluation, EvaluationDataModule, RolloutDataModule
-from sdzero.methods import Method, SelfDistill
+from sdzero.methods import Policy, SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Sampling
@@ -98,7 +98,7 @@ def test_the_figures_are_those_counted_by_hand(
     engine = Script(builder)
     data = EvaluationDataModule(Toy(), engine, evaluation(call_size), max_logprob_gap=99)
     trainer = make_trainer(tmp_path, GenerateThenRevise())
-    method = Method(ModelConfig(str(path)))
+    method = Policy(ModelConfig(str(path)))
     for _ in range(2):
         getattr(trainer, stage)(method, datamodule=data, verbose=False)
         assert figures(trainer, "revise") == pytest.approx(REVISE)
@@ -114,7 +114,7 @@ def test_revisions_are_asked_for_as_in_collection(path: Path, builder: PromptBui
     """prompt + body(y) + bridge(r), written out."""
     engine = Script(builder)
     data = EvaluationDataModule(Toy(), engine, evaluation(512), max_logprob_gap=99)
-    make_trainer(tmp_path, GenerateThenRevise()).test(Method(ModelConfig(str(path))), data, verbose=False)
+    make_trainer(tmp_path, GenerateThenRevise()).test(Policy(ModelConfig(str(path))), data, verbose=False)
     (_, first), (_, revisions) = engine.calls
     assert len(first) == NUM_QUESTIONS * NUM_SAMPLES
     expected = []
@@ -164,7 +164,7 @@ def test_what_would_not_fit_is_dropped_and_counted(builder: PromptBuilder, tmp_p
     dropped = sum(prompt + length + bridge + 6 > limit for length, bridge in lengths)
     assert 0 < dropped < len(lengths)
     for _ in range(2):
-        trainer.test(Method(ModelConfig(str(path))), data, verbose=False)
+        trainer.test(Policy(ModelConfig(str(path))), data, verbose=False)
         assert trainer.callback_metrics["eval/revise_dropped"] == dropped
         assert trainer.callback_metrics["eval/revise_acc1"] != pytest.approx(REVISE["acc1"])
         assert figures(trainer, "resample") == pytest.approx(RESAMPLE)
@@ -173,6 +173,6 @@ def test_what_would_not_fit_is_dropped_and_counted(builder: PromptBuilder, tmp_p
 def test_it_says_which_key_gives_it_something_to_read(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     data = EvaluationDataModule(Toy(), Script(builder), replace(evaluation(512), num_revised=0), max_logprob_gap=99)
     with pytest.raises(ValueError, match=r"data\.evaluation\.num_revised"):
-        make_trainer(tmp_path, GenerateThenRevise()).test(Method(ModelConfig(str(path))), data, verbose=False)
+        make_trainer(tmp_path, GenerateThenRevise()).test(Policy(ModelConfig(str(path))), data, verbose=False)
     with pytest.raises(ValueError, match=r"num_revised must lie in 0\.\.num_samples \(2\), got 3"):
         Evaluation(num_questions=1, num_samples=2, num_revised=3)

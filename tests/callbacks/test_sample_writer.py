@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdzero.callbacks import SampleWriter
 from sdzero.data import Evaluation, EvaluationDataModule
-from sdzero.methods import Method, SelfDistill
+from sdzero.methods import Policy, SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.report import RunFolder
@@ -84,7 +84,7 @@ def test_evaluations(path: Path, tmp_path: Path, call_size: int) -> None:
     data = EvaluationDataModule(Toy(), Notes(say), settings, max_logprob_gap=99)
     trainer = make_trainer(tmp_path, SampleWriter(num_samples=3))
     for _ in range(2):  # nothing is left from the evaluation before
-        trainer.test(Method(ModelConfig(str(path))), datamodule=data, verbose=False)
+        trainer.test(Policy(ModelConfig(str(path))), datamodule=data, verbose=False)
         written = rows(tmp_path / "samples/eval-000000-rank0.jsonl")
         assert [row["question"] for row in written] == ["eval-0", "eval-1", "eval-2"]
         assert {row["response"] for row in written} == {"no"} and {row["reward"] for row in written} == {0}
@@ -105,7 +105,7 @@ def test_all_answers_are_kept_as_they_come(path: Path, tmp_path: Path) -> None:
     data = EvaluationDataModule(Toy(), Notes(say), settings, max_logprob_gap=99)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer = make_trainer(tmp_path, SampleWriter(num_samples=None), logger=logger)
-    trainer.test(Method(ModelConfig(str(path))), datamodule=data, verbose=False)
+    trainer.test(Policy(ModelConfig(str(path))), datamodule=data, verbose=False)
     written = rows(folder / "eval-000000-rank0.jsonl")
     expected = [(f"eval-{i}", k) for i in range(20) for k in range(3)]
     assert [(row["question"], row["sample"]) for row in written] == expected

@@ -14,9 +14,9 @@ import torch
 from sdzero.callbacks import TokenKLRecorder
 from sdzero.data import Evaluation, EvaluationDataModule
 from sdzero.evaluation.statistics import top_share
-from sdzero.methods import Method, SelfDistill
+from sdzero.methods import Demonstration, Policy, SelfDistill
 from sdzero.models.language_model import ModelConfig
-from sdzero.prompts import Demonstration, PromptBuilder
+from sdzero.prompts import PromptBuilder
 from sdzero.types import Question, Sampling, ScoredRollout
 from support.helpers import (
     Curves,
@@ -129,7 +129,7 @@ def test_a_method_without_a_teacher_is_its_own_reviser(path: Path, builder: Prom
     engine = Notes(lambda prompt, seed: f"so {prompt.question.answer}" if prompt.question.id != "eval-1" else "no")
     data = EvaluationDataModule(Toy(), engine, evaluation, max_logprob_gap=99)
     trainer = make_trainer(tmp_path, TokenKLRecorder(num_responses=3, top_k=TOP_K))
-    trainer.test(Method(ModelConfig(str(path))), datamodule=data, verbose=False)
+    trainer.test(Policy(ModelConfig(str(path))), datamodule=data, verbose=False)
     rows = recorded(tmp_path, "eval")
     assert [(row["question"], row["reward"]) for row in rows] == [("eval-0", 1), ("eval-1", 0), ("eval-2", 1)]
     model, questions = plain_model(path), Toy().questions("eval", 5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker
 from sdzero.callbacks.copy_tracker import num_copied
 from sdzero.data import Evaluation, EvaluationDataModule
-from sdzero.methods import Method, SelfDistill
+from sdzero.methods import Policy, SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling, ScoredRollout
@@ -115,7 +115,7 @@ def test_evaluations_tell_what_is_copied_from_a_first_attempt(
     for trackers in ([CopyTracker()], [KeywordTracker(), LengthTracker(), CopyTracker()]):
         trainer = make_trainer(tmp_path, *trackers)
         for _ in range(2):  # nothing is left from the evaluation before
-            trainer.test(Method(ModelConfig(str(path))), datamodule=data, verbose=False)
+            trainer.test(Policy(ModelConfig(str(path))), datamodule=data, verbose=False)
             logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
             assert logged["eval/phrase_leak"] == 0 and "eval/copy_rate" not in logged
             for which in ("", "_r0", "_r1"):

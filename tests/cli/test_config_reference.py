@@ -11,8 +11,7 @@ from jsonargparse import ArgumentParser
 
 from sdzero import callbacks, engines, tasks
 from sdzero.cli.config_reference import default_text, documented_classes, keys, page
-from sdzero.methods import Schedule
-from sdzero.prompts import Revision
+from sdzero.methods import Revision, Schedule
 from sdzero.types import Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +67,7 @@ def test_every_row_has_four_cells() -> None:
         (Path("runs/x"), "`runs/x`"),
         (Schedule(), "its defaults"),
         (Sampling(temperature=0.7), "`{temperature: 0.7}`"),
-        (Revision(), "`sdzero.prompts.Revision`"),
+        (Revision(), "`sdzero.methods.Revision`"),
         (
             lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.0, weight_decay=0.1),
             "`{class_path: torch.optim.SGD, init_args: {lr: 0.5, weight_decay: 0.1}}`",

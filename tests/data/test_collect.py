@@ -206,7 +206,7 @@ def test_a_cut_revision_is_never_a_trace(model: ModelConfig, tmp_path: Path) -> 
 
 def draw(monkeypatch: pytest.MonkeyPatch, seed: int, kept: list[tuple[int, int, int, int]], **rules: Any) -> set[Any]:
     monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
-    return Collect(ModelConfig("x"), Chains(), Actor(), Path("x"), **rules)._draw(kept)
+    return Collect(ModelConfig("x"), Chains(), Actor(), Path("x"), **rules)._choose(kept)
 
 
 @given(

@@ -117,7 +117,7 @@ def make(path: Path, engine: Any, **options: Any) -> tuple[Method, RolloutDataMo
 
 
 def test_an_engine_beside_the_trainer_is_refused(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.overlap .* TransformersEngine computes where the trainer does"):
+    with pytest.raises(ValueError, match=r"data\.overlap .* TransformersEngine uses the trainer"):
         make(path, TransformersEngine())
 
 
@@ -219,7 +219,7 @@ def test_without_the_journal_it_is_drawn_anew_and_said(
     with caplog.at_level(logging.WARNING):
         _, steps, engine = run(path, tmp_path, resume=True)
     assert steps.curve("rollout/policy_lag") == [0, 1, 0, 1, 1] and len(engine.draws) == 5
-    assert "batch 1 is drawn anew from the current weights" in caplog.text
+    assert "batch 1 is sampled again with the current weights" in caplog.text
 
 
 class Fails(Elsewhere):
@@ -248,7 +248,7 @@ def test_a_dead_engine_draws_the_batch_anew(path: Path, tmp_path: Path, caplog: 
     method, data = make(path, engine)
     steps = fit(method, data, tmp_path)
     assert steps.curve("rollout/policy_lag") == [0, 1, 0]
-    assert "batch 2, drawn ahead, is lost: the server is gone" in caplog.text
+    assert "batch 2, generated in advance, is lost: the server is gone" in caplog.text
 
 
 def test_a_fault_of_the_trainer_leaves_no_thread(path: Path, tmp_path: Path) -> None:

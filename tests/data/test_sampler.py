@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.data import sampler as sampler_module
-from sdzero.data.sampler import CallJournal, Sampler, score
+from sdzero.data import journal as journal_module
+from sdzero.data.journal import CallJournal
+from sdzero.data.sampler import Sampler, score
 from sdzero.data.trace_file import read_traces, write_traces
 from sdzero.engines import ScriptedEngine
 from sdzero.engines.base import EngineDied, EngineSpec, OnTokens, RolloutEngine, TokenChunk, ignore, is_complete
@@ -140,12 +141,10 @@ def calls(sampler: Sampler) -> list[tuple[int, list[str]]]:
 
 def test_calls_have_a_fixed_composition_and_a_seed_of_their_own(builder: PromptBuilder, tmp_path: Path) -> None:
     one = sampler(builder, tmp_path)
-    progress: list[int] = []
-    scored = one.sample(prompts(builder), SAMPLING, "train-000003", 0, progress.append)
+    scored = one.sample(prompts(builder), SAMPLING, "train-000003", 0)
     assert [s.rollout.prompt.question.id for s in scored] == [f"phase1-{i}" for i in range(5)]
     expected = [(0, ["phase1-0", "phase1-1"]), (1, ["phase1-2", "phase1-3"]), (2, ["phase1-4"])]
     assert calls(one) == [(derive_seed(7, "train-000003", call, 0), ids) for call, ids in expected]
-    assert progress == [2, 2, 1]
 
 
 def test_no_two_calls_share_a_seed(builder: PromptBuilder, tmp_path: Path) -> None:
@@ -194,7 +193,7 @@ def test_ranks_that_share_an_engine_make_every_call_together(builder: PromptBuil
 
             own = PromptBuilder.from_pretrained(builder.tokenizer.name_or_path)  # tokenizers are no friends of threads
             one = sampler(own, tmp_path / str(rank), rank=rank)
-            one.largest = largest
+            one.all_reduce_max = largest
             assert len(one.sample(prompts(own, num[rank]), SAMPLING, "g", 0)) == num[rank]
             return [ids for _, ids in calls(one)]
 
@@ -254,7 +253,7 @@ def test_a_call_that_broke_off_goes_on_where_it_stood(
         assert logprobs == tuple(-token / 7 for token in ids)
         assert one.rollout.finish_reason == ("stop" if ids[-1] in builder.end_ids else "length")
     assert sum(len(s.rollout.token_ids) for s in scored) == num_kept + engine.num_drawn
-    assert caplog.messages == [f"g, call 0: goes on from the {num_kept} tokens it had before a stop"]
+    assert caplog.messages == [f"g, call 0: continues from {num_kept} tokens before an interruption"]
     assert again.journal.num_started == 1
     assert sorted(f.name for f in tmp_path.iterdir()) == ["calls.log", "g.jsonl"]
     assert sampler(builder, tmp_path, 6, engine=Stepping(0)).sample(prompts(builder, 6), SAMPLING, "g", 0) == scored
@@ -359,26 +358,26 @@ def test_each_step_is_handed_to_the_system_and_on_disk_within_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, synced = [100.0], []
-    monkeypatch.setattr(sampler_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(now[0]))
     journal = CallJournal(tmp_path)
-    with journal.writing("g", "f") as write:
+    with journal.append_partial("g", "f") as write:
         for step in range(1, 101):
             now[0] += 0.03125
             write({0: TokenChunk((step,), (-0.5,)), 7: TokenChunk((), ())})
             assert len(partial_lines(tmp_path)) == 1 + step
-    assert journal.begun("g", "f") == {0: TokenChunk(tuple(range(1, 101)), (-0.5,) * 100), 7: TokenChunk()}
+    assert journal.read_partial("g", "f") == {0: TokenChunk(tuple(range(1, 101)), (-0.5,) * 100), 7: TokenChunk()}
     assert synced == [101.0, 102.0, 103.0]
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5])
 def test_a_file_that_was_lost_but_for_its_name_holds_nothing(tmp_path: Path, num_bytes: int) -> None:
     journal = CallJournal(tmp_path)
-    with journal.writing("g", "f") as write:
+    with journal.append_partial("g", "f") as write:
         write({0: TokenChunk((3,), (-0.5,))})
     with (tmp_path / "g.partial").open("r+b") as file:
         file.truncate(num_bytes)
-    assert journal.begun("g", "f") == {} and not (tmp_path / "g.partial").exists()
+    assert journal.read_partial("g", "f") == {} and not (tmp_path / "g.partial").exists()
 
 
 def partial_lines(folder: Path) -> list[str]:
@@ -391,8 +390,8 @@ def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBui
     said: list[list[int]] = []
 
     def run(rank: int, others: list[int]) -> Stepping:
-        """What `largest` hears of the other rank: its number of calls, whether it lacks the call, its tokens, and
-        whether its engine died."""
+        """`others` are the other rank's values: number of calls, whether it lacks the call, its tokens, whether its
+        engine died."""
         engine, heard = Stepping(), iter(others)
         one = sampler(builder, tmp_path / str(rank), 5, rank, engine=engine)
 
@@ -401,7 +400,7 @@ def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBui
             return max(value, next(heard))
 
         said.append([])
-        one.largest = largest
+        one.all_reduce_max = largest
         one.sample(prompts(builder, (5, 2)[rank]), SAMPLING, "g", 0)
         return engine
 
@@ -422,7 +421,7 @@ def test_ranks_that_share_an_engine_make_only_what_each_lacks(builder: PromptBui
 def test_ranks_that_share_an_engine_learn_of_its_death_together(builder: PromptBuilder, tmp_path: Path) -> None:
     """One that has finished the call keeps it, and makes no other alone."""
     one = sampler(builder, tmp_path, 2, engine=Stepping())
-    one.largest = lambda value: 1 if one.engine.calls else max(value, 1)  # pyright: ignore[reportAttributeAccessIssue]
+    one.all_reduce_max = lambda value: 1 if one.engine.calls else max(value, 1)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(EngineDied, match="another rank that shares it"):
         one.sample(prompts(builder, 2), SAMPLING, "g", 0)
     assert [len(row["responses"]) for row in read_jsonl(tmp_path / "g.jsonl")] == [2]
@@ -442,12 +441,12 @@ def test_a_cut_response_is_truncated_whatever_it_holds(builder: PromptBuilder, t
 # --- the journal ----------------------------------------------------------------------------------
 
 
-def test_forget_removes_the_groups_it_names_alone(tmp_path: Path) -> None:
+def test_delete_removes_the_groups_it_names_alone(tmp_path: Path) -> None:
     journal = CallJournal(tmp_path)
     for group in ("train-000001", "train-000002", "eval-000001-00000"):
         journal.start(group, "0")
         journal.put(group, "0", "f", [{"text": group}])
-    journal.forget(lambda group: group < "train-000002" and group.startswith("train"))
+    journal.delete(lambda group: group < "train-000002" and group.startswith("train"))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["calls.log", "eval-000001-00000.jsonl", "train-000002.jsonl"]
     assert journal.get("train-000001", "0", "f") is None
     assert journal.get("train-000002", "0", "f") == [{"text": "train-000002"}]
@@ -562,7 +561,7 @@ def test_traces_survive_the_file(tmp_path: Path) -> None:
 
 def test_a_trace_without_a_field_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "traces.jsonl").write_text('{"question": {}, "prompt_ids": []}\n')
-    with pytest.raises(ValueError, match="line 1 lacks 'init_ids': it is no trace"):
+    with pytest.raises(ValueError, match="line 1 lacks 'init_ids': it is not a trace"):
         read_traces(tmp_path / "traces.jsonl")
 
 

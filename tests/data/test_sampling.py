@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdzero.data import Evaluation, EvaluationDataModule, RolloutDataModule, TraceDataModule, TraceFile
-from sdzero.data.base import NUM_CHECKED, StepDataModule
+from sdzero.data.base import StepDataModule
+from sdzero.data.policy_sampler import NUM_CHECKED
 from sdzero.data.trace_file import write_traces
 from sdzero.engines.base import EngineError
 from sdzero.prompts import PromptBuilder
@@ -316,5 +317,5 @@ def test_an_engine_is_started_on_first_use_warmed_up_once_and_closed(
         "its first weights are what it warms up with"
     )
     assert figures[0] >= 0.002 and figures[1:] == [0.0, 0.0]
-    data.sync_policy()
+    data.sampler.sync()
     assert events[-3:] == ["start", "sync", "warm_up"], "another engine is cold"

@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from configs.recipes.own_data.opsd import SeesSolution
 from sdzero.methods import self_distill
 from sdzero.methods.batching import collate
 from sdzero.prompts import PromptBuilder
-from sdzero.types import Question
-from support.helpers import make_scored
 from support.runs import ROOT, exit_code, read_json, rows
 from support.sandboxes import lacks_sandbox
 
@@ -91,13 +88,6 @@ def test_opsd_trains_with_a_teacher_that_reads_the_solution(
     assert sum(len(answers) for _, answers in sequences[::2]) == 3 * 16
     before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "model"))
     assert all(not after[name].equal(tensor) for name, tensor in before.items())
-
-
-def test_a_question_without_a_solution_stops_opsd() -> None:
-    builder = PromptBuilder.from_pretrained(ROOT / "configs/tiny_model")
-    scored = make_scored(builder, Question("q", "3-7*1=", "6", {"solution": "3-7=6*1=6A6"}), "3-7=5A5", 0)
-    with pytest.raises(ValueError, match="question 'q' has no solution in column 'proof'"):
-        SeesSolution(column="proof")(builder, scored, [])
 
 
 def test_the_pages_show_the_files_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_only_the_tokens_that_were_missing_were_drawn(run: Interrupted) -> None:
     [first], [second] = run.whole, rows(journal(run.out, 1))
     assert 0 < num_kept < num_tokens(second["responses"])
     assert run.drawn == [num_tokens(first["responses"]), num_tokens(second["responses"]) - num_kept]
-    assert f"call 0: goes on from the {num_kept} tokens it had before a stop" in run.said
+    assert f"call 0: continues from {num_kept} tokens before an interruption" in run.said
 
 
 def test_responses_begin_with_what_they_had_and_finished_ones_are_untouched(run: Interrupted) -> None:

@@ -48,7 +48,7 @@ def test_nan_on_one_rank_stops_all_and_each_leaves_its_batch(out: Path) -> None:
     assert (out / "said").read_text().splitlines()[3] == "nan 1 1"
     kept = [torch.load(out / f"nan/nonfinite/step=1-rank={rank}.pt") for rank in (0, 1)]
     ids = [[Example(**row).id for row in file["examples"]] for file in kept]
-    assert [len(part) for part in ids] == [2, 1] and kept[0]["counts"] == kept[1]["counts"]
+    assert [len(part) for part in ids] == [2, 1] and kept[0]["denominators"] == kept[1]["denominators"]
     for rank in (0, 1):
         assert f"batch {ids[rank]}. max_nonfinite_steps=0" in (out / f"nan{rank}.log").read_text()
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sdzero.data import RolloutDataModule
-from sdzero.methods import SRT, Method, Schedule, SelfDistill
-from sdzero.methods.base import NonFiniteError
+from sdzero.methods import SFT, SRT, Method, Schedule, SelfDistill
+from sdzero.methods.batching import filler_example
+from sdzero.methods.nonfinite import NonFiniteError
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Example, LossOutput, Prompt, Question, Sampling, TraceBatch
@@ -59,21 +60,21 @@ def sgd(lr: float) -> dict[str, Any]:
 # --- micro batches --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [SRT, SelfDistill])
+@pytest.mark.parametrize("kind", [SFT, SRT, SelfDistill])
 def test_filler_rows_weigh_nothing(path: Path, builder: PromptBuilder, tmp_path: Path, kind: type[Method]) -> None:
     """A rank that has run out of rows computes one, so that all ranks meet: neither loss nor figures change."""
     scored = [make_scored(builder, Question("q", "1+1=", "2"), text, reward=r) for r, text in enumerate(("3", "so 2"))]
     trace = make_trace(builder, "q", "1+1=3", "1+1=2", reward=0)
-    batch = TraceBatch([trace], 0) if kind is SRT else make_batch(scored)
+    batch = TraceBatch([trace], 0) if issubclass(kind, SFT) else make_batch(scored)
     found: list[LossOutput] = []
 
     class Ask(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             assert isinstance(pl_module, Method)
             rows = pl_module.examples(batch)
-            counts = pl_module.counts(rows)
+            counts = pl_module.loss_denominators(rows)
             blank = [
-                pl_module.blank(),
+                filler_example(pl_module.builder.pad_id),
                 replace(rows[0], weight=0.0, reward=None),
             ]  # pad's embedding is 0: add a real one
             found.extend(pl_module.loss(some, counts) for some in (rows, [*rows, *blank], blank))
@@ -157,7 +158,7 @@ def test_bf16_true_is_refused_by_a_real_trainer(path: Path, batches: list[TraceB
 
 
 def test_a_bfloat16_student_is_refused(path: Path, batches: list[TraceBatch], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.dtype: .*float32"):
+    with pytest.raises(ValueError, match=r"student\.dtype: .*float32"):
         fit(SRT(ModelConfig(str(path), dtype="bfloat16")), batches, tmp_path)
 
 
@@ -237,8 +238,11 @@ def test_a_step_that_is_not_finite_stops_the_run(
     assert "max_nonfinite_steps=0" in str(error.value)
     kept = torch.load(re.findall(r"torch.load\('(.*)'\)", str(error.value))[0])
     assert [Example(**row) for row in kept["examples"]] == method.examples(batches[1])
-    assert kept["counts"] == method.counts(method.examples(batches[1])) and (kept["step"], kept["rank"]) == (1, 0)
-    assert not all(math.isfinite(kept["figures"][name]) for name in ("loss", "grad_norm"))
+    assert kept["denominators"] == method.loss_denominators(method.examples(batches[1])) and (
+        kept["step"],
+        kept["rank"],
+    ) == (1, 0)
+    assert not all(math.isfinite(kept["metrics"][name]) for name in ("loss", "grad_norm"))
     assert (method.policy_version, method.num_nonfinite) == (1, 1)
     assert all(torch.isfinite(w).all() for w in weights_of(method.student).values())
 
@@ -295,7 +299,7 @@ def test_batches_without_a_target_are_skipped(path: Path, builder: PromptBuilder
 def test_skipping_on_and_on_stops_the_run(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     cut = make_scored(builder, Question("q", "1+1=", "2"), "the answer", reward=0, cut=True)
     method = SelfDistill(ModelConfig(str(path)), mask_truncated=True, max_skipped_steps=2)
-    with pytest.raises(RuntimeError, match="3 batches in a row had no target token"):
+    with pytest.raises(RuntimeError, match="3 consecutive batches had no target token"):
         fit(method, [make_batch([cut])] * 4, tmp_path)
     assert method.policy_version == 0
 
@@ -334,6 +338,6 @@ def test_the_budget_counts_generations_and_tokens(path: Path, builder: PromptBui
     assert sum(steps.curve("rollout/length")) == pytest.approx(2 * sum(lengths.values()) / 2)
 
 
-def test_the_base_class_does_not_train(path: Path, batches: list[TraceBatch], tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="only evaluates"):
-        fit(Method(ModelConfig(str(path))), batches, tmp_path)
+def test_the_base_class_is_abstract(path: Path) -> None:
+    with pytest.raises(TypeError, match="abstract method"):
+        Method(ModelConfig(str(path)))  # pyright: ignore[reportAbstractUsage]

@@ -138,7 +138,7 @@ def test_the_base_teaches_as_a_copy_of_it_would(
         recorder._write = lambda trainer, module, kind, r=recorder, s=seen: (s.append(r.rows), setattr(r, "rows", []))  # pyright: ignore
         runs.append((method, fit(method, batches(scored, 3), tmp_path, recorder), seen))
     (shared, steps, rows), (_, expected, expected_rows) = runs
-    assert isinstance(shared.teacher, AdaptersOff) and shared.reviser()[0] is shared.teacher
+    assert isinstance(shared.teacher, AdaptersOff) and shared.teacher_and_context()[0] is shared.teacher
     for ours, theirs in zip(steps.gradients, expected.gradients, strict=True):
         assert same(ours, theirs)
     assert rows == expected_rows and len(rows) == 3 and len(rows[0]) == 3

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.engines.base import SyncReport
-from sdzero.methods import SelfDistill
+from sdzero.methods import FinalAnswer, SelfDistill
 from sdzero.models.language_model import ModelConfig
-from sdzero.prompts import FinalAnswer, PromptBuilder
+from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
 from support.helpers import Notes, Toy, fit, make_batch, make_scored
 from support.tiny_model import write_tiny_model

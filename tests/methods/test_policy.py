@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sdzero.cli.lightning import SDZeroCLI
 from sdzero.data import Evaluation, EvaluationDataModule
-from sdzero.methods import Method
-from sdzero.methods.policy import BenchmarkFigures
+from sdzero.evaluation.benchmark import BenchmarkMetrics
+from sdzero.methods import Policy
 from sdzero.models.language_model import ModelConfig
 from sdzero.tasks import Suite
 from sdzero.types import EvalBatch, Prompt, Question, Sampling
@@ -24,13 +25,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_first_batch_without_questions_knows_k_and_the_benchmarks(path: Path) -> None:
     """All ranks must reduce the same figures, whichever of them had no question left for its first call."""
-    method = Method(ModelConfig(str(path)))
+    method = Policy(ModelConfig(str(path)))
     names = ("a", "b")
     method.validation_step(EvalBatch([], 0, 0, 3, names), 0)
     group = [make_scored(method.builder, Question("b/q", "1+1=", "2"), "2", reward) for reward in (0, 1, 0)]
     method.validation_step(EvalBatch([group], 0, 1, 3, names), 1)
     a, b = method.eval_metrics
-    assert isinstance(a, BenchmarkFigures) and isinstance(b, BenchmarkFigures)
+    assert isinstance(a, BenchmarkMetrics) and isinstance(b, BenchmarkMetrics)
     assert float(b.passed.compute()["pass_at_3"]) == 1 and math.isnan(a.passed.compute()["pass_at_3"])
     assert a.compute().keys() == b.compute().keys()
     assert method.eval_rewards == {"b/q": [0, 1, 0]}
@@ -42,9 +43,9 @@ def say(prompt: Prompt, seed: int) -> str:
     return "1" * 99 if answer == "3" else f"so {answer}" if int(answer) % 2 else "no"
 
 
-def evaluate(path: Path, root: Path, suite: Suite, num_questions: int | None) -> tuple[Method, dict[str, float]]:
+def evaluate(path: Path, root: Path, suite: Suite, num_questions: int | None) -> tuple[Policy, dict[str, float]]:
     settings = Evaluation(num_questions=num_questions, num_samples=2, sampling=Sampling(max_new_tokens=9), call_size=4)
-    method, trainer = Method(ModelConfig(str(path))), make_trainer(root)
+    method, trainer = Policy(ModelConfig(str(path))), make_trainer(root)
     trainer.test(method, EvaluationDataModule(suite, Notes(say), settings, max_logprob_gap=99), verbose=False)
     return method, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -75,3 +76,9 @@ def test_one_benchmark_has_its_figures_without_its_name(path: Path, tmp_path: Pa
     _, figures = evaluate(path, tmp_path, Suite({"x": Toy()}, 4), 3)
     assert figures["eval/avg_at_k"] == pytest.approx(1 / 3)
     assert all(name.count("/") == 1 for name in figures)
+
+
+def test_a_policy_alone_is_not_trained(path: Path, tmp_path: Path) -> None:
+    config = ["--config=configs/recipes/smoke/eval.yaml", f"--model.student.path={path}"]
+    with pytest.raises(TypeError, match="Policy only evaluates: to train, use a method such as"):
+        SDZeroCLI.main(["fit", *config, f"--trainer.default_root_dir={tmp_path}"])

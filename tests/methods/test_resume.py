@@ -18,12 +18,12 @@ from sdzero.data import Evaluation, RolloutDataModule, TraceDataModule
 from sdzero.data.base import StepDataModule
 from sdzero.engines import TransformersEngine
 from sdzero.methods import SRT, Method, Schedule, SelfDistill
-from sdzero.methods.base import BUDGET, FAULTS
+from sdzero.methods.base import FAULTS
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import TraceSource
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
-from sdzero.types import Sampling, Trace
+from sdzero.types import BUDGET, Sampling, Trace
 from support.helpers import Steps, Toy, make_trace, same, weights_of
 from support.tiny_model import write_tiny_model
 

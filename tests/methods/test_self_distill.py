@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.losses import Divergence
-from sdzero.methods import SelfDistill
+from sdzero.methods import Context, Demonstration, Feedback, FinalAnswer, Plain, Revision, SelfDistill
 from sdzero.models.language_model import ModelConfig
-from sdzero.prompts import Context, Demonstration, Feedback, FinalAnswer, Plain, PromptBuilder, Revision
+from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Verdict
 from support.helpers import (
     Notes,
@@ -312,7 +312,7 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_read(
 
     narrow = write_tiny_model(tmp_path / "narrow", vocab_size=100)
     vocab_size = ModelConfig(str(path)).hf_config().vocab_size
-    monkeypatch.setattr("sdzero.methods.base.load", never)
+    monkeypatch.setattr("sdzero.methods.policy.load", never)
     monkeypatch.setattr("sdzero.methods.self_distill.load", never)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
     with pytest.raises(ValueError, match=rf"teacher\.path: its vocabulary has 100 tokens, the student's {vocab_size}"):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sdzero.methods import SRT
+from sdzero.methods import SFT, SRT
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Trace, TraceBatch
-from support.helpers import Steps, fit, make_trace, plain_logprobs, plain_model
+from support.helpers import Steps, fit, make_trace, plain_logprobs, plain_model, same
 from support.tiny_model import write_tiny_model
 
 TERMS = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.3, 1.7)]
@@ -36,7 +37,8 @@ def traces(path: Path) -> list[Trace]:
 
 
 def run(path: Path, traces: list[Trace], root: Path, num_steps: int = 1, **options) -> tuple[SRT, Steps]:
-    method = SRT(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), max_grad_norm=0, **options)
+    options = {"max_grad_norm": 0, **options}
+    method = SRT(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options)
     return method, fit(method, [TraceBatch(traces, i) for i in range(num_steps)], root)
 
 
@@ -79,18 +81,32 @@ def test_one_pass_is_two_passes(
         torch.testing.assert_close(gradient.double(), parameters[name].grad, rtol=1e-3, atol=2e-5)
 
 
-def test_traces_without_a_first_attempt_are_sft(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [SFT, SRT])
+def test_traces_without_a_first_attempt_are_sft(path: Path, tmp_path: Path, kind: type[SFT]) -> None:
     """The loss is transformers' own, whatever the weight of the revision term, and no token counts twice."""
     builder = PromptBuilder.from_pretrained(path)
     trace = make_trace(builder, "a", None, "the answer is 2", reward=None)
-    method, steps = run(path, [trace], tmp_path, revision_weight=3.0)
+    options = {"revision_weight": 3.0} if kind is SRT else {}
+    method = kind(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options)
+    steps = fit(method, [TraceBatch([trace], 0)], tmp_path)
     ids = torch.tensor([trace.prompt_ids + trace.revised_ids])
     labels = ids.clone()
     labels[0, : len(trace.prompt_ids)] = -100
     expected = plain_model(path)(ids, labels=labels).loss.item()
     assert steps.metrics[0]["train/loss"] == pytest.approx(expected, rel=1e-5)
-    assert steps.metrics[0]["train/loss_revision"] == 0
+    assert steps.metrics[0].get("train/loss_revision", 0) == 0
     assert method.num_tokens_trained == len(trace.revised_ids)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
+def test_sft_is_the_generation_term(path: Path, traces: list[Trace], tmp_path: Path, reduction: Any) -> None:
+    """To the bit, on mixed traces in one micro batch; N_rev does not count."""
+    sft = SFT(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), reduction=reduction)
+    alone = fit(sft, [TraceBatch(traces, 0)], tmp_path)
+    _, generation = run(path, traces, tmp_path, revision_weight=0.0, max_grad_norm=1.0, reduction=reduction)
+    assert alone.metrics[0]["train/loss"] == generation.metrics[0]["train/loss"]
+    assert same(alone.gradients[0], generation.gradients[0])
+    assert sft.num_tokens_trained == sum(len(t.init_ids + t.bridge_ids + t.revised_ids) for t in traces)
 
 
 def test_tokens_trained_are_those_of_both_terms(path: Path, traces: list[Trace], tmp_path: Path) -> None:

@@ -78,13 +78,13 @@ def test_what_waits_is_the_top_k_where_that_is_exact_else_hidden_states(
 ) -> None:
     """A tail is known from its own sum, not from what the top_k leave of 1; the student's choice comes later."""
     seen: list[SoftTargets] = []
-    prepare = SelfDistill.prepare
+    precompute = SelfDistill.precompute
 
     def watched(self: SelfDistill, batches: Any) -> list[SoftTargets]:
-        seen.extend(prepare(self, batches))
+        seen.extend(precompute(self, batches))
         return seen
 
-    monkeypatch.setattr(SelfDistill, "prepare", watched)
+    monkeypatch.setattr(SelfDistill, "precompute", watched)
     run(path, tmp_path, divergence=divergence, teacher_first=True)
     kind = TopKTargets if divergence == TOP_K else HiddenTargets
     assert [type(teacher) for teacher in seen] == [kind] * 3

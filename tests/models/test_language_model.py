@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sdzero.models.language_model import LanguageModel, ModelConfig, folder_sha256, load, weights_sha256
+from sdzero.models.language_model import LanguageModel, ModelConfig, load
+from sdzero.models.weights import folder_sha256, weights_sha256
 from support.helpers import same, weights_of
 from support.tiny_model import write_tiny_model
 
@@ -27,7 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_missing_folder_is_named_with_its_remedy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/srt").mkdir(parents=True)  # a folder, but of no model
-    with pytest.raises(FileNotFoundError, match=r"model\.path: .*config\.json.*sdzero run"):
+    with pytest.raises(FileNotFoundError, match=r"student\.path: .*config\.json.*sdzero run"):
         ModelConfig(name).check_path()
 
 

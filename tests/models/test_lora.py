@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sdzero.models.language_model import LanguageModel, ModelConfig, folder_sha256, load
-from sdzero.models.lora import AdaptersOff, Lora, adapters, check_strategy, num_adapter_parameters, target_layers
-from sdzero.models.weights import export, full_weights
+from sdzero.models.export import export
+from sdzero.models.language_model import LanguageModel, ModelConfig, load
+from sdzero.models.lora import AdaptersOff, Lora, adapters, num_adapter_parameters, target_layers
+from sdzero.models.parallelize import check_adapters
+from sdzero.models.weights import folder_sha256, full_weights
 from sdzero.prompts import PromptBuilder
 from support.helpers import same, weights_of
 from support.runs import exit_code
@@ -72,7 +74,9 @@ def test_targets_are_names_of_linear_layers(path: Path) -> None:
         *chosen
     ]
     for bad in (["q_proj", "lm_head"], ["embed_tokens"], ["proj"], []):
-        with pytest.raises(ValueError, match=r"model\.lora\.target_modules: .*; the decoder has down_proj, gate_proj"):
+        with pytest.raises(
+            ValueError, match=r"student\.lora\.target_modules: .*; the decoder has down_proj, gate_proj"
+        ):
             target_layers(hf, Lora(target_modules=bad))
 
 
@@ -173,12 +177,12 @@ def test_strategies_that_cannot_hold_them_are_refused() -> None:
     lora = Lora()
     parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     with pytest.raises(ValueError, match="set tensor_parallel_size to 1"):
-        check_strategy(lora, "float32", parallel)
+        check_adapters(lora, "float32", parallel)
     with pytest.raises(ValueError, match=r"FSDPStrategy.*model\.dtype=float32"):
-        check_strategy(lora, "bfloat16", FSDPStrategy())
-    check_strategy(lora, "float32", FSDPStrategy())
-    check_strategy(lora, "bfloat16", ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
-    check_strategy(None, "float32", parallel)
+        check_adapters(lora, "bfloat16", FSDPStrategy())
+    check_adapters(lora, "float32", FSDPStrategy())
+    check_adapters(lora, "bfloat16", ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+    check_adapters(None, "float32", parallel)
 
 
 # --- the command ----------------------------------------------------------------------------------

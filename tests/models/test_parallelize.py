@@ -26,7 +26,7 @@ def test_layers_are_found_or_named(path: Path) -> None:
     assert _layers(model, ModelConfig(str(path))) == list(model.hf.model.layers)
     mlps = _layers(model, ModelConfig(str(path), layer_classes=["Qwen3MLP"]))
     assert mlps == [layer.mlp for layer in model.hf.model.layers]
-    with pytest.raises(ValueError, match=r"model\.layer_classes: no layer of \['LlamaDecoderLayer'\]"):
+    with pytest.raises(ValueError, match=r"student\.layer_classes: no layer of \['LlamaDecoderLayer'\]"):
         _layers(model, ModelConfig(str(path), layer_classes=["LlamaDecoderLayer"]))
 
 
@@ -43,7 +43,7 @@ def test_what_ranks_cannot_compute_together_is_refused() -> None:
         check_tensor_parallel(Qwen3Config(**{**heads, "intermediate_size": 9729}), 2)
     with pytest.raises(ValueError, match=r"strategy\.tensor_parallel_size=2: gpt2 has no plan"):
         check_tensor_parallel(AutoConfig.for_model("gpt2"), 2)
-    with pytest.raises(ValueError, match=r"qwen3_moe wants .*moe.*, which is not supported"):
+    with pytest.raises(ValueError, match=r"qwen3_moe needs .*moe.*, which is not supported"):
         check_tensor_parallel(AutoConfig.for_model("qwen3_moe"), 2)
 
 

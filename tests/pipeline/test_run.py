@@ -20,7 +20,7 @@ import yaml
 from sdzero.data import TraceDataModule, TraceFile
 from sdzero.data.trace_file import read_traces
 from sdzero.evaluation.keywords import count_keywords
-from sdzero.models.language_model import folder_sha256
+from sdzero.models.weights import folder_sha256
 from sdzero.pipeline import run as pipeline
 from sdzero.pipeline.stages import STUDENT, Options, Stage, list_stages
 from sdzero.tasks import Chains
@@ -273,7 +273,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_command(
         ("self_distill.yaml", "max_steps: 5", "max_steps: 5\n  max_stps: 3", "max_stps"),
         ("srt.yaml", "warmup_ratio", "warmup_rate", "warmup_rate"),
         ("collect.yaml", "call_size: 32", "call_size: many", "call_size"),
-        ("eval.yaml", "sdzero.methods.Method", "sdzero.methods.Methode", "sdzero.methods.Methode"),
+        ("eval.yaml", "sdzero.methods.Policy", "sdzero.methods.Polizy", "sdzero.methods.Polizy"),
         ("eval.yaml", "num_samples: 8", "num_samples: [8", "eval.yaml"),
     ],
 )

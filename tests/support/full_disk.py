@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sdzero.data.sampler import CallJournal
+from sdzero.data.journal import CallJournal
 from sdzero.data.trace_file import read_traces, write_traces
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.trainer.checkpoint_manifest import CheckpointError

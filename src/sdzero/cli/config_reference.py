@@ -29,12 +29,11 @@ import sdzero
 from sdzero.data.base import StepDataModule
 from sdzero.data.collect import Collect
 from sdzero.engines.base import RolloutEngine
-from sdzero.methods import Method
-from sdzero.prompts import Context
+from sdzero.methods import Context, Policy
 from sdzero.tasks.base import Task, TraceSource
 
 GROUPS: dict[type, tuple[str, str]] = {
-    Method: ("Methods", "`model:` of a training or an evaluation."),
+    Policy: ("Methods", "`model:` of a training or an evaluation."),
     StepDataModule: ("Data modules", "`data:` of a training or an evaluation."),
     Task: ("Tasks", "Questions, and the verifier of the answers."),
     RolloutEngine: ("Engines", "Samplers of responses."),

@@ -19,13 +19,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from sdzero.callbacks import Preemption
 from sdzero.callbacks.base import rank_file
 from sdzero.data.base import StepDataModule
-from sdzero.methods import Method
+from sdzero.methods import Method, Policy
 from sdzero.pipeline.stages import compose_arguments
 from sdzero.pipeline.summary import print_evaluation
 from sdzero.trainer.checkpoint_io import finished_checkpoints, first_verified
 from sdzero.trainer.collectives import all_gather_objects
 from sdzero.trainer.sharded_checkpoint import AtomicFolders
-from sdzero.trainer.strategies import share_of
+from sdzero.trainer.shares import share_of
 from sdzero.utils.disk_full import add_path_to_errors
 from sdzero.utils.files import write_text
 
@@ -80,7 +80,7 @@ class SDZeroCLI(LightningCLI):
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
         cls(
-            Method,
+            Policy,
             StepDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -158,11 +158,18 @@ class SDZeroCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
+        if not isinstance(self.model, Method):
+            raise TypeError(
+                f"{type(self.model).__name__} only evaluates: to train, use a method such as sdzero.methods.SRT"
+            )
+        self._add_layout()
+
+    def _add_layout(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(LAYOUT)
 
-    before_validate = before_test = before_fit
+    before_validate = before_test = _add_layout
 
     def after_test(self) -> None:
         rewards = all_gather_objects(self.model.eval_rewards)

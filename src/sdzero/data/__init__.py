@@ -1,8 +1,31 @@
-"""Data modules: one batch is one optimizer step."""
+"""Data modules, in which one batch is one optimizer step.
 
-from sdzero.data.eval_stream import Evaluation
-from sdzero.data.evaluation import EvaluationDataModule
-from sdzero.data.rollouts import RolloutDataModule
-from sdzero.data.traces import TraceDataModule, TraceFile
+The classes are imported on first use: `import sdzero.data` brings neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdzero.data.eval_stream import Evaluation
+    from sdzero.data.evaluation import EvaluationDataModule
+    from sdzero.data.rollouts import RolloutDataModule
+    from sdzero.data.traces import TraceDataModule, TraceFile
 
 __all__ = ["Evaluation", "EvaluationDataModule", "RolloutDataModule", "TraceDataModule", "TraceFile"]
+
+_MODULES = {
+    "Evaluation": "eval_stream",
+    "EvaluationDataModule": "evaluation",
+    "RolloutDataModule": "rollouts",
+    "TraceDataModule": "traces",
+    "TraceFile": "traces",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,10 +1,10 @@
-"""Phase 1 data (section 2.1, appendix C.1): sample, verify, ask for a revision, verify, keep.
+"""Phase 1 data (section 2.1, appendix C.1): sample, verify, sample a revision, verify, keep.
 
-A killed collection continues: finished generate calls are kept in OUT/journal. OUT then holds traces.jsonl
-(D_revision), questions.json (the identities of all questions asked) and statistics.json.
+OUT holds traces.jsonl (D_revision), questions.json (identities of all questions) and statistics.json. An interrupted
+collection resumes from the finished generate calls in OUT/journal.
 
-On several devices each engine makes the calls of its share of the questions. What a call is does not depend on how many
-there are: D_revision is the same, and a collection may go on on another number of them.
+On several devices each engine makes the calls of its share of the questions. A call does not depend on the number of
+engines, so D_revision is the same, and a collection may resume on another number of devices.
 """
 
 from __future__ import annotations
@@ -18,35 +18,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sdzero.data.engine_restarts import Restarts
+from sdzero.data.journal import CallJournal
 from sdzero.data.launch import Ranks, launch
-from sdzero.data.sampler import CallJournal, Sampler
+from sdzero.data.policy_sampler import PolicySampler
+from sdzero.data.sampler import Sampler
 from sdzero.data.trace_file import write_traces
 from sdzero.engines.base import EngineSpec, RolloutEngine
-from sdzero.models.language_model import ModelConfig, folder_sha256
+from sdzero.models.language_model import ModelConfig, max_positions
+from sdzero.models.weights import folder_sha256
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import Task
-from sdzero.types import Prompt, Question, Sampling, ScoredRollout, Split, Trace
+from sdzero.types import Question, Sampling, ScoredRollout, Split, Trace
 from sdzero.utils.files import write_text
 from sdzero.utils.seeds import derive_seed, run_seed
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Job:
-    """What asks the questions."""
-
-    sampler: Sampler
-    builder: PromptBuilder
-    questions: Sequence[Question]
-    ranks: Ranks
-    restarts: Restarts | None
-
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, group: str) -> list[ScoredRollout]:
-        if self.restarts is None:
-            return self.sampler.sample(prompts, sampling, group, 0)
-        return self.restarts.draw(lambda: self.sampler.sample(prompts, sampling, group, 0))
+TraceKey = tuple[int, int, int, int]
+"""Chunk, first attempt in it, revision of that, and the first attempt's reward."""
 
 
 @dataclass
@@ -54,26 +43,25 @@ class Collect:
     """Samples first attempts and revisions of phase 1's questions and writes D_revision.
 
     Args:
-        student: the model that answers.
+        student: the model that is sampled from.
         task: questions and verifier.
         engine: rollout engine.
         out: folder to write.
-        num_questions: questions to ask; all of them are asked before traces are drawn.
+        num_questions: number of questions, all of which are sampled before traces are chosen.
         split: split of the task.
-        num_initial: first attempts per question.
-        num_revisions: revisions per first attempt.
-        num_traces: traces to draw, at random from the verified ones; null keeps all.
-        correct_share: share of the drawn traces with a correct first attempt (r=1); null draws as they come.
-        branches: `both`, or `incorrect` keeps only traces whose first attempt was wrong.
+        num_initial: number of first attempts per question.
+        num_revisions: number of revisions per first attempt.
+        num_traces: number of traces, chosen at random from the verified ones; null keeps all.
+        correct_share: fraction of the chosen traces with a correct first attempt (r=1); null leaves it to chance.
+        branches: `both`, or `incorrect` to keep only traces whose first attempt was wrong.
         verified_only: keep only verified-correct revisions; false is the ablation of table 15.
-        sampling: how answers are drawn.
-        call_size: answers per generate call; part of the run's identity.
+        sampling: sampling parameters.
+        call_size: responses per generate call; part of the run's identity.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
-        devices: processes on each node, one a GPU; `auto` takes all GPUs that it sees, or one process without any.
-        num_nodes: nodes; several need a launcher such as torchrun or srun.
-        max_engine_restarts: times that an engine which died, returned nothing or passed its deadline is started anew
-            before the collection stops. Of vLLM on several devices none is: the collection stops, and goes on from its
-            finished calls when it is started again.
+        devices: number of processes on each node, one per GPU; `auto` takes all visible GPUs, or one process.
+        num_nodes: number of nodes; several need a launcher such as torchrun or srun.
+        max_engine_restarts: maximum number of restarts of an engine that crashed, timed out or returned garbage. vLLM
+            on several devices is not restarted: the collection stops, and resumes when it is started again.
     """
 
     student: ModelConfig
@@ -109,31 +97,23 @@ class Collect:
             raise ValueError(f"correct_share must lie in [0, 1], got {self.correct_share}")
 
     def run(self) -> None:
-        """Raises: ValueError where no trace was left, with the counts that say why."""
+        """Raises: ValueError if no trace is left, with the counts that explain it."""
         builder = self.student.builder()
         questions = self.task.questions(self.split, self.num_questions)
         spec = EngineSpec(self.student.path, self._max_model_len(builder, questions), self.engine_dtype, True)
         ranks = launch(self.devices, self.num_nodes, getattr(self.engine, "tensor_parallel_size", 1))
         self.out.mkdir(parents=True, exist_ok=True)
-
-        def start(again: bool) -> None:
-            if again:
-                self.engine.close()
-            self.engine.start(spec, builder)
-            self.engine.warm_up()
-
+        # a collective start would wait for ranks that are in calls of their own
+        max_restarts = None if ranks.world_size > 1 and self.engine.starts_collectively else self.max_engine_restarts
+        calls = self._calls(ranks)
+        sampler = PolicySampler(calls, spec, builder, max_restarts=max_restarts, all_reduce_max=ranks.all_reduce_max)
+        chunks = _Chunks(self, sampler, questions, ranks)
         try:
-            start(again=False)
-            restarts = None
-            if (
-                ranks.world_size == 1 or not self.engine.starts_collectively
-            ):  # the other ranks are in calls of their own
-                restarts = Restarts(self.max_engine_restarts, lambda: start(again=True), ranks.largest)
-            job = _Job(self._sampler(ranks), builder, questions, ranks, restarts)
-            self._say_idle(job)
-            counts, kept = self._ask_all(job)
-            chosen = self._draw(kept)  # the same on all ranks
-            traces = self._chosen_traces(job, chosen)
+            sampler.start()
+            chunks.warn_if_idle()
+            counts, kept = self._sample_all(chunks)
+            chosen = self._choose(kept)  # the same on all ranks
+            traces = self._chosen_traces(chunks, chosen)
             if ranks.is_first:
                 write_traces(self.out / "traces.jsonl", traces)
             else:
@@ -141,43 +121,41 @@ class Collect:
         finally:
             self.engine.close()
         if ranks.is_first:
-            self._finish(questions, _statistics(counts, kept, chosen, job.sampler.journal.num_started), counts, kept)
+            self._finish(questions, _statistics(counts, kept, chosen, calls.journal.num_started), counts, kept)
 
-    def _sampler(self, ranks: Ranks) -> Sampler:
+    def _calls(self, ranks: Ranks) -> Sampler:
         weights = folder_sha256(Path(self.student.path)) if Path(self.student.path).is_dir() else self.student.path
-        weights = f"{weights}/{self.engine_dtype}"  # a call made in another dtype is another call
+        weights = f"{weights}/{self.engine_dtype}"  # part of a call's fingerprint
         folder = self.out / "journal"
-        # beside the rank that leads their engine, the others make its calls without a prompt of their own
-        journal = CallJournal(folder, ranks.rank) if ranks.leads else CallJournal(folder / f"rank{ranks.rank}")
+        # ranks that are not the leader of their engine make its calls without prompts
+        journal = CallJournal(folder, ranks.rank) if ranks.is_leader else CallJournal(folder / f"rank{ranks.rank}")
         return Sampler(
-            self.engine, self.task, journal, self.call_size, run_seed(), weights=weights, largest=ranks.largest
+            self.engine,
+            self.task,
+            journal,
+            self.call_size,
+            run_seed(),
+            weights=weights,
+            all_reduce_max=ranks.all_reduce_max,
         )
-
-    def _say_idle(self, job: _Job) -> None:
-        num_chunks, num_engines = _num_chunks(job.questions, self.call_size), job.ranks.num_engines
-        if job.ranks.is_first and num_chunks < num_engines:
-            log.warning(
-                "call_size: %d questions are %d chunks of at most %d, so %d of %d engines have nothing to do",
-                *(len(job.questions), num_chunks, self.call_size, num_engines - num_chunks, num_engines),
-            )
 
     def _finish(
         self,
         questions: Sequence[Question],
         statistics: dict[str, Any],
         counts: Counter[str],
-        kept: Sequence[tuple[int, int, int, int]],
+        kept: Sequence[TraceKey],
     ) -> None:
         statistics = {**statistics, "left_out": self.task.exclusions()}
         write_text(self.out / "questions.json", json.dumps([q.identity for q in questions]))
         write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         print(json.dumps(statistics, indent=2), flush=True)
         if not statistics["traces"]:
-            raise ValueError(self._why_none(counts, kept))
+            raise ValueError(self._explain_empty(counts, kept))
         if self.num_traces is not None and statistics["traces"] < self.num_traces:
             log.warning("num_traces: wanted %d, but only %d could be drawn", self.num_traces, statistics["traces"])
 
-    def _why_none(self, counts: Counter[str], kept: Sequence[tuple[int, int, int, int]]) -> str:
+    def _explain_empty(self, counts: Counter[str], kept: Sequence[TraceKey]) -> str:
         revisions = sum(counts[f"revision_r{r}/generations"] for r in (0, 1))
         correct = sum(counts[f"revision_r{r}/correct"] for r in (0, 1))
         by_reward = [sum(k[3] == r for k in kept) for r in (0, 1)]
@@ -185,13 +163,13 @@ class Collect:
             f"no trace was left: of {revisions} revisions {correct} were verified as correct, and {len(kept)} could be "
             f"kept ({by_reward[0]} with r=0, {by_reward[1]} with r=1; branches={self.branches}, "
             f"verified_only={self.verified_only}, correct_share={self.correct_share}). Raise num_questions or "
-            f"num_revisions, or take a stronger model; all counts are in {self.out / 'statistics.json'}"
+            f"num_revisions, or use a stronger model; all counts are in {self.out / 'statistics.json'}"
         )
 
     def _max_model_len(self, builder: PromptBuilder, questions: Sequence[Question]) -> int:
         longest = max(len(builder.prompt(q).token_ids) for q in questions)
         needed = longest + 2 * self.sampling.max_new_tokens + max(len(builder.bridge(r)) for r in (0, 1))
-        available = getattr(self.student.hf_config(), "max_position_embeddings", None) or needed
+        available = max_positions(self.student.hf_config())
         if needed > available:
             raise ValueError(
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens}: the longest prompt ({longest}) with an "
@@ -199,48 +177,30 @@ class Collect:
             )
         return needed
 
-    def _pairs(self, job: _Job, chunk: int) -> list[tuple[ScoredRollout, list[ScoredRollout]]]:
-        """First attempts of one chunk of questions with their revisions; from the journal where they are there.
-
-        None on a rank that does not lead its engine, which takes part in its calls.
-        """
-        asked = job.questions[chunk * self.call_size : (chunk + 1) * self.call_size] if job.ranks.leads else []
-        prompts = [job.builder.prompt(q) for q in asked for _ in range(self.num_initial)]
-        initial = job.sample(prompts, self.sampling, f"{chunk:05d}-initial")
-        # revisions of one answer stand side by side, so that the engine shares their prefix
-        revision_prompts = [job.builder.revision_prompt(s) for s in initial for _ in range(self.num_revisions)]
-        revised = job.sample(revision_prompts, self.sampling, f"{chunk:05d}-revision")
-        n = self.num_revisions
-        return [(first, revised[i * n : (i + 1) * n]) for i, first in enumerate(initial)]
-
-    def _ask_all(self, job: _Job) -> tuple[Counter[str], list[tuple[int, int, int, int]]]:
-        """Counts of everything sampled, and (chunk, attempt, revision, r) of every trace that may be kept.
-
-        Collective; what all ranks sampled is told to each.
-        """
+    def _sample_all(self, chunks: _Chunks) -> tuple[Counter[str], list[TraceKey]]:
+        """Counts of all samples, and the keys of all traces that may be kept. Collective; the same on all ranks."""
         from tqdm import tqdm
 
         counts: Counter[str] = Counter()
-        kept, ranks = [], job.ranks
-        mine = [chunk for chunk in range(_num_chunks(job.questions, self.call_size)) if ranks.takes(chunk)]
+        kept, ranks = [], chunks.ranks
         name = "collect" if ranks.world_size == 1 else f"collect, the first of {ranks.world_size} ranks"
-        for chunk in tqdm(mine, desc=name, unit="chunk", disable=not ranks.is_first):
-            for i, (first, revisions) in enumerate(self._pairs(job, chunk)):
+        for chunk in tqdm(chunks.of_this_engine, desc=name, unit="chunk", disable=not ranks.is_first):
+            for i, (first, revisions) in enumerate(chunks.sample(chunk)):
                 reward = first.verdict.reward
                 _count(counts, "initial", first)
                 for j, revision in enumerate(revisions):
                     _count(counts, f"revision_r{reward}", revision)
                     if self._keeps(first, revision):
                         kept.append((chunk, i, j, reward))
-        everyones = ranks.gather((counts, kept))
-        return sum((c for c, _ in everyones), Counter()), [key for _, keys in everyones for key in keys]
+        gathered = ranks.gather((counts, kept))
+        return sum((c for c, _ in gathered), Counter()), [key for _, keys in gathered for key in keys]
 
     def _keeps(self, first: ScoredRollout, revision: ScoredRollout) -> bool:
-        finished = revision.rollout.finish_reason == "stop"  # a cut revision is never a trace
+        finished = revision.rollout.finish_reason == "stop"  # a truncated revision is never a trace
         right_branch = self.branches == "both" or not first.verdict.reward
         return finished and right_branch and (bool(revision.verdict.reward) or not self.verified_only)
 
-    def _draw(self, kept: list[tuple[int, int, int, int]]) -> set[tuple[int, int, int, int]]:
+    def _choose(self, kept: list[TraceKey]) -> set[TraceKey]:
         shuffled = sorted(kept)
         random.Random(derive_seed(run_seed(), "draw traces")).shuffle(shuffled)
         if self.num_traces is None and self.correct_share is None:
@@ -250,26 +210,62 @@ class Collect:
             return set(shuffled[:num])
         by_reward = {r: [k for k in shuffled if k[3] == r] for r in (0, 1)}
         shares = {1: self.correct_share, 0: 1 - self.correct_share}
-        # the scarcer branch decides how many traces there can be at the wanted shares
+        # the scarcer branch limits the number of traces with these shares
         num = int(min([num, *(len(by_reward[r]) / share for r, share in shares.items() if share)]))
         num_correct = round(num * self.correct_share)
         return {*by_reward[1][:num_correct], *by_reward[0][: num - num_correct]}
 
-    def _chosen_traces(self, job: _Job, chosen: set[Any]) -> Iterator[Trace]:
-        """In the order of the questions, on the first rank; the others hand theirs to it and yield none. Collective."""
-        for chunk in range(_num_chunks(job.questions, self.call_size)):
-            pairs = self._pairs(job, chunk) if job.ranks.takes(chunk) else []
+    def _chosen_traces(self, chunks: _Chunks, chosen: set[TraceKey]) -> Iterator[Trace]:
+        """Yields traces in the order of the questions on the first rank; the others send theirs. Collective."""
+        for chunk in range(len(chunks)):
+            pairs = chunks.sample(chunk) if chunks.ranks.takes(chunk) else []
             traces = [
-                job.builder.trace(first, revision.rollout.token_ids)
+                chunks.sampler.builder.trace(first, revision.rollout.token_ids)
                 for i, (first, revisions) in enumerate(pairs)
                 for j, revision in enumerate(revisions)
                 if (chunk, i, j, first.verdict.reward) in chosen
             ]
-            yield from job.ranks.to_first(traces, job.ranks.leader(chunk))
+            yield from chunks.ranks.to_first(traces, chunks.ranks.leader(chunk))
 
 
-def _num_chunks(questions: Sequence[Question], size: int) -> int:
-    return -(-len(questions) // size)
+@dataclass(frozen=True)
+class _Chunks:
+    """The questions of a collection in chunks of `call_size`, dealt out to the engines in turn."""
+
+    collect: Collect
+    sampler: PolicySampler
+    questions: Sequence[Question]
+    ranks: Ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.questions) // self.collect.call_size)
+
+    @property
+    def of_this_engine(self) -> list[int]:
+        return [chunk for chunk in range(len(self)) if self.ranks.takes(chunk)]
+
+    def sample(self, chunk: int) -> list[tuple[ScoredRollout, list[ScoredRollout]]]:
+        """First attempts of one chunk with their revisions; finished calls come from the journal.
+
+        Empty on a rank that is not the leader of its engine, but takes part in its calls.
+        """
+        size, num_revisions = self.collect.call_size, self.collect.num_revisions
+        builder = self.sampler.builder
+        questions = self.questions[chunk * size : (chunk + 1) * size] if self.ranks.is_leader else []
+        prompts = [builder.prompt(q) for q in questions for _ in range(self.collect.num_initial)]
+        initial, _ = self.sampler.sample(prompts, self.collect.sampling, f"{chunk:05d}-initial", size)
+        # revisions of one response are adjacent, so that the engine shares their prefix
+        revision_prompts = [builder.revision_prompt(s) for s in initial for _ in range(num_revisions)]
+        revised, _ = self.sampler.sample(revision_prompts, self.collect.sampling, f"{chunk:05d}-revision", size)
+        return [(s, revised[i * num_revisions : (i + 1) * num_revisions]) for i, s in enumerate(initial)]
+
+    def warn_if_idle(self) -> None:
+        num_engines = self.ranks.num_engines
+        if self.ranks.is_first and len(self) < num_engines:
+            log.warning(
+                "call_size: %d questions are %d chunks of at most %d, so %d of %d engines have nothing to do",
+                *(len(self.questions), len(self), self.collect.call_size, num_engines - len(self), num_engines),
+            )
 
 
 def _count(counts: Counter[str], kind: str, scored: ScoredRollout) -> None:
@@ -278,8 +274,10 @@ def _count(counts: Counter[str], kind: str, scored: ScoredRollout) -> None:
     counts[f"{kind}/{scored.verdict.reason}"] += 1
 
 
-def _statistics(counts: Counter[str], kept: Sequence[Any], chosen: set[Any], num_engine_calls: int) -> dict[str, Any]:
-    """Rates by branch and reason, lengths, the shares of r=1 before and after the draw, and the budget."""
+def _statistics(
+    counts: Counter[str], kept: Sequence[TraceKey], chosen: set[TraceKey], num_engine_calls: int
+) -> dict[str, Any]:
+    """Rates by branch and reason, lengths, fractions of r=1 before and after the choice, and the budget."""
     kinds: dict[str, dict[str, float]] = {}
     for kind in ("initial", "revision_r0", "revision_r1"):
         total = counts[f"{kind}/generations"]

@@ -1,4 +1,4 @@
-"""A draw whose engine dies is made again with the engine started anew, a bounded number of times."""
+"""Retries of sampling after an engine failure."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ T = TypeVar("T")
 
 
 @dataclass
-class Restarts:
-    """Counts the restarts of a rollout engine.
+class EngineRestarts:
+    """Retries sampling after an engine failure, at most `limit` times.
 
     Attributes:
-        limit: so many, and then the run stops.
-        restart: starts the engine anew, also where it was another rank's that died.
-        largest: a number's largest value over the ranks that make a draw together.
+        limit: maximum number of restarts.
+        restart: restarts the engine; called on every rank, whichever rank's engine failed.
+        all_reduce_max: maximum of a number over the ranks that sample together.
         num: restarts so far.
     """
 
     limit: int
     restart: Callable[[], None]
-    largest: Callable[[int], int] = lambda value: value
+    all_reduce_max: Callable[[int], int] = lambda value: value
     num: int = 0
 
-    def draw(self, make: Callable[[], T]) -> T:
-        """What `make` returns. Finished calls come from the journal when it is called again.
+    def retry(self, sample: Callable[[], T]) -> T:
+        """`sample()`. When it is called again, it takes finished calls from the journal.
 
         Raises:
-            EngineError: the engine died once more than `limit` allows.
+            EngineError: the engine failed once more than `limit` allows.
         """
         while True:
-            made, fault = _attempt(make)
-            if not self.largest(int(bool(fault))):
-                return cast(T, made)
+            result, fault = _attempt(sample)
+            if not self.all_reduce_max(int(bool(fault))):
+                return cast(T, result)
             fault = fault or "the engine of another rank died"
             self.num += 1
             if self.num > self.limit:
@@ -48,10 +48,10 @@ class Restarts:
             self.restart()
 
 
-def _attempt(make: Callable[[], T]) -> tuple[T | None, str]:
-    """The value, or what the engine died of. The error itself ends here: its traceback holds the engine's memory."""
+def _attempt(sample: Callable[[], T]) -> tuple[T | None, str]:
+    """The result, or the engine's error as text. The error itself is dropped: its traceback holds engine memory."""
     try:
-        return make(), ""
+        return sample(), ""
     except EngineDied as error:
         log.warning("the engine died", exc_info=True)
         return None, str(error)

@@ -1,4 +1,4 @@
-"""What validation and test sample: k answers to each held-out question, and revisions of some."""
+"""Sampling of an evaluation: k responses to each held-out question, and revisions of some."""
 
 from __future__ import annotations
 
@@ -6,28 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, Protocol
 
-from torch import Tensor
-
-from sdzero.prompts import PromptBuilder
-from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, ScoredRollout, Split
+from sdzero.data.policy_sampler import Policy
+from sdzero.types import EvalBatch, Prompt, Question, Sampling, ScoredRollout, Split
 
 
-class Policy(Protocol):
-    """What a data module needs of the LightningModule it samples from."""
+def check_positive(**values: int) -> None:
+    """Checks keys of `data:`.
 
-    builder: PromptBuilder
-    policy_version: int
-    student_config: Any
-    hf_config: Any
-
-    def policy_weights(self) -> Iterator[tuple[str, Tensor]]: ...
-    def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]: ...
-
-
-def at_least_one(**values: int) -> None:
-    """Raises: ValueError naming the first key whose value is below 1."""
+    Raises:
+        ValueError: a value is below 1; names its key.
+    """
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"data.{name} must be at least 1, got {value}")
@@ -35,15 +24,16 @@ def at_least_one(**values: int) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What validation and test sample.
+    """Questions and sampling of validation and test.
 
     Args:
         split: split of the task.
-        num_questions: held-out questions; null asks all of the split, 0 evaluates nothing.
-        num_samples: k answers per question (avg@k, pass@k).
-        sampling: how they are drawn.
-        call_size: answers per generate call; part of the run's identity.
-        num_revised: of a question's k answers, how many are revised once, told their reward (Generate-then-Revise).
+        num_questions: number of held-out questions; null takes the whole split, 0 disables evaluation.
+        num_samples: k responses per question (avg@k, pass@k).
+        sampling: sampling parameters.
+        call_size: responses per generate call; part of the run's identity.
+        num_revised: number of a question's k responses that are revised once, given their reward
+            (Generate-then-Revise).
     """
 
     split: Split = "eval"
@@ -54,12 +44,12 @@ class Evaluation:
     num_revised: int = 0
 
     @property
-    def asks(self) -> bool:
-        """Whether there is anything to sample."""
+    def is_enabled(self) -> bool:
+        """True if there is anything to sample."""
         return self.num_questions != 0
 
     def __post_init__(self) -> None:
-        at_least_one(**{"evaluation.num_samples": self.num_samples, "evaluation.call_size": self.call_size})
+        check_positive(**{"evaluation.num_samples": self.num_samples, "evaluation.call_size": self.call_size})
         if self.num_questions is not None and self.num_questions < 0:
             raise ValueError(f"data.evaluation.num_questions must be at least 0, or null, got {self.num_questions}")
         if not 0 <= self.num_revised <= self.num_samples:
@@ -69,16 +59,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class AnswerStream:
-    """The answers of one evaluation that are this rank's share, a generate call a batch.
+class EvalStream:
+    """Batches of an evaluation for one share of the data, one generate call each.
 
     Attributes:
-        evaluation: what is sampled.
-        questions: of the whole evaluation; the shares take turns.
-        policy: whose answers.
-        sample: (prompts, sampling, name of the draw, answers per call) -> scored responses and figures. Collective.
-        max_length: tokens of prompt and response that the engine takes.
-        share: which one, of `num_shares`.
+        evaluation: questions and sampling.
+        questions: questions of the whole evaluation, dealt out to the shares in turn.
+        policy: the policy that answers.
+        sample: (prompts, sampling, group of calls, responses per call) -> scored responses and statistics. Collective.
+        max_length: the engine's limit for prompt and response in tokens.
+        share: index of the share, of `num_shares`.
     """
 
     evaluation: Evaluation
@@ -91,11 +81,11 @@ class AnswerStream:
 
     @property
     def per_call(self) -> int:
-        """Questions of one call."""
+        """Number of questions of one call."""
         return max(1, self.evaluation.call_size // self.evaluation.num_samples)
 
     def __len__(self) -> int:
-        # every rank makes the same number of calls, so that none waits for another in a collective
+        # the same on every rank, so that none waits for another in a collective
         return math.ceil(math.ceil(len(self.questions) / self.num_shares) / self.per_call)
 
     def __iter__(self) -> Iterator[EvalBatch]:
@@ -113,7 +103,7 @@ class AnswerStream:
             yield batch
 
     def _revise(self, batch: EvalBatch) -> None:
-        """Samples one revision of the first answers to each question, from the prefix of collection. Collective."""
+        """Samples one revision of the first responses to each question, from the prompt of collection. Collective."""
         sampling = self.evaluation.sampling
         firsts = [scored for group in batch.groups for scored in group[: self.evaluation.num_revised]]
         prompts = [self.policy.builder.revision_prompt(first) for first in firsts]

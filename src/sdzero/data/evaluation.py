@@ -1,4 +1,4 @@
-"""Questions and an engine without training data: for `sdzero validate`, `test` and `predict`."""
+"""Data module without training data, for `sdzero validate`, `test` and `predict`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sdzero.types import TraceBatch
 
 
 class EvaluationDataModule(StepDataModule):
-    """Samples answers to held-out questions.
+    """Responses to held-out questions.
 
     Args:
         task: questions and verifier.
         engine: rollout engine.
-        evaluation: what is sampled.
+        evaluation: questions and sampling.
         max_logprob_gap: as in StepDataModule.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
         max_engine_restarts: as in StepDataModule.

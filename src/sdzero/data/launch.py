@@ -1,4 +1,4 @@
-"""The processes of a stage that has no Trainer: how they are started, and what they tell each other."""
+"""Launch of collection's ranks, and collectives between them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import distributed as dist
 
 from sdzero.trainer.collectives import all_gather_objects
 
-# A rank may wait as long as another samples. One that dies closes its connections, which ends the wait at once.
-_PATIENCE = timedelta(days=7)
+# Ranks wait for the one that samples longest. A rank that dies closes its connections, which ends the wait at once.
+_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them. Neighbours share an engine where it spans several.
+    """This process among all ranks. Neighbouring ranks share an engine that spans several processes.
 
     Attributes:
-        rank: its number.
-        world_size: how many there are.
-        per_engine: ranks of one engine.
+        rank: index of this process.
+        world_size: number of processes.
+        per_engine: number of ranks of one engine.
     """
 
     rank: int = 0
     world_size: int = 1
     per_engine: int = 1
-    _everyone: Any = None  # process groups on the CPU; None: there is one process
+    _everyone: Any = None  # process groups on the CPU; None: one process
     _engine: Any = None
 
     @property
@@ -37,8 +37,8 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def leads(self) -> bool:
-        """Whether its engine's prompts are this rank's; the others of the engine have none."""
+    def is_leader(self) -> bool:
+        """True on the rank that has the prompts of its engine; the engine's other ranks have none."""
         return self.rank % self.per_engine == 0
 
     @property
@@ -46,15 +46,15 @@ class Ranks:
         return self.world_size // self.per_engine
 
     def leader(self, number: int) -> int:
-        """The rank that leads the engine whose turn it is at piece `number` of the work."""
+        """The leader of the engine that does chunk `number` of the work."""
         return number % self.num_engines * self.per_engine
 
     def takes(self, number: int) -> bool:
-        """Whether piece `number` of the work is for this rank's engine."""
+        """True if this rank's engine does chunk `number` of the work."""
         return self.leader(number) == self.rank - self.rank % self.per_engine
 
-    def largest(self, value: int) -> int:
-        """A number's largest value over the ranks of one engine. Collective for these."""
+    def all_reduce_max(self, value: int) -> int:
+        """Maximum of a number over the ranks of one engine. Collective over these."""
         if self.per_engine == 1:
             return value
         number = torch.tensor(value)
@@ -62,11 +62,11 @@ class Ranks:
         return int(number)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value. Collective."""
+        """Values of all ranks, in their order. Collective."""
         return [value] if self.world_size == 1 else all_gather_objects(value, self._everyone)
 
     def to_first(self, values: list[Any], owner: int) -> list[Any]:
-        """On the first rank the owner's list, elsewhere an empty one. Collective for these two."""
+        """The owner's list on the first rank, an empty one elsewhere. Collective over the two."""
         if self.is_first and owner != 0:
             received: list[Any] = [None]
             dist.recv_object_list(received, owner, group=self._everyone)
@@ -77,12 +77,12 @@ class Ranks:
 
 
 def launch(devices: int | Literal["auto"], num_nodes: int, per_engine: int) -> Ranks:
-    """Starts the other processes of this node by Lightning, unless torchrun or SLURM has started all of them.
+    """Starts the other processes of this node by Lightning Fabric, unless torchrun or SLURM has started all of them.
 
-    Each of them runs this very command from its start, and comes back from here too, on a device of its own.
+    Each process runs the same command from its start and returns from here, on a device of its own.
 
     Raises:
-        ValueError: the number of processes is no multiple of `per_engine`, or not the one that was started.
+        ValueError: the number of processes is not a multiple of `per_engine`, or not the number that was started.
     """
     num_devices = max(torch.cuda.device_count(), 1) if devices == "auto" else devices
     world_size = num_devices * num_nodes
@@ -97,7 +97,7 @@ def launch(devices: int | Literal["auto"], num_nodes: int, per_engine: int) -> R
     from lightning.fabric import Fabric  # takes seconds
 
     fabric = Fabric(devices=num_devices, num_nodes=num_nodes, strategy="ddp")
-    fabric.launch()  # refuses other numbers than torchrun's or SLURM's
-    everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    engine, _ = dist.new_subgroups(per_engine, backend="gloo", timeout=_PATIENCE)
+    fabric.launch()  # raises if torchrun or SLURM has started another number
+    everyone = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    engine, _ = dist.new_subgroups(per_engine, backend="gloo", timeout=_TIMEOUT)
     return Ranks(fabric.global_rank, fabric.world_size, per_engine, everyone, engine)

@@ -1,4 +1,4 @@
-"""A batch whose rollouts are drawn in a thread, while the step before it trains."""
+"""A batch whose rollouts are generated in a thread while the previous step trains."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Ahead:
-    """Begins to draw when it is made.
+class PrefetchedBatch:
+    """Starts generating when it is constructed.
 
     Attributes:
-        counter: the batch's number.
-        policy_version: of the weights that draw it.
-        weights: their checksum.
-        draw: returns this rank's rollouts.
-        stats: figures of what came before the draw, to be logged with the batch.
+        counter: number of the batch.
+        policy_version: version of the weights that generate it.
+        weights: checksum of these weights.
+        generate: returns this rank's rollouts.
+        stats: statistics of the sync before, logged with the batch.
     """
 
     counter: int
     policy_version: int
     weights: str
-    draw: Callable[[], Sequence[Rollout]]
+    generate: Callable[[], Sequence[Rollout]]
     stats: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        pool = ThreadPoolExecutor(1, "sdzero-ahead")
+        pool = ThreadPoolExecutor(1, "sdzero-prefetch")
         self._future = pool.submit(self._timed)
-        pool.shutdown(wait=False)  # the thread ends with its draw
+        pool.shutdown(wait=False)  # the thread ends with its task
 
     def _timed(self) -> tuple[Sequence[Rollout], float]:
         started = time.monotonic()
-        return self.draw(), time.monotonic() - started
+        return self.generate(), time.monotonic() - started
 
     def wait(self) -> None:
-        """Until it is drawn, or failed; raises nothing."""
+        """Waits until the batch is generated or has failed; raises nothing."""
         wait([self._future])
 
-    def take(self) -> tuple[Sequence[Rollout], dict[str, float]] | None:
-        """The rollouts and figures; None where the engine died of it, which is logged.
+    def result(self) -> tuple[Sequence[Rollout], dict[str, float]] | None:
+        """Rollouts and statistics; None, with a warning, if the engine died.
 
-        Raises: what the draw raised besides.
+        Raises: any other exception from sampling.
         """
         started = time.monotonic()
         try:
             rollouts, seconds = self._future.result()
         except EngineDied as error:
-            log.warning("batch %d, drawn ahead, is lost: %s", self.counter, error)
+            log.warning("batch %d, generated in advance, is lost: %s", self.counter, error)
             return None
         waited = time.monotonic() - started
         return rollouts, {**self.stats, "generate_seconds": seconds, "wait_seconds": waited}
 
-    def drop(self) -> None:
-        """For a batch that nobody will train on, once its engine is closed."""
+    def discard(self) -> None:
+        """Ends a batch that is not trained on, after its engine was closed."""
         self.wait()
-        log.warning("batch %d was drawn ahead and not trained on", self.counter)
+        log.warning("batch %d was generated in advance and not trained on", self.counter)
 
-    def state(self) -> dict[str, Any] | None:
-        """What finds the rollouts again in the journal, once they are drawn; None where that failed."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """Identity of the finished rollouts in the journal; None if generating them failed. Waits."""
         self.wait()
         if self._future.exception() is not None:
             return None

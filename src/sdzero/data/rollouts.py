@@ -1,4 +1,4 @@
-"""Streams rollouts, on-policy or one step off: sync, sample, reward, yield, once per optimizer step."""
+"""Batches of rollouts, on-policy or one version behind: sync, sample, score, once per optimizer step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdzero.data.base import NUM_CHECKED, StepDataModule
-from sdzero.data.eval_stream import Evaluation, at_least_one
-from sdzero.data.prefetch import Ahead
+from sdzero.data.base import StepDataModule
+from sdzero.data.eval_stream import Evaluation, check_positive
+from sdzero.data.policy_sampler import NUM_CHECKED
+from sdzero.data.prefetch import PrefetchedBatch
 from sdzero.data.sampler import score
 from sdzero.engines.base import RolloutEngine
 from sdzero.tasks.base import Task
@@ -21,30 +22,29 @@ from sdzero.utils.seeds import derive_seed, run_seed
 log = logging.getLogger(__name__)
 
 NUM_PROBED = 64
-"""Tokens of a response that is drawn only to compare log-probabilities."""
+"""Tokens of a response that is sampled only to compare log-probabilities."""
 
 
 class RolloutDataModule(StepDataModule):
-    """On-policy rollouts for phase 2.
+    """On-policy rollouts (phase 2).
 
     Args:
         task: questions and verifier.
         engine: rollout engine.
-        num_questions: questions of one epoch; each epoch asks them again in a new order.
-        prompts_per_step: questions of one optimizer step, over all ranks.
-        rollouts_per_prompt: responses per question.
+        num_questions: number of questions of one epoch; each epoch has a new order.
+        prompts_per_step: number of questions of one optimizer step, over all ranks.
+        rollouts_per_prompt: number of responses per question.
         split: split of the task.
-        sampling: how responses are drawn; on-policy training wants temperature 1 and top_p 1.
-        call_size: responses per generate call and rank; part of the run's identity. Smaller than a rank's share of a
-            step, each call but the last leaves the engine idle towards its end.
-        disjoint_from: file of `sdzero collect` with the question ids of phase 1 (questions.json), which must not
-            come again here; null checks nothing.
-        evaluation: what validation and test sample.
+        sampling: sampling parameters; on-policy training needs temperature 1 and top_p 1.
+        call_size: responses per generate call and rank; part of the run's identity. If it is smaller than a rank's
+            share of a step, the engine is partly idle at the end of each call.
+        disjoint_from: questions.json of `sdzero collect`, whose questions must not occur here; null checks nothing.
+        evaluation: questions and sampling of validation and test.
         max_logprob_gap: as in StepDataModule.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
         max_engine_restarts: as in StepDataModule.
-        overlap: while a step trains, the rollouts of the next are drawn, from the weights before that step: training
-            is off-policy by one version, but for the first step of an epoch. Needs an engine that samples elsewhere.
+        overlap: generate the rollouts of the next step while a step trains, from the weights before that step. Training
+            is then off-policy by one version, except in the first step of an epoch. Needs a remote engine.
     """
 
     def __init__(
@@ -67,10 +67,9 @@ class RolloutDataModule(StepDataModule):
         if overlap and not engine.is_remote:
             kind = type(engine).__name__
             raise ValueError(
-                f"data.overlap needs an engine that samples elsewhere, such as RemoteVLLMEngine; {kind} "
-                "computes where the trainer does"
+                f"data.overlap needs a remote engine, such as RemoteVLLMEngine; {kind} uses the trainer's devices"
             )
-        at_least_one(
+        check_positive(
             num_questions=num_questions,
             prompts_per_step=prompts_per_step,
             rollouts_per_prompt=rollouts_per_prompt,
@@ -86,8 +85,8 @@ class RolloutDataModule(StepDataModule):
         self.questions: list[Question] = []
         self.overlap = overlap
         self._saved_counter = 0
-        self._ahead: Ahead | None = None
-        self._restored: dict[str, Any] | None = None  # what a checkpoint says of the batch that was drawn ahead
+        self._prefetched: PrefetchedBatch | None = None
+        self._restored: dict[str, Any] | None = None  # identity of a checkpoint's prefetched batch
 
     @property
     def num_items(self) -> int:
@@ -118,119 +117,120 @@ class RolloutDataModule(StepDataModule):
 
     def make_batch(self, counter: int, indices: Sequence[int]) -> RolloutBatch:
         prompts = self._prompts(indices)
-        batch = self._take_ahead(counter) or self._draw_now(counter, prompts)
+        batch = self._take_prefetched(counter) or self._sample_batch(counter, prompts)
         if self.overlap:
             batch.max_lag = 1
             batch.stats["policy_lag"] = self.policy.policy_version - batch.policy_version
-            if self._goes_on(counter):
-                self._draw_ahead(counter + 1)
+            if not self._ends_epoch(counter):
+                self._prefetch(counter + 1)
         return batch
 
     def _prompts(self, indices: Sequence[int]) -> list[Prompt]:
         questions = [self.questions[i] for i in indices for _ in range(self.rollouts_per_prompt)]
         return [self.policy.builder.prompt(question) for question in questions]
 
-    def _draw_now(self, counter: int, prompts: Sequence[Prompt]) -> RolloutBatch:
-        # whole calls: what a kill leaves finished are the short responses, and a step must not lean towards them
+    def _sample_batch(self, counter: int, prompts: Sequence[Prompt]) -> RolloutBatch:
+        # whole calls: the finished responses of a killed call are its short ones, which would bias the step
         scored, stats = self.sample(prompts, self.sampling, _group(counter), self.call_size, keep_partial=False)
         return RolloutBatch(scored, self.policy.policy_version, counter, stats)
 
-    # --- drawn ahead --------------------------------------------------------------------------
+    # --- prefetch -----------------------------------------------------------------------------
 
-    def _goes_on(self, counter: int) -> bool:
-        """Whether another step of this epoch comes after batch `counter`."""
+    def _ends_epoch(self, counter: int) -> bool:
+        """True if batch `counter` is the last of the epoch or of the training."""
         assert self.trainer is not None
-        limit = self.trainer.max_steps
-        is_last = 0 <= limit <= self.trainer.global_step + 1
-        return not is_last and (counter + 1) % self.steps_per_epoch != 0
+        is_last = 0 <= self.trainer.max_steps <= self.trainer.global_step + 1
+        return is_last or (counter + 1) % self.steps_per_epoch == 0
 
-    def _draw_ahead(self, counter: int) -> None:
-        """Begins batch `counter` with the student's weights of now, once the engine has them. Collective."""
+    def _prefetch(self, counter: int) -> None:
+        """Starts batch `counter` with the student's current weights, once the engine has them. Collective."""
         prompts = self._prompts(self.indices(counter))
-        version, mine = self.policy.policy_version, self.share.part(prompts)
-        probes, stats = self.restarts.draw(lambda: self._probe(counter, mine))
-        stats |= {"engine_restarts": self.restarts.num, **self.check_policy(probes)}
-        sampler = replace(self.sampler, call_size=self.call_size)
+        version, own = self.policy.policy_version, self.share.scatter(prompts)
+        probes, stats = self.sampler.retry(lambda: self._probe(counter, own))
+        stats |= self.sampler.check(probes)
+        calls = replace(self.sampler.sampler, call_size=self.call_size)
 
-        def draw() -> list[Rollout]:
-            calls = sampler.draw(mine, self.sampling, _group(counter), version, keep_partial=False)
-            return [rollout for call in calls for rollout in call]
+        def generate() -> list[Rollout]:
+            batches = calls.generate(own, self.sampling, _group(counter), version, keep_partial=False)
+            return [rollout for batch in batches for rollout in batch]
 
-        self._ahead = Ahead(counter, version, sampler.weights, draw, stats)
+        self._prefetched = PrefetchedBatch(counter, version, calls.weights, generate, stats)
 
     def _probe(self, counter: int, prompts: Sequence[Prompt]) -> tuple[list[ScoredRollout], dict[str, float]]:
-        """Syncs, and draws beginnings of responses to compare log-probabilities by: when those of the batch itself have
-        been drawn, the trainer has moved on."""
-        stats = self.sync_policy()
+        """Syncs, and samples beginnings of responses to compare log-probabilities: once those of the batch itself are
+        there, the trainer has other weights."""
+        stats = self.sampler.sync()
         sampling = replace(self.sampling, max_new_tokens=min(NUM_PROBED, self.sampling.max_new_tokens))
         seed = derive_seed(run_seed(), "probe", counter, self.rank)
         version = self.policy.policy_version
-        wanted = prompts[:NUM_CHECKED] if self._gap is None else []
-        rollouts = self.sampler.engine.generate(wanted, sampling, seed, version)
+        wanted = prompts[:NUM_CHECKED] if self.sampler.logprob_gap is None else []
+        rollouts = self.sampler.sampler.engine.generate(wanted, sampling, seed, version)
         return [ScoredRollout(rollout, Verdict(0, "truncated")) for rollout in rollouts], stats
 
-    def _take_ahead(self, counter: int) -> RolloutBatch | None:
-        """What was drawn ahead, by this process or before a restart; None where nothing was. Collective."""
-        ahead, restored = self._ahead, self._restored
-        self._ahead = self._restored = None
-        if ahead is not None:
-            taken, version = ahead.take(), ahead.policy_version
+    def _take_prefetched(self, counter: int) -> RolloutBatch | None:
+        """The batch that was prefetched by this process or before a restart; None if there is none. Collective."""
+        prefetched, restored = self._prefetched, self._restored
+        self._prefetched = self._restored = None
+        if prefetched is not None:
+            taken, version = prefetched.result(), prefetched.policy_version
         elif restored is not None:
             taken, version = self._from_journal(**restored), restored["policy_version"]
         else:
             return None
-        if self._largest(int(taken is None)):
-            log.warning("batch %d is drawn anew from the current weights: what was drawn ahead is lost", counter)
+        if self.all_reduce_max(int(taken is None)):
+            log.warning("batch %d is sampled again with the current weights: the prefetched one is lost", counter)
             return None
         assert taken is not None and self.task is not None
         rollouts, stats = taken
-        return RolloutBatch(self.share.whole(score(rollouts, self.task)), version, counter, stats)
+        return RolloutBatch(self.share.gather(score(rollouts, self.task)), version, counter, stats)
 
     def _from_journal(
         self, counter: int, policy_version: int, weights: str
     ) -> tuple[Sequence[Rollout], dict[str, float]] | None:
-        sampler = replace(self.sampler, call_size=self.call_size, weights=weights)
-        mine = self.share.part(self._prompts(self.indices(counter)))
-        rollouts = sampler.drawn(mine, self.sampling, _group(counter), policy_version)
+        calls = replace(self.sampler.sampler, call_size=self.call_size, weights=weights)
+        own = self.share.scatter(self._prompts(self.indices(counter)))
+        rollouts = calls.from_journal(own, self.sampling, _group(counter), policy_version)
         return None if rollouts is None else (rollouts, {})
 
-    def sync_policy(self) -> dict[str, float]:
-        if self._ahead is not None:  # a validation comes between: one call at a time
-            self._ahead.wait()
-        return super().sync_policy()
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
+    ) -> tuple[list[ScoredRollout], dict[str, float]]:
+        if self._prefetched is not None:  # a validation between two steps: one call at a time
+            self._prefetched.wait()
+        return super().sample(prompts, sampling, group, call_size, keep_partial)
 
     def on_exception(self, exception: BaseException) -> None:
-        if self.overlap:  # else the draw under way would keep the process
+        if self.overlap:  # else the thread that generates would keep the process alive
             self.teardown("fit")
 
     def teardown(self, stage: str) -> None:
-        super().teardown(stage)  # which takes back what an engine is asked for
-        if self._ahead is not None:
-            self._ahead.drop()
-            self._ahead = None
+        super().teardown(stage)  # closing the engine ends its calls
+        if self._prefetched is not None:
+            self._prefetched.discard()
+            self._prefetched = None
 
     # --- checkpoints --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        # one checkpoint back is kept too: a restart may have to pass over the newest
+        # groups since the last checkpoint but one are kept: a restart may have to skip the newest checkpoint
         if self._sampler is not None and self.counter > self._saved_counter:  # several files may be saved at one step
             obsolete, self._saved_counter = self._saved_counter, self.counter
-            self._sampler.journal.forget(lambda group: "train-" <= group < _group(obsolete))
-        ahead = self._ahead.state() if self._ahead is not None else None  # waits: the next step would too
-        return {**super().state_dict(), **({"ahead": ahead} if ahead else {})}
+            self._sampler.sampler.journal.delete(lambda group: "train-" <= group < _group(obsolete))
+        prefetched = self._prefetched.state_dict() if self._prefetched is not None else None  # waits, as a step would
+        return {**super().state_dict(), **({"prefetched": prefetched} if prefetched else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._restored = state_dict.get("ahead") if self.overlap else None
+        self._restored = state_dict.get("prefetched") if self.overlap else None
 
 
 def _group(counter: int) -> str:
-    """The name of a batch's draw in the journal."""
+    """Name of a batch's calls in the journal."""
     return f"train-{counter:06d}"
 
 
 def _identities(path: Path) -> set[str]:
-    """The question ids that `sdzero collect` wrote."""
+    """Question identities that `sdzero collect` wrote."""
     if not path.is_file():
         raise FileNotFoundError(f"disjoint_from: no file {path}; `sdzero collect` writes it")
     try:

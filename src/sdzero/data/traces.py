@@ -1,4 +1,4 @@
-"""Traces for phase 1 and for the cross-entropy baselines."""
+"""Batches of traces for SRT, SFT and RFT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdzero.data.base import StepDataModule
-from sdzero.data.eval_stream import Evaluation, at_least_one
+from sdzero.data.eval_stream import Evaluation, check_positive
 from sdzero.data.trace_file import read_traces
 from sdzero.engines.base import RolloutEngine
 from sdzero.prompts import PromptBuilder
@@ -43,11 +43,11 @@ class TraceDataModule(StepDataModule):
     """Traces in batches of one optimizer step; validation samples from the policy where an engine is given.
 
     Args:
-        source: where the traces come from.
-        traces_per_step: global batch size.
+        source: source of the traces.
+        traces_per_step: number of traces of one optimizer step, over all ranks.
         task: questions and verifier of the evaluation.
         engine: rollout engine of the evaluation.
-        evaluation: what validation and test sample.
+        evaluation: questions and sampling of validation and test.
         max_logprob_gap: as in StepDataModule.
         engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
         max_engine_restarts: as in StepDataModule.
@@ -64,7 +64,7 @@ class TraceDataModule(StepDataModule):
         engine_dtype: str = "float32",
         max_engine_restarts: int = 2,
     ) -> None:
-        at_least_one(traces_per_step=traces_per_step)
+        check_positive(traces_per_step=traces_per_step)
         super().__init__(traces_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype, max_engine_restarts)
         self.source = source
         self.traces: list[Trace] = []

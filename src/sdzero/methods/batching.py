@@ -1,4 +1,4 @@
-"""Token sequences as tensors, and which of them share a micro batch: padded rows, or one row that holds them all."""
+"""Collation of token sequences into padded rows or one packed row, and their division into micro batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from sdzero.types import Example, TokenIds
 class SequenceBatch:
     """Right-padded rows, or all sequences packed into one row.
 
-    Causal attention never looks right, so padding needs no attention mask. Packed, B is 1 and positions start again at
-    0 with every sequence, which is how attention tells them apart.
+    Causal attention never looks right, so padding needs no attention mask. Packed, B is 1 and positions restart at 0
+    with every sequence, by which attention separates them.
 
-    input_ids: [B, T]; predicts: bool [B, T], the positions whose next token is a target; targets: [N], those next
-    tokens sequence by sequence; position_ids: [1, T] where packed, else None.
+    Attributes:
+        input_ids: [B, T].
+        predicts: bool [B, T], true at the positions whose next token is a target.
+        targets: [N], these next tokens, sequence by sequence.
+        position_ids: [1, T] if packed, else None.
     """
 
     input_ids: Tensor
@@ -35,7 +38,7 @@ class SequenceBatch:
 def collate(
     contexts: Sequence[TokenIds], targets: Sequence[TokenIds], pad_id: int, packed: bool = False
 ) -> SequenceBatch:
-    """Sequences context | target, padded to the longest or packed. Every context has at least one token."""
+    """Sequences context | target, padded to the longest or packed. Every context needs at least one token."""
     assert len(contexts) == len(targets) and all(contexts)
     lengths = [len(c) + len(t) for c, t in zip(contexts, targets, strict=True)]
     width = sum(lengths) if packed else max(lengths)
@@ -52,10 +55,10 @@ def collate(
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int, packed: bool = False) -> list[list[Example]]:
-    """Longest first, each micro batch as many examples as fit into `max_tokens`, at least one.
+    """Divides examples, longest first, into micro batches of at most `max_tokens`, but at least one example.
 
-    Padded, rows x longest count: neighbours in length share a micro batch. Packed, the examples' own tokens count, and
-    an example goes into the first micro batch that has room for it.
+    Padded, the size is rows x longest, and examples of similar length share a micro batch. Packed, it is the sum of
+    the examples' lengths, and an example joins the first micro batch with room for it.
     """
     batches: list[list[Example]] = []
     used: list[int] = []  # tokens of each batch
@@ -71,3 +74,9 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, packed: bool = F
             batches.append([example])
             used.append(example.length)
     return batches
+
+
+def filler_example(pad_id: int) -> Example:
+    """A short example of weight 0, for ranks that have run out of examples in a collective forward pass."""
+    pad = (pad_id,)
+    return Example("", pad, pad, teacher_context=pad, weight=0.0, logprobs=(0.0,))

@@ -1,4 +1,4 @@
-"""The learning rate's course."""
+"""Learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate's course, stepped once per optimizer step.
+    """Learning-rate schedule, stepped once per optimizer step.
 
     Args:
         name: `constant`, `linear` (to 0) or `cosine` (to 0), after the warm-up.
         warmup_steps: steps of linear warm-up.
-        warmup_ratio: the same as a share of all steps; only one of the two may be set.
+        warmup_ratio: warm-up as a fraction of all steps; only one of the two may be set.
     """
 
     name: Literal["constant", "linear", "cosine"] = "constant"
@@ -27,6 +27,7 @@ class Schedule:
             raise ValueError("schedule: set warmup_steps or warmup_ratio, not both")
 
     def build(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+        """The torch scheduler for a training of `num_steps` optimizer steps."""
         from transformers import get_scheduler
 
         name = "constant_with_warmup" if self.name == "constant" else self.name

@@ -1,4 +1,4 @@
-"""What a step that stopped the run was made of, on disk."""
+"""Error and batch dump of a step with a NaN or infinite loss or gradient."""
 
 from __future__ import annotations
 
@@ -12,19 +12,33 @@ from sdzero.types import Example
 from sdzero.utils.files import atomic_write
 
 
-def write_post_mortem(
-    folder: Path, step: int, rank: int, examples: Sequence[Example], figures: Mapping[str, float], counts: Sequence[int]
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite in more steps than `max_nonfinite_steps` allows."""
+
+
+def write_batch(
+    folder: Path,
+    step: int,
+    rank: int,
+    examples: Sequence[Example],
+    metrics: Mapping[str, float],
+    denominators: Sequence[int],
 ) -> Path:
     """Writes this rank's examples as FOLDER/step=N-rank=R.pt, and returns the path.
 
-    `torch.load(path)` gives a dict of plain Python values: step, rank, examples (the fields of `Example`: ids, token
-    ids, the teacher's context, rewards, weights), figures (loss, gradient norm, metrics; of all ranks) and counts
-    (what the loss was divided by).
+    `torch.load(path)` gives a dict of plain Python values: step, rank, examples (the fields of `Example`), metrics
+    (loss, gradient norm and others over all ranks) and denominators (of the loss).
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step={step}-rank={rank}.pt"
     rows = [asdict(example) for example in examples]
-    contents = {"step": step, "rank": rank, "examples": rows, "figures": dict(figures), "counts": list(counts)}
+    contents = {
+        "step": step,
+        "rank": rank,
+        "examples": rows,
+        "metrics": dict(metrics),
+        "denominators": list(denominators),
+    }
     with atomic_write(path) as file:
         torch.save(contents, file)
     return path

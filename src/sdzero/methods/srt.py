@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sdzero.losses import cross_entropy_head
-from sdzero.methods.base import Method
-from sdzero.methods.batching import collate
+from sdzero.methods.sft import SFT
 from sdzero.types import Example, LossOutput, TraceBatch
 
 
-class SRT(Method):
-    """Cross-entropy on self-revision traces, equation 3; on traces without y_init it is SFT or RFT.
+class SRT(SFT):
+    """L_revision + L_generation on self-revision traces, equation 3. A trace without y_init has the generation term
+    only.
 
-    L_revision and L_generation are sums over the same token sequence, so token weights give both from
-    one pass: 1/N_gen on y_init and P_r, 1/N_gen + 1/N_rev on y_revised.
+    Both terms are sums over the same token sequence, so token weights give both from one pass: 1/N_gen on y_init and
+    P_r, 1/N_gen + 1/N_rev on y_revised.
 
     Args:
         revision_weight: factor of L_revision (equation 1).
@@ -29,44 +27,31 @@ class SRT(Method):
     def __init__(self, *args: Any, revision_weight: float = 1.0, generation_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if revision_weight < 0 or generation_weight < 0 or not revision_weight + generation_weight:
-            raise ValueError("revision_weight and generation_weight must be at least 0, and one of them above")
+            raise ValueError("revision_weight and generation_weight must be non-negative and not both zero")
         self.revision_weight = revision_weight
         self.generation_weight = generation_weight
 
     def examples(self, batch: TraceBatch) -> list[Example]:
         if not self.generation_weight and all(trace.reward is None for trace in batch.traces):
-            return []  # demonstrations have the generation term only: with that off they teach nothing
-        examples = []
-        for trace in batch.traces:
-            initial = trace.init_ids + trace.bridge_ids
-            target = initial + trace.revised_ids
-            # without y_init there is nothing to revise: the trace has no revision tokens
-            num_init = len(initial) if trace.reward is not None else len(target)
-            examples.append(Example(trace.question.id, trace.prompt_ids, target, num_init=num_init))
-        return examples
+            return []  # no trace has a term with a weight: the batch counts as skipped
+        return super().examples(batch)
 
-    def counts(self, examples: Sequence[Example]) -> list[int]:
-        """N_gen, N_rev, and the traces of each term."""
+    def loss_denominators(self, examples: Sequence[Example]) -> list[int]:
+        """N_gen, the traces with that term, N_rev, and the traces with that term."""
         revised = [len(e.target) - e.num_init for e in examples]
-        return [sum(len(e.target) for e in examples), sum(revised), len(examples), sum(n > 0 for n in revised)]
+        return [*super().loss_denominators(examples), sum(revised), sum(n > 0 for n in revised)]
 
     def num_trained(self, examples: Sequence[Example]) -> int:
-        return sum(self.counts(examples)[:2])
+        num_generation, _, num_revision, _ = self.loss_denominators(examples)
+        return num_generation + num_revision
 
-    def loss(self, examples: Sequence[Example], counts: Sequence[float], prepared: None = None) -> LossOutput:
-        contexts, targets = [e.context for e in examples], [e.target for e in examples]
-        batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
-        num_generated, num_revised = counts[:2] if self.reduction == "token_mean" else counts[2:]
-        generation = torch.cat([torch.full((len(e.target),), e.weight) for e in examples]).to(self.device)
-        is_revised = torch.cat([torch.arange(len(e.target)) >= e.num_init for e in examples]).to(self.device)
-        generation = generation / num_generated
-        revision = generation * is_revised * (num_generated / max(num_revised, 1))
+    def loss(self, examples: Sequence[Example], denominators: Sequence[float], precomputed: None = None) -> LossOutput:
+        num_generation, num_revision = denominators[0::2] if self.reduction == "token_mean" else denominators[1::2]
+        is_revision = torch.cat([torch.arange(len(e.target)) >= e.num_init for e in examples]).to(self.device)
+        generation = self.example_weights(examples) / num_generation
+        revision = generation * is_revision * (num_generation / max(num_revision, 1))
         weights = self.generation_weight * generation + self.revision_weight * revision
-
-        def head(hidden: Tensor, weight: Tensor) -> LossOutput:
-            return cross_entropy_head(hidden, weight, batch.targets, weights, 1.0)
-
-        output = self.student(batch.input_ids, batch.predicts, head, batch.position_ids)
+        output = self.cross_entropy(examples, weights)
         surprisal = -output.metrics["logprobs"]
         metrics = {"loss_generation": surprisal @ generation, "loss_revision": surprisal @ revision}
         return LossOutput(output.loss, metrics)

@@ -1,9 +1,8 @@
-"""Which model, how it is read, and its name by a hash."""
+"""Model config and loading."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +15,7 @@ from sdzero.prompts import ControlPhrases, PromptBuilder
 from sdzero.utils.seeds import derive_seed
 
 PACKING = ("flash_", "flex_")
-"""How the names of the attentions begin that find the sequences of a packed row by their positions, at no cost."""
+"""Prefixes of the attention implementations that separate the sequences of a packed row by position, at no cost."""
 
 Output = TypeVar("Output")
 Head = Callable[[Tensor, Tensor], Output]
@@ -24,22 +23,22 @@ Head = Callable[[Tensor, Tensor], Output]
 
 @dataclass
 class ModelConfig:
-    """Which model, and how it is read.
+    """A model folder or hub id, and how it is loaded.
 
     Args:
         path: model folder in Hugging Face format, or a hub id.
         weights: `pretrained` reads the weights; `random` initialises them from the run's seed.
         dtype: dtype of the weights in memory. Trained weights must be `float32`: the Trainer's precision
-            (`bf16-mixed`) is what makes the computation bfloat16. Frozen ones may be `bfloat16`: a teacher's, and
-            those beside adapters, which are `float32` themselves.
+            (`bf16-mixed`) sets the dtype of the computation. Frozen weights may be `bfloat16`: a teacher's, and those
+            beside adapters, which are `float32` themselves.
         system: system message, null for the template's own default.
         control_phrases: P_0 and P_1 of the paper's section 2.1.
         chat_template_kwargs: passed to the chat template, e.g. `{enable_thinking: false}`.
         attn_implementation: attention of `transformers`, e.g. `sdpa`, `eager`, `flash_attention_2`, `flex_attention`.
-            Those of the flash and flex kind skip what a sequence must not see: a micro batch is then one row that
-            holds all its sequences, without padding. The others get padded rows, neighbours in length together.
+            With the flash and flex kinds a micro batch is one packed row of sequences without padding; with the
+            others it is padded rows of similar length.
         gradient_checkpointing: recompute activations in the backward pass.
-        layer_classes: class names of the layers to shard one by one; null takes the model's own.
+        layer_classes: class names of the layers that are sharded individually; null takes the model's own.
         cpu_offload: keep sharded weights and optimizer state in host memory.
         lora: train adapters beside the frozen weights; null trains the weights. Needs the extra `lora`.
     """
@@ -58,14 +57,14 @@ class ModelConfig:
 
     @property
     def packs(self) -> bool:
-        """Whether attention costs nothing between the sequences of one row, so that they need no row each."""
+        """True if the attention skips other sequences of the same row, so that micro batches are packed."""
         return self.attn_implementation.startswith(PACKING)
 
     def check_path(self) -> None:
-        """A path that looks like a folder must be a model folder.
+        """Checks a path that looks like a folder.
 
         Raises:
-            FileNotFoundError: the folder, or its config.json, is not there.
+            FileNotFoundError: the folder or its config.json does not exist.
         """
         path = Path(self.path)
         looks_local = path.is_absolute() or self.path.startswith(".") or self.path.count("/") != 1 or path.exists()
@@ -76,7 +75,11 @@ class ModelConfig:
             )
 
     def builder(self) -> PromptBuilder:
-        """Raises: FileNotFoundError where the hub does not have the model, or is out of reach."""
+        """Prompt builder with the model's tokenizer.
+
+        Raises:
+            FileNotFoundError: the model does not exist, or the hub cannot be reached.
+        """
         self.check_path()
         try:
             return PromptBuilder.from_pretrained(
@@ -91,14 +94,20 @@ class ModelConfig:
             ) from error
 
     def hf_config(self) -> Any:
+        """Hugging Face config of the model."""
         from transformers import AutoConfig
 
         self.check_path()
         return AutoConfig.from_pretrained(self.path)
 
 
+def max_positions(hf_config: Any) -> int:
+    """Longest sequence of a model in tokens; 2**31 where its config sets no limit."""
+    return getattr(hf_config, "max_position_embeddings", None) or 2**31
+
+
 class LanguageModel(nn.Module):
-    """A Hugging Face causal LM whose forward pass ends in a loss head instead of in logits.
+    """A Hugging Face causal LM whose forward pass ends in a loss head instead of logits.
 
     The head is called inside the forward pass, where sharded weights are gathered.
     """
@@ -114,9 +123,9 @@ class LanguageModel(nn.Module):
     def forward(
         self, input_ids: Tensor, predicts: Tensor, head: Head[Output], position_ids: Tensor | None = None
     ) -> Output:
-        """`head(hidden [N, H], weight [V, H])` of the positions chosen by `predicts`, both [B, T].
+        """Returns `head(hidden [N, H], weight [V, H])` at the N positions where `predicts` [B, T] is true.
 
-        `position_ids` [1, T] start again at 0 with each sequence of a packed row.
+        `position_ids` [1, T] restart at 0 with each sequence of a packed row.
         """
         decoder = self.hf.get_decoder()
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
@@ -124,15 +133,15 @@ class LanguageModel(nn.Module):
 
 
 def load(config: ModelConfig, seed: int) -> LanguageModel:
-    """The model of `config` on the CPU, in training mode, its weights of `config.dtype`."""
+    """Loads the model of `config` on the CPU, in training mode, with weights of `config.dtype`."""
     from transformers import AutoModelForCausalLM
 
     config.check_path()
     if config.lora is not None:
         check_installed()
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
-    # Lightning calls with the accelerator as default device: random weights would depend on it, and transformers
-    # would want a further library to read weights straight onto it
+    # Lightning sets the accelerator as default device: random weights would depend on it, and transformers
+    # would need accelerate to load weights onto it
     with torch.device("cpu"), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(derive_seed(seed, "weights"))
         if config.weights == "pretrained":
@@ -144,24 +153,4 @@ def load(config: ModelConfig, seed: int) -> LanguageModel:
             add_adapters(hf, config.lora)
     if config.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return LanguageModel(hf).train()  # from_pretrained returns eval mode, where checkpointing does nothing
-
-
-def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over name, dtype, shape and bytes of every weight, sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights, key=lambda item: item[0]):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{name}\0{dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def folder_sha256(folder: Path) -> str:
-    """`weights_sha256` of an exported model folder."""
-    from safetensors.torch import load_file
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    return weights_sha256(item for file in files for item in load_file(file).items())
+    return LanguageModel(hf).train()  # from_pretrained returns eval mode, which disables checkpointing

@@ -45,25 +45,6 @@ def check_installed() -> None:
         raise ModuleNotFoundError('student.lora needs peft: pip install "sdzero[lora]"', name="peft")
 
 
-def check_strategy(lora: Lora | None, dtype: str, strategy: Any) -> None:
-    """Adapters train on one device, under DDP, FSDP2 and FSDP1. To be asked before any weights are read.
-
-    Raises:
-        ValueError: the Trainer's strategy cannot hold adapters beside weights of that dtype.
-    """
-    if lora is None:
-        return
-    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy  # collection does without Lightning
-
-    if isinstance(strategy, ModelParallelStrategy) and int(strategy._tensor_parallel_size) > 1:
-        raise ValueError("student.lora: adapters have no tensor-parallel plan: set tensor_parallel_size to 1")
-    if isinstance(strategy, FSDPStrategy) and dtype != "float32":
-        raise ValueError(
-            "student.lora: FSDPStrategy wants weights and adapters of one dtype: set student.dtype=float32, or take "
-            "sdzero.trainer.FullShard as trainer.strategy"
-        )
-
-
 def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
     """Name -> linear layer of a Hugging Face model that gets an adapter. Weights may lie on the meta device.
 

@@ -1,16 +1,17 @@
-"""A model over several processes: tensor parallelism, FSDP2 and FSDP1, decoder layer by decoder layer."""
+"""A model over several processes: tensor parallelism, FSDP2, FSDP1 and DDP; every test of a strategy's type is here."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
@@ -22,17 +23,91 @@ from torch.distributed.tensor.parallel import (
 )
 
 from sdzero.models.language_model import LanguageModel, ModelConfig
+from sdzero.models.lora import Lora
 
-# The styles of transformers' own plans, by torch's. What a plan does not name is computed whole by every rank.
+if TYPE_CHECKING:  # collection, which hashes weights, does without Lightning
+    from sdzero.trainer.shares import Share
+
+# The styles of transformers' own plans as torch's classes. Modules not in a plan are replicated.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
-    # where a norm stands between them that needs all heads of a token
+    # around a norm over all heads of a token
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
     "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
-    # a norm of single heads, [B, T, heads, head size]: each rank has its heads, so its gradients are summed
+    # a norm over single heads, [B, T, heads, head size]: each rank has its own heads, so gradients are summed
     "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
 }
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_parallel(config: ModelConfig, hf_config: Any, strategy: Any, num_members: int) -> None:
+    """Checks a model against the Trainer's strategy, before any weights are read.
+
+    Raises:
+        ValueError: as `check_adapters` and `check_tensor_parallel`.
+    """
+    check_adapters(config.lora, config.dtype, strategy)
+    check_tensor_parallel(hf_config, num_members)
+
+
+def check_adapters(lora: Lora | None, dtype: str, strategy: Any) -> None:
+    """Adapters train on one device and under DDP, FSDP2 and FSDP1.
+
+    Raises:
+        ValueError: the strategy does not support adapters beside weights of that dtype.
+    """
+    if lora is None:
+        return
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    if isinstance(strategy, ModelParallelStrategy) and int(strategy._tensor_parallel_size) > 1:
+        raise ValueError("student.lora: adapters have no tensor-parallel plan: set tensor_parallel_size to 1")
+    if isinstance(strategy, FSDPStrategy) and dtype != "float32":
+        raise ValueError(
+            "student.lora: FSDPStrategy needs weights and adapters of one dtype: set student.dtype=float32, or use "
+            "sdzero.trainer.FullShard as trainer.strategy"
+        )
+
+
+def check_tensor_parallel(hf_config: Any, size: int) -> None:
+    """Raises: ValueError if a model of this Hugging Face config cannot be split over `size` ranks."""
+    if size == 1:
+        return
+    subject = f"strategy.tensor_parallel_size={size}: {hf_config.model_type}"
+    plan = _plan(hf_config)
+    if not plan:
+        raise ValueError(f"{subject} has no plan for tensor parallelism in transformers: set it to 1")
+    if unknown := sorted(set(plan.values()) - STYLES.keys()):
+        raise ValueError(f"{subject} needs {', '.join(unknown)}, which is not supported: set it to 1")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (count := getattr(hf_config, name, None) or 0) % size:
+            raise ValueError(f"{subject} has {name}={count}, which it does not divide: choose another size")
+
+
+def _plan(hf_config: Any) -> dict[str, str]:
+    """Module of the decoder -> style. Embedding, final norm and head are replicated: the losses need the full head."""
+    plan = getattr(hf_config, "base_model_tp_plan", None) or {}
+    return {name: style for name, style in plan.items() if name.startswith("layers.")}
+
+
+# --- sharding -------------------------------------------------------------------------------------
+
+
+def shard(model: LanguageModel, config: ModelConfig, strategy: Any, compute_dtype: torch.dtype | None) -> nn.Module:
+    """Wraps a model as the Trainer's strategy requires; unchanged on one device and under DDP.
+
+    FSDP wraps the model here, not the LightningModule, which holds a student and a teacher (lightning#19626).
+    """
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    if isinstance(strategy, ModelParallelStrategy):
+        return shard_fsdp2(model, config, strategy.device_mesh, compute_dtype)
+    if isinstance(strategy, FSDPStrategy):
+        return shard_fsdp1(model, config, strategy.root_device, compute_dtype)
+    return model
 
 
 def _layers(model: LanguageModel, config: ModelConfig) -> list[nn.Module]:
@@ -43,45 +118,24 @@ def _layers(model: LanguageModel, config: ModelConfig) -> list[nn.Module]:
     return layers
 
 
-def check_tensor_parallel(hf_config: Any, size: int) -> None:
-    """Raises: ValueError if a model of that Hugging Face config cannot be computed by `size` ranks together."""
-    if size == 1:
-        return
-    what = f"strategy.tensor_parallel_size={size}: {hf_config.model_type}"
-    plan = _plan(hf_config)
-    if not plan:
-        raise ValueError(f"{what} has no plan for tensor parallelism in transformers: set it to 1")
-    if unknown := sorted(set(plan.values()) - STYLES.keys()):
-        raise ValueError(f"{what} wants {', '.join(unknown)}, which is not supported: set it to 1")
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (count := getattr(hf_config, name, None) or 0) % size:
-            raise ValueError(f"{what} has {name}={count}, which it does not divide: choose another size")
-
-
-def _plan(hf_config: Any) -> dict[str, str]:
-    """Module of the decoder -> style. Embedding, final norm and head stay whole: the loss heads take the whole head."""
-    plan = getattr(hf_config, "base_model_tp_plan", None) or {}
-    return {name: style for name, style in plan.items() if name.startswith("layers.")}
-
-
 def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Cuts the layers' weights over the ranks of `mesh`, by transformers' own plan; in place.
+    """Splits the layers' weights over the ranks of `mesh`, by transformers' own plan; in place.
 
     Raises:
         ValueError: as `check_tensor_parallel`.
     """
     check_tensor_parallel(model.hf.config, mesh.size())
     plan = {name: STYLES[style]() for name, style in _plan(model.hf.config).items()}
-    parallelize_module(model.hf.get_decoder(), mesh, plan, src_data_rank=None)  # all have read the same: send nothing
+    parallelize_module(model.hf.get_decoder(), mesh, plan, src_data_rank=None)  # all ranks loaded the same: no send
 
 
 def shard_fsdp2(
     model: LanguageModel, config: ModelConfig, mesh: DeviceMesh, compute_dtype: torch.dtype | None
 ) -> nn.Module:
-    """FSDP2: every decoder layer and the root. The root stays gathered after its forward pass, head included.
+    """FSDP2 of every decoder layer and the root. The root stays gathered after its forward pass, head included.
 
-    `mesh` is two-dimensional, data_parallel x tensor_parallel. Layers are cut by tensor parallelism first, and sharded
-    over the ranks that have the same cut; the root, which is not cut, over all ranks.
+    `mesh` is two-dimensional, data_parallel x tensor_parallel. Layers are first split by tensor parallelism and then
+    sharded over the ranks with the same split; the root, which is not split, is sharded over all ranks.
     """
     layer_mesh = root_mesh = mesh["data_parallel"]
     if mesh["tensor_parallel"].size() > 1:
@@ -95,46 +149,6 @@ def shard_fsdp2(
         fully_shard(layer, mesh=layer_mesh, **options)
     fully_shard(model, mesh=root_mesh, reshard_after_forward=False, **options)  # in place
     return model
-
-
-@torch.no_grad()
-def average_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Averages the gradients of the layers' weights that each rank of a tensor-parallel group holds whole. Collective
-    over the group.
-
-    They are the same but for rounding, which on a GPU has no fixed order. AdamW would make steps of it, and the copies
-    would drift apart.
-    """
-    sharded = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
-    grads = [grad.to_local() for grad in sharded if grad.device_mesh.mesh_dim_names == ("data_parallel",)]
-    mean = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(mean, group=group)
-    mean /= group.size()
-    for grad, of_one in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(of_one.view_as(grad))
-
-
-def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales the gradients so that their norm over all ranks is at most `max_norm`, and returns what it was. Collective
-    where they are sharded.
-
-    Under tensor parallelism parameters lie on meshes of several shapes, which torch does not put into one sum.
-    """
-    on_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            on_mesh[parameter.device_mesh].append(parameter)
-    if len(on_mesh) < 2:
-        return _whole(nn.utils.clip_grad_norm_(parameters, max_norm))
-    grads = [[p.grad for p in group if p.grad is not None] for group in on_mesh.values()]
-    norm = torch.stack([_whole(nn.utils.get_total_norm(of_group)) for of_group in grads]).norm()
-    for group in on_mesh.values():
-        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
-    return norm
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_fsdp1(
@@ -152,3 +166,105 @@ def shard_fsdp1(
         device_id=device,
         use_orig_params=True,
     )
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def gradient_sync(model: nn.Module, strategy: Any, is_last: bool, every_time: bool) -> AbstractContextManager[Any]:
+    """Context of one micro batch's backward pass: gradients are reduced over ranks in the last one only.
+
+    With `every_time` they are reduced in each.
+    """
+    from lightning.pytorch.strategies import DDPStrategy
+
+    reduces = is_last or every_time
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(reduces)
+        # keeps embedding and head gathered, as the forward pass left them, for the next micro batch
+        model.set_reshard_after_backward(is_last, recurse=False)
+    elif isinstance(model, FSDP1) and not reduces:
+        return model.no_sync()
+    elif isinstance(strategy, DDPStrategy) and not reduces:
+        return strategy.block_backward_sync()
+    return nullcontext()
+
+
+def clip_gradients(model: nn.Module, max_norm: float, share: Share) -> Tensor:
+    """Clips the gradients to `max_norm` over all ranks, and returns the norm before, on the CPU. Collective."""
+    if isinstance(model, FSDP1):
+        return model.clip_grad_norm_(max_norm).cpu()
+    parameters = [*model.parameters()]
+    if share.within is not None:
+        average_copies(parameters, share.within)
+    return clip_grad_norm(parameters, max_norm).detach().cpu()
+
+
+@torch.no_grad()
+def average_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Averages the gradients of the layers' weights that are replicated in a tensor-parallel group. Collective.
+
+    They are equal but for rounding, whose order on a GPU is not fixed. AdamW would turn the differences into steps,
+    and the copies would drift apart.
+    """
+    sharded = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    grads = [grad.to_local() for grad in sharded if grad.device_mesh.mesh_dim_names == ("data_parallel",)]
+    mean = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(mean, group=group)
+    mean /= group.size()
+    for grad, of_one in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(of_one.view_as(grad))
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradients to a norm of at most `max_norm` over all ranks, and returns the norm before.
+
+    Collective where they are sharded. Under tensor parallelism parameters lie on meshes of several shapes, which torch
+    does not combine into one norm.
+    """
+    on_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            on_mesh[parameter.device_mesh].append(parameter)
+    if len(on_mesh) < 2:
+        return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
+    grads = [[p.grad for p in group if p.grad is not None] for group in on_mesh.values()]
+    norm = torch.stack([full_tensor(nn.utils.get_total_norm(of_group)) for of_group in grads]).norm()
+    for group in on_mesh.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard; any other tensor itself. Collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def unwrap(model: nn.Module) -> LanguageModel:
+    """The language model inside FSDP1's wrapper, or `model` itself."""
+    inner = model.module if isinstance(model, FSDP1) else model
+    assert isinstance(inner, LanguageModel)
+    return inner
+
+
+def gathered(model: nn.Module, writeback: bool) -> AbstractContextManager[Any]:
+    """Context in which FSDP1's parameters are full; nothing for other models. Collective under FSDP1.
+
+    FSDP1's root keeps a gathered copy, which would hide an update of its shards: `writeback` keeps changes.
+    """
+    return FSDP1.summon_full_params(model, writeback=writeback) if isinstance(model, FSDP1) else nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops gathered FSDP2 copies, which may be stale or in the dtype of the computation."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def can_change_device(model: nn.Module) -> bool:
+    """True if `model.to(device)` moves the weights between steps; FSDP1's flat parameters stay where they are."""
+    return not isinstance(model, FSDP1)

@@ -53,7 +53,7 @@ Check = Callable[[str, Sequence[str]], dict[str, Any]]
 def content_sha256(path: Path) -> str:
     """Hash of an input: of the weights of a model folder, of the bytes of a file. A hub id stands for itself."""
     if path.is_dir():
-        from sdzero.models.language_model import folder_sha256  # brings torch, which --help does without
+        from sdzero.models.weights import folder_sha256  # brings torch, which --help does without
 
         return folder_sha256(path)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)

@@ -23,14 +23,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sdzero.callbacks import TeacherSync
 from sdzero.data.base import StepDataModule
 from sdzero.methods import Schedule, SelfDistill
-from sdzero.methods.base import BUDGET, FAULTS
+from sdzero.methods.base import FAULTS
 from sdzero.models.language_model import ModelConfig
 from sdzero.models.lora import Lora
 from sdzero.models.weights import full_weights
 from sdzero.trainer import sharded_checkpoint
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO
 from sdzero.trainer.strategies import FSDP, FullShard
-from sdzero.types import RolloutBatch
+from sdzero.types import BUDGET, RolloutBatch
 from sdzero.utils.seeds import derive_seed
 from support.ranks.forked import forked
 from support.ranks.train_stored import items

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 
 from sdzero.data import Evaluation, EvaluationDataModule
-from sdzero.methods import Method
+from sdzero.methods import Policy
 from sdzero.models.language_model import ModelConfig
 from sdzero.tasks import Suite
 from sdzero.trainer.strategies import FullShard
@@ -48,7 +48,7 @@ def evaluate(ranks: int, strategy: Callable[[], Any], model: str, out: Path, ran
         default_root_dir=out.with_suffix(""),
         use_distributed_sampler=False,
     )
-    method = Method(ModelConfig(model))
+    method = Policy(ModelConfig(model))
     trainer.test(method, EvaluationDataModule(suite, Notes(say), settings, max_logprob_gap=99), verbose=False)
     asked = [{*method.eval_rewards}]
     if ranks > 1:

@@ -22,7 +22,7 @@ from sdzero.methods.batching import collate
 from sdzero.models.language_model import LanguageModel, ModelConfig, load
 from sdzero.models.parallelize import average_copies, shard_fsdp2
 from sdzero.models.weights import full_weights, lerp_weights
-from sdzero.trainer.strategies import Share
+from sdzero.trainer.shares import Share
 from support.ranks.checkpoint_ranks import fit
 from support.ranks.forked import forked
 
@@ -85,7 +85,7 @@ def work(folders: list[str], out: Path, rank: int) -> None:
     dist.init_process_group("gloo")
     share = Share(0, 1, rank, 2, within=dist.group.WORLD)
     for count in range(6):
-        assert share.whole([*share.part(range(count))]) == [*range(count)]
+        assert share.gather([*share.scatter(range(count))]) == [*range(count)]
     torch.save({Path(folder).name: compare(folder, rank) for folder in folders}, out / f"rank{rank}.pt")
     dist.barrier()
 

@@ -24,7 +24,8 @@ from sdzero.data.base import stream_loader
 from sdzero.methods import SRT, SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.models.weights import full_weights
-from sdzero.trainer.strategies import FullShard, share_of
+from sdzero.trainer.shares import share_of
+from sdzero.trainer.strategies import FullShard
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
 from support.ranks.forked import forked
 
