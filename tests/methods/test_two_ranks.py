@@ -152,7 +152,7 @@ def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path:
 
 def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: Path) -> None:
     """Gather, reload, generate, reward, distil, save sharded, export."""
-    overlays = ["recipes/smoke/self_distill", "data/vllm_cpu", "trainer/fsdp2"]
+    overlays = ["recipes/smoke/self_distill", "engines/vllm_cpu", "trainer/fsdp2"]
     line = [sys.executable, "-m", "sdzero", "fit"]
     line += [part for overlay in overlays for part in ("--config", f"configs/{overlay}.yaml")]
     line += [

@@ -36,10 +36,6 @@ class DryStage:
     learned_to_revise: bool
 
     @property
-    def samples_at_length_of_phase2(self) -> bool:
-        return self.learned_to_revise or self.kind == "rollouts"
-
-    @property
     def data(self) -> Config:
         """The arguments of its data module; of a collection all of them."""
         return self.config if self.kind == "collection" else self.config["data"]["init_args"]
