@@ -132,7 +132,7 @@ def sequences(builder: PromptBuilder) -> dict[str, list[TokenIds]]:
 
 
 def golden(name: str) -> dict[str, Any]:
-    """What golden/<name>.json holds: per sequence its ids and their text, part by part."""
+    """Content of golden/<name>.json: per sequence its ids and their text, part by part."""
     make = BUILDERS[name]
     found = sequences(make()) | {"prompt with system": [make(system=SYSTEM).chat(QUESTION.text)]}
     for thinking in (False, True):
@@ -354,7 +354,7 @@ def test_the_two_srt_terms_share_one_row(y, revised):
 
 
 def read(context: Context, item: ScoredRollout, siblings: list[ScoredRollout]) -> str:
-    """What the teacher reads as the user's message."""
+    """The user's message of a teacher context."""
     text = QWEN3.tokenizer.decode(context(QWEN3, item, siblings).token_ids)
     assert text.startswith("<|im_start|>user\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     return text.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")

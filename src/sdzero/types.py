@@ -34,7 +34,7 @@ BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 
 
 def benchmark_of(question_id: str) -> str:
-    """What stands before the first slash of a question's id; empty where there is none."""
+    """The part of a question's id before the first slash; empty without one."""
     name, slash, _ = question_id.partition("/")
     return name if slash else ""
 
@@ -43,10 +43,10 @@ def benchmark_of(question_id: str) -> str:
 class Question:
     """A question `x` with its gold answer `a`; `meta` holds what only the task understands.
 
-    An id begins with the name of its task, or of its benchmark, and a slash: figures are told apart by it.
+    An id begins with the name of its task or benchmark and a slash, by which metrics are grouped.
 
-    Questions of one `family` ask for the same in other words, or in another language: a split has all of them or
-    none. Empty: the question stands alone.
+    Questions of one `family` are the same in other words or another language: a split has all of them or none. Empty:
+    the question has no family.
     """
 
     id: str
@@ -57,18 +57,18 @@ class Question:
 
     @property
     def identity(self) -> str:
-        """What two splits must not share."""
+        """Key that two splits must not share."""
         return self.family or self.id
 
     @property
     def benchmark(self) -> str:
-        """Whose figures the question counts for."""
+        """Benchmark whose metrics the question counts for."""
         return benchmark_of(self.id)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the engine continues: the question's prompt, or that prompt + body(y) + bridge(r)."""
+    """Token ids that the engine continues: the question's prompt, or that prompt + body(y) + bridge(r)."""
 
     question: Question
     token_ids: TokenIds
@@ -76,12 +76,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """Sampling parameters.
 
     Args:
-        temperature: the logits are divided by it; 0 always takes the likeliest token.
-        top_p: draws only among the likeliest tokens that together have this probability; 1 draws among all.
-        max_new_tokens: most tokens of a response, its end-of-turn token included; a longer one is cut, and wrong.
+        temperature: divisor of the logits; 0 always takes the likeliest token.
+        top_p: probability of the smallest set of likeliest tokens to sample from; 1 samples from all.
+        max_new_tokens: maximum number of tokens of a response, with its end-of-turn token; a longer one is truncated
+            and counts as wrong.
     """
 
     temperature: float = 1.0
@@ -112,7 +113,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says: the binary reward, why, and the answer it read (None: nothing to read)."""
+    """A verifier's binary reward, its reason, and the parsed answer (None: nothing to parse)."""
 
     reward: Literal[0, 1]
     reason: Reason
@@ -127,7 +128,7 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """The tokens the teacher reads before the copy of `y` that it scores."""
+    """Token ids that the teacher reads before the copy of `y` that it scores."""
 
     token_ids: TokenIds
 
@@ -136,8 +137,8 @@ class TeacherContext:
 class Trace:
     """A row of D_revision. Ids as sampled: prompt | body(y_init) | bridge(r) | body(y_revised) + end-of-turn.
 
-    A trace without `y_init` (`reward` None, `init_ids` and `bridge_ids` empty) is a demonstration:
-    it has the generation term only (SFT, RFT).
+    A trace without `y_init` (`reward` None, `init_ids` and `bridge_ids` empty) is a demonstration; it has the
+    generation term only (SFT, RFT).
     """
 
     question: Question
@@ -150,7 +151,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: context | target, and what the teacher reads instead of the context.
+    """One training sequence: context | target, and the teacher's context.
 
     `num_init` is the index in `target` where y_revised starts; `weight` is 0 for a filler row; `logprobs` are the
     engine's log-probabilities of a sampled target.
@@ -172,8 +173,8 @@ class Example:
 
 @dataclass
 class RolloutBatch:
-    """All rollouts of one optimizer step that are a rank's share. `stats` are figures of sampling, to be logged;
-    `max_lag`: how many versions the student may be ahead of `policy_version`."""
+    """All rollouts of one optimizer step that are a rank's share. `stats` are statistics of sampling, to be logged;
+    `max_lag` is the maximum number of versions the student may be ahead of `policy_version`."""
 
     scored: list[ScoredRollout]
     policy_version: int
@@ -223,7 +224,7 @@ class EvalBatch:
 
 @dataclass
 class LossOutput:
-    """A scalar loss to be differentiated, and detached per-token values, each of shape [N]."""
+    """A scalar loss for the backward pass, and detached per-token values, each of shape [N]."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)

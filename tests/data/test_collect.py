@@ -108,7 +108,7 @@ def plainly(
     counts: dict[str, Counter[str]] = defaultdict(Counter)
 
     def judge(kind: str, text: str, answer: str) -> tuple[bool, list[int]]:
-        """Whether it is right, and its ids with the end-of-turn token where it finished."""
+        """True if it is right, and its ids, with the end-of-turn token if it finished."""
         body = encode(text)
         finished = len(body) < LIMIT
         ids = [*body, builder.end_id] if finished else body

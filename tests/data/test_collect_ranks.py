@@ -85,7 +85,7 @@ def collect(model: ModelConfig, out: Path, engine: Actor, **options: Any) -> Non
 
 @pytest.fixture(scope="module")
 def alone(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process writes."""
+    """Output of one process."""
     out = tmp_path_factory.mktemp("alone")
     collect(model, out, Actor())
     rewards = Counter(row["reward"] for row in rows(out / "traces.jsonl"))

@@ -34,7 +34,7 @@ for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
 
 
 def bash(script: str, *arguments: str | Path, programs: Path = ROOT, cwd: Path = ROOT, **variables: str) -> str:
-    """What a script of configs/scripts says. It finds `programs` first, then those of this interpreter."""
+    """Output of a script of configs/scripts. It finds `programs` first, then those of this interpreter."""
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["bash", str(CLUSTER / script), *map(str, arguments)]
     variables = environment(PATH=path, **variables)

@@ -1,4 +1,4 @@
-"""Which items a step holds: every epoch a new order, every rank its own share, nothing lost."""
+"""Items of a step: every epoch a new order, every rank its own share, nothing lost."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Seeds(ScriptedEngine):
 
 
 class Killed(BaseException):
-    """What no code is there to catch."""
+    """An end of the process that no code catches."""
 
 
 class Stepping(ScriptedEngine):
@@ -180,7 +180,7 @@ def test_ranks_that_share_an_engine_make_every_call_together(builder: PromptBuil
     """Five prompts on one rank, two on the other; after a kill one has two calls more in its journal."""
 
     def together(*num: int) -> list[list[list[str]]]:
-        """What each rank's engine was asked for; a rank that waits for the other in vain breaks the barrier."""
+        """Calls of each rank's engine; a rank that waits for the other in vain breaks the barrier."""
         barrier, said = threading.Barrier(2, timeout=10), [0, 0]
 
         def run(rank: int) -> list[list[str]]:

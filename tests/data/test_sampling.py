@@ -1,4 +1,4 @@
-"""What the data modules sample: evaluation, phase 2's rollouts, and the checks after a sync."""
+"""Sampling of the data modules: evaluation, phase 2's rollouts, and the checks after a sync."""
 
 from __future__ import annotations
 

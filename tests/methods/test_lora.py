@@ -71,7 +71,7 @@ def batches(scored: Sequence[ScoredRollout], num_steps: int) -> list[Any]:
 
 
 def base_of(method: Method) -> dict[str, Tensor]:
-    """What is frozen, under the names of the model's folder."""
+    """The frozen weights by their names in the model's folder."""
     assert isinstance(method.student, nn.Module)
     frozen = {n: p for n, p in weights_of(method.student).items() if ".lora_" not in n}
     return {name.removeprefix("hf.").replace(".base_layer.", "."): p for name, p in frozen.items()}

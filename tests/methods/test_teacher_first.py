@@ -30,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Passes(L.Callback):
-    """Whose forward pass ran when, in training."""
+    """Order of the forward passes in training."""
 
     def __init__(self) -> None:
         self.order = ""

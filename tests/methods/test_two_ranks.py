@@ -141,7 +141,7 @@ def test_figures_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: P
 
 
 def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path: Path) -> None:
-    """What FSDPStrategy leaves to the models: wrapping, clipping, gathering, and an EMA and a copy of the teacher."""
+    """The models' part under FSDPStrategy: wrapping, clipping, gathering, and an EMA and a copy of the teacher."""
     one, two = (run("fsdp1_ranks.py", tmp_path / f"{n}.pt", n, model_folder, tmp_path / f"{n}.pt") for n in (1, 2))
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
     assert one["norms"] == pytest.approx(two["norms"], rel=1e-5)

@@ -39,7 +39,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def learnt(weights: dict[str, torch.Tensor], base: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What the adapters add; everything else must be the folder's to the bit."""
+    """The adapters' part of the weights; everything else must be the folder's to the bit."""
     frozen = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
     assert weights.keys() == frozen.keys()
     added = {name: tensor - frozen[name].float() for name, tensor in weights.items() if "_proj" in name}

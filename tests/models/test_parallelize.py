@@ -1,4 +1,4 @@
-"""Which layers are sharded; sharded runs are tested in tests/methods and tests/models."""
+"""Choice of the sharded layers; sharded runs are tested in tests/methods and tests/models."""
 
 from __future__ import annotations
 

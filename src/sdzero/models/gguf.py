@@ -1,4 +1,4 @@
-"""`sdzero import-gguf`: a model folder in Hugging Face format out of one GGUF file."""
+"""`sdzero import-gguf`: conversion of a GGUF file to a model folder in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import Any
 from sdzero.utils.files import atomic_folder
 
 PACKAGES = ("gguf", "accelerate")
-"""What transformers needs to read a GGUF file."""
+"""Packages that transformers needs to read a GGUF file."""
 
 
 def import_gguf(file: Path, folder: Path) -> None:
-    """Writes weights, config, tokenizer with its chat template, and generation_config; whole or not at all.
+    """Writes weights, config, tokenizer with its chat template, and generation_config, atomically.
 
-    The weights are float32: the only dtype of the three that holds de-quantised values exactly, and the one that
-    training wants. A tokenizer is what transformers makes of the file, which says little about how text is cut into
-    words before its merges apply.
+    The weights are float32, which holds de-quantised values exactly and which training needs. The tokenizer is the one
+    that transformers builds from the file, which says little about how text is split before merges apply.
 
     Raises:
         ModuleNotFoundError: a package of `PACKAGES` is missing.
-        FileNotFoundError: there is no such file.
-        FileExistsError: there is something at `folder`.
+        FileNotFoundError: the file does not exist.
+        FileExistsError: `folder` exists.
         ValueError: not a GGUF file, or not one of an architecture that transformers reads.
     """
     _check(file, folder)

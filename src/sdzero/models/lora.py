@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 BASE, ADAPTER = ".base_layer.", ".lora_"
-"""What peft puts into the names of an adapted layer's own weights, and of its adapters'."""
+"""Parts of the parameter names that peft gives to an adapted layer's own weights and to its adapters."""
 
 
 @dataclass
 class Lora:
-    """Adapters beside a decoder's linear layers; embedding and head have none. There is no dropout: the weights that
-    are trained are those that have sampled.
+    """Adapters beside a decoder's linear layers; embedding and head have none. There is no dropout, so that the trained
+    weights are those that have sampled.
 
     Args:
-        rank: of each adapter.
-        alpha: what an adapter adds is scaled by alpha / rank.
+        rank: rank of each adapter.
+        alpha: an adapter's output is scaled by alpha / rank.
         target_modules: `all-linear`, or the last names of the linear layers that get adapters, e.g. `[q_proj, v_proj]`.
     """
 
@@ -40,7 +40,7 @@ class Lora:
 
 
 def check_installed() -> None:
-    """Raises: ModuleNotFoundError: peft is missing; names the extra that brings it."""
+    """Raises: ModuleNotFoundError if peft is missing; names the extra that installs it."""
     if find_spec("peft") is None:
         raise ModuleNotFoundError('student.lora needs peft: pip install "sdzero[lora]"', name="peft")
 
@@ -49,7 +49,7 @@ def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
     """Name -> linear layer of a Hugging Face model that gets an adapter. Weights may lie on the meta device.
 
     Raises:
-        ValueError: a target is none of the model's linear layers.
+        ValueError: a target is not a linear layer of the model.
     """
     head = hf.get_output_embeddings()
     linear = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -64,15 +64,15 @@ def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
 
 
 def num_adapter_parameters(hf: Any, lora: Lora) -> int:
-    """How many parameters train. The model must have no adapters yet."""
+    """Number of trained parameters of a model that has no adapters yet."""
     return sum(lora.rank * (layer.in_features + layer.out_features) for layer in target_layers(hf, lora).values())
 
 
 def add_adapters(hf: Any, lora: Lora) -> None:
-    """Freezes a Hugging Face model and puts float32 adapters into it, drawn from torch's random state.
+    """Freezes a Hugging Face model and adds float32 adapters, initialised from torch's random state.
 
     Raises:
-        ValueError: a target is none of the model's linear layers.
+        ValueError: a target is not a linear layer of the model.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -93,19 +93,19 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One layer's: `down` is A [rank, in], `up` is B [out, rank]."""
+    """Adapter of one layer: `down` is A [rank, in], `up` is B [out, rank]."""
 
     down: Tensor
     up: Tensor
     scale: float
 
     def merge(self, weight: Tensor) -> Tensor:
-        """The layer's weight [out, in] with what the adapter adds, in float32, where its small changes are not lost."""
+        """The layer's weight [out, in] plus the adapter's product, in float32, which keeps its small changes."""
         return weight.float() + (self.up @ self.down) * self.scale
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Name of an adapted layer -> its adapter; without adapters, nothing. Of a sharded model: its shards."""
+    """Name of an adapted layer -> its adapter; of a sharded model, its shards."""
     return {
         name: Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
         for name, layer in _adapted_layers(model)
@@ -113,9 +113,9 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 class AdaptersOff:
-    """A model as it was before training: the same weights, its adapters switched off for the length of a call.
+    """A model before training: the same weights, with its adapters switched off during a call.
 
-    It is no module, so that a checkpoint holds the model once.
+    Not a module, so that a checkpoint holds the model once.
     """
 
     def __init__(self, model: nn.Module) -> None:
