@@ -205,6 +205,9 @@ def test_second_process_reads_the_cache_offline(
     commit = hub.publish(COUNTDOWN, make(tmp_path, COUNTDOWN))
     path = {"id": COUNTDOWN, "revision": commit, "columns": [], "streaming": True}
     task = {"class_path": "sdzero.tasks.Countdown", "init_args": {"path": path}}
+    (tmp_path / "recipe.yaml").write_text(
+        "stages: {base: {trains: false}, collect: {command: collect}, self_distill: {}}"
+    )
     (tmp_path / "collect.yaml").write_text(json.dumps({"task": task}))
     for name in ("self_distill", "eval"):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"data": {"init_args": {"task": task}}}))
