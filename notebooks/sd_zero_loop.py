@@ -57,7 +57,7 @@ def working(first: int, steps: Sequence[tuple[str, int]], rng: random.Random, er
 def stream(rng: random.Random, error_rate: float = 0.2) -> Iterator[tuple[Question, str]]:
     """Yield distinct questions, each with a noisy document that answers it, for pre-training.
 
-    A fifth of the documents hold a second attempt after a control phrase, drawn regardless of the first one's answer:
+    A fifth of the documents hold a second attempt after a control phrase, chosen regardless of the first one's answer:
     the base learns the form of a revision, not when or how to revise.
     """
     seen = set()

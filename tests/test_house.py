@@ -1,7 +1,8 @@
-"""Layout, wheel, light imports, and documents that name existing files."""
+"""Layout, wheel, light imports, documents that name existing files, docstrings that follow the style rule."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import sdzero
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 LINKED = ("callbacks", "configs")
+RELATIVE = re.compile(r"(What|Whether|Where|Which|How|Who|Whose)\b")
 NOT_SOURCE = (".git", ".venv*", "runs", "models", "build", "dist", "*.egg-info", "*_cache", "__pycache__")
 
 
@@ -114,6 +116,18 @@ def test_documents_name_only_files_that_exist(document: Path) -> None:
     assert [name for name in linked if not (document.parent / name).exists()] == []
     quoted = re.findall(r"\b(?:src|callbacks|configs|tests|docs|notebooks|benchmarks)/[\w./-]*\w", text)
     assert [name for name in quoted if not (ROOT / name).exists() and not is_inherited(ROOT / name)] == []
+
+
+def test_docstrings_do_not_start_with_a_relative_clause() -> None:
+    """Their first line is an imperative for a function, a noun phrase for a class or module."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    offenders = [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {doc.splitlines()[0]}"
+        for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, documented) and (doc := ast.get_docstring(node)) and RELATIVE.match(doc)
+    ]
+    assert offenders == []
 
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:

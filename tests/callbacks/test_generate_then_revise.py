@@ -74,7 +74,7 @@ class Script(Notes):
         return line
 
 
-def figures(trainer: L.Trainer, kind: str) -> dict[str, float]:
+def metrics(trainer: L.Trainer, kind: str) -> dict[str, float]:
     return {name: float(trainer.callback_metrics[f"eval/{kind}_{name}"]) for name in REVISE}
 
 
@@ -91,7 +91,7 @@ def evaluation(call_size: int) -> Evaluation:
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 @pytest.mark.parametrize("call_size", [NUM_SAMPLES, 2 * NUM_SAMPLES, 512])
-def test_the_figures_are_those_counted_by_hand(
+def test_the_metrics_are_those_counted_by_hand(
     path: Path, builder: PromptBuilder, tmp_path: Path, stage: str, call_size: int
 ) -> None:
     """Whatever the size of a call; twice in a row, so nothing is left from the evaluation before."""
@@ -101,8 +101,8 @@ def test_the_figures_are_those_counted_by_hand(
     method = Policy(ModelConfig(str(path)))
     for _ in range(2):
         getattr(trainer, stage)(method, datamodule=data, verbose=False)
-        assert figures(trainer, "revise") == pytest.approx(REVISE)
-        assert figures(trainer, "resample") == pytest.approx(RESAMPLE)
+        assert metrics(trainer, "revise") == pytest.approx(REVISE)
+        assert metrics(trainer, "resample") == pytest.approx(RESAMPLE)
         assert trainer.callback_metrics["eval/revise_dropped"] == 0
         assert trainer.callback_metrics["eval/avg_at_k"] == pytest.approx(6 / 9)
         for name, parts in (("tokens1", [texts[:NUM_ATTEMPTS] for texts in FIRST]), ("tokens2", REVISED)):
@@ -135,7 +135,7 @@ def test_it_revises_the_validations_of_a_training_run(path: Path, builder: Promp
 
     class Watch(L.Callback):
         def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            seen.append(figures(trainer, "revise"))
+            seen.append(metrics(trainer, "revise"))
 
     data = RolloutDataModule(
         Toy(),
@@ -167,7 +167,7 @@ def test_what_would_not_fit_is_dropped_and_counted(builder: PromptBuilder, tmp_p
         trainer.test(Policy(ModelConfig(str(path))), data, verbose=False)
         assert trainer.callback_metrics["eval/revise_dropped"] == dropped
         assert trainer.callback_metrics["eval/revise_acc1"] != pytest.approx(REVISE["acc1"])
-        assert figures(trainer, "resample") == pytest.approx(RESAMPLE)
+        assert metrics(trainer, "resample") == pytest.approx(RESAMPLE)
 
 
 def test_it_says_which_key_gives_it_something_to_read(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A fit that a signal ends goes on as if there had been none: the same weights, figures and teacher, to the bit."""
+"""A fit that a signal ends goes on as if there had been none: the same weights, metrics and teacher, to the bit."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def test_goes_on_to_the_bit(path: Path, tmp_path: Path, whole: Fit, moment: str)
     assert first.engine.num_calls + second.engine.num_calls == whole.engine.num_calls, "no call is made twice"
     seen: dict[int, dict[str, float]] = {}
     for fit in (first, second):
-        for at, figures in fit.points.items():
-            assert not seen.get(at, {}).keys() & figures.keys(), "logged once"
-            seen.setdefault(at, {}).update(figures)
+        for at, metrics in fit.points.items():
+            assert not seen.get(at, {}).keys() & metrics.keys(), "logged once"
+            seen.setdefault(at, {}).update(metrics)
     assert seen.keys() == whole.points.keys()
-    for at, figures in whole.points.items():
-        assert seen[at] == pytest.approx(figures, nan_ok=True), at
+    for at, metrics in whole.points.items():
+        assert seen[at] == pytest.approx(metrics, nan_ok=True), at
 
 
 def test_after_the_last_step_the_run_ends_as_it_would(path: Path, tmp_path: Path, whole: Fit) -> None:
@@ -134,7 +134,7 @@ def test_after_the_last_step_the_run_ends_as_it_would(path: Path, tmp_path: Path
     validating = Fit(path, tmp_path / "b", {whole.engine.num_calls - 1: signal.SIGTERM})
     for fit, root in ((last, tmp_path / "a"), (validating, tmp_path / "b")):
         assert fit.code == 0 and fit.points.keys() == whole.points.keys()
-        assert all(fit.points[at] == pytest.approx(figures, nan_ok=True) for at, figures in whole.points.items())
+        assert all(fit.points[at] == pytest.approx(metrics, nan_ok=True) for at, metrics in whole.points.items())
         assert same(weights_of(fit.method), weights_of(whole.method))
         assert newest_checkpoint(root / "checkpoints") == root / f"checkpoints/preempted-step={NUM_STEPS}.ckpt"
 

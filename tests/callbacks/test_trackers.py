@@ -53,23 +53,23 @@ def step(path: Path, batch: list[ScoredRollout], tracker: Any, root: Path) -> di
 
 def test_keywords(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     batch = scored(builder)
-    figures = step(path, batch, KeywordTracker(), tmp_path)
-    assert figures["keywords_per_response"] == pytest.approx(3 / 4)
-    assert figures["keywords_per_1k_tokens"] == pytest.approx(3000 / sum(len(s.rollout.token_ids) for s in batch))
-    assert figures["keywords_share"] == pytest.approx(2 / 4)
-    assert figures["keywords_r0"] == pytest.approx(3 / 2) and figures["keywords_r1"] == 0
+    metrics = step(path, batch, KeywordTracker(), tmp_path)
+    assert metrics["keywords_per_response"] == pytest.approx(3 / 4)
+    assert metrics["keywords_per_1k_tokens"] == pytest.approx(3000 / sum(len(s.rollout.token_ids) for s in batch))
+    assert metrics["keywords_share"] == pytest.approx(2 / 4)
+    assert metrics["keywords_r0"] == pytest.approx(3 / 2) and metrics["keywords_r1"] == 0
 
 
 def test_lengths(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     batch = scored(builder)
     lengths = [len(s.rollout.token_ids) for s in batch]
-    figures = step(path, batch, LengthTracker(), tmp_path)
+    metrics = step(path, batch, LengthTracker(), tmp_path)
     assert lengths[0] == 6 and lengths[2] == 5
-    assert figures["length_r1"] == pytest.approx((lengths[0] + lengths[3]) / 2)
-    assert figures["length_r0"] == pytest.approx((lengths[1] + lengths[2]) / 2)
-    assert (figures["length_p50"], figures["length_p90"]) == (sorted(lengths)[1], max(lengths))
-    assert figures["length_max"] == max(lengths)
-    assert "length_think" not in figures  # its tokenizer knows no thought
+    assert metrics["length_r1"] == pytest.approx((lengths[0] + lengths[3]) / 2)
+    assert metrics["length_r0"] == pytest.approx((lengths[1] + lengths[2]) / 2)
+    assert (metrics["length_p50"], metrics["length_p90"]) == (sorted(lengths)[1], max(lengths))
+    assert metrics["length_max"] == max(lengths)
+    assert "length_think" not in metrics  # its tokenizer knows no thought
 
 
 def test_thought_is_counted_apart(tmp_path: Path) -> None:
@@ -83,11 +83,11 @@ def test_thought_is_counted_apart(tmp_path: Path) -> None:
 
 
 def test_copies_and_leaks(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
-    figures = step(path, scored(builder), CopyTracker(), tmp_path)
-    assert [figures[f"phrase_leak{p}"] for p in ("", "_p0", "_p1")] == pytest.approx([2 / 4, 1 / 4, 1 / 4])
+    metrics = step(path, scored(builder), CopyTracker(), tmp_path)
+    assert [metrics[f"phrase_leak{p}"] for p in ("", "_p0", "_p1")] == pytest.approx([2 / 4, 1 / 4, 1 / 4])
     second, fourth = len("1+2=3, 3"), len("abcdef")  # a character a token; "1+2=" is the common run
-    assert figures["copy_rate"] == pytest.approx(4 / (second + fourth))
-    assert not [name for name in figures if name.startswith("revise")]
+    assert metrics["copy_rate"] == pytest.approx(4 / (second + fourth))
+    assert not [name for name in metrics if name.startswith("revise")]
 
 
 def test_a_rate_without_anything_to_count_is_nan(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_drawn_traces_are_candidates_in_their_order(model: ModelConfig, tmp_path
 def test_too_few_traces_are_said(model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     collect(model, tmp_path, num_traces=500)
     kept = len(rows(tmp_path / "traces.jsonl"))
-    assert f"num_traces: wanted 500, but only {kept} could be drawn" in caplog.text
+    assert f"num_traces: 500 requested, only {kept} available" in caplog.text
 
 
 # --- interruptions --------------------------------------------------------------------------------

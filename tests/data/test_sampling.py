@@ -307,15 +307,15 @@ def test_an_engine_is_started_on_first_use_warmed_up_once_and_closed(
     data = attach(phase2())
     data.teardown("fit")
     assert events == []
-    steps, figures = iter(data.train_dataloader()), []
+    steps, metrics = iter(data.train_dataloader()), []
     for version in range(3):
         data.policy.policy_version = version
-        figures.append(next(steps).stats["warmup_seconds"])
+        metrics.append(next(steps).stats["warmup_seconds"])
     data.teardown("fit")
     data.teardown("fit")
     assert events == ["start", "sync", "warm_up", "sync", "sync", "close"], (
         "its first weights are what it warms up with"
     )
-    assert figures[0] >= 0.002 and figures[1:] == [0.0, 0.0]
+    assert metrics[0] >= 0.002 and metrics[1:] == [0.0, 0.0]
     data.sampler.sync()
     assert events[-3:] == ["start", "sync", "warm_up"], "another engine is cold"

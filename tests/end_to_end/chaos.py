@@ -116,7 +116,7 @@ def harass(whole: Path, out: Path, rng: random.Random, num_kills: int) -> Iterat
 
 
 def compare(whole: Path, out: Path) -> None:
-    """Weights, traces, figures, rewards and questions are the same, to the bit."""
+    """Weights, traces, metrics, rewards and questions are the same, to the bit."""
     ours, theirs = ([{**row, "seconds": 0} for row in read_json(run / "summary.json")] for run in (out, whole))
     assert ours == theirs  # each model's weights by their hash
     names = ("traces.jsonl", "questions*.json", "results.json", "rewards.json")

@@ -86,7 +86,7 @@ def test_told_to_end_in_the_midst_of_rollouts_and_hung_after_that(smoke_run: Pat
     assert code == 0, said
     stacks = out / "self_distill/stacks.txt"
     assert f"stage self_distill hung or crashed in native code (exit code 1; its stacks: {stacks}): restart 1" in said
-    assert said.count(f"going on from {out}/self_distill/checkpoints/preempted-step=3.ckpt") == 2, "it hung at step 4"
+    assert said.count(f"resuming from {out}/self_distill/checkpoints/preempted-step=3.ckpt") == 2, "it hung at step 4"
     assert not stacks.exists(), "it is of the last attempt"
 
     ours, theirs = ([{**row, "seconds": 0} for row in read_json(run / "summary.json")] for run in (out, smoke_run))

@@ -46,16 +46,16 @@ def test_killed_again_and_again(
 
     # in SD, once step 2 is in a checkpoint, the run alone: its orphan ends by itself
     killed = kill_at(out, "replace=step=2.ckpt.sha256.json", "run")
-    assert killed.code == -signal.SIGKILL and "going on from" in killed.said and "step=2.ckpt" in killed.said
+    assert killed.code == -signal.SIGKILL and "resuming from" in killed.said and "step=2.ckpt" in killed.said
     assert "srt/model/sdzero.json" in killed.files and "self_distill/model/sdzero.json" not in killed.files
 
     # in SD, after its last checkpoint and before its export: there is nothing left to train
     killed = kill_at(out, "replace=step=5.ckpt.sha256.json", "group")
-    assert "going on from" in killed.said and "self_distill/model/sdzero.json" not in killed.files
+    assert "resuming from" in killed.said and "self_distill/model/sdzero.json" not in killed.files
 
     done = sdzero("run", SMOKE, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("going on from") == 1 and "step=5.ckpt" in done.stdout
+    assert done.stdout.count("resuming from") == 1 and "step=5.ckpt" in done.stdout
 
     whole, resumed = read_json(smoke_run / "summary.json"), read_json(out / "summary.json")
     assert [row["weights_sha256"] for row in resumed] == [row["weights_sha256"] for row in whole]

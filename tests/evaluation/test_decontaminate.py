@@ -69,12 +69,12 @@ def test_a_passage_is_thirteen_words() -> None:
     assert overlaps({"b": " ".join(words)}, {"t": inside}) == [Overlap("b", "t", False, 1)]
 
 
-def test_the_figures_of_a_benchmark() -> None:
+def test_the_metrics_of_a_benchmark() -> None:
     long = " ".join(f"word{number}" for number in range(20))
     benchmark = {"b1": long, "b2": "Short one?", "b3": "Another one", "b4": f"Hidden: {long}!"}
     training = {"phase1": {"t1": long, "t2": "SHORT ONE"}, "phase2": {"t3": f"{long} more"}}
-    figures = report({"made": benchmark, "none": {}}, training)
-    row = figures["benchmarks"]["made"]
+    metrics = report({"made": benchmark, "none": {}}, training)
+    row = metrics["benchmarks"]["made"]
     assert {key: value for key, value in row.items() if key != "pairs"} == {
         **{"questions": 4, "short": 2, "exact": 2, "passages": 2, "overlapping": 3, "share": 0.75}
     }
@@ -85,7 +85,7 @@ def test_the_figures_of_a_benchmark() -> None:
         ("b1", "t3", False, 8),
         ("b4", "t3", False, 8),
     ]
-    assert figures["training"] == {"phase1": 2, "phase2": 1} and figures["benchmarks"]["none"]["share"] == 0.0
+    assert metrics["training"] == {"phase1": 2, "phase2": 1} and metrics["benchmarks"]["none"]["share"] == 0.0
 
 
 def test_many_questions_take_seconds() -> None:
@@ -143,9 +143,9 @@ def test_a_recipes_report(recipe: Path, capsys: pytest.CaptureFixture[str], monk
     assert "3 of phase1 and 2 of phase2" in said and "compared as a whole only" in said
     lines = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
     assert "50.0%" in lines["first"] and "100.0%" in lines["second"]
-    figures = json.loads((recipe / "overlap.json").read_text())
-    assert figures["training"] == {"phase1": 3, "phase2": 2}
-    pairs = {name: row["pairs"] for name, row in figures["benchmarks"].items()}
+    metrics = json.loads((recipe / "overlap.json").read_text())
+    assert metrics["training"] == {"phase1": 3, "phase2": 2}
+    pairs = {name: row["pairs"] for name, row in metrics["benchmarks"].items()}
     assert [(pair["exact"], pair["passages"]) for pair in pairs["first"]] == [(True, 0)]
     assert [(pair["exact"], pair["passages"]) for pair in pairs["second"]] == [(False, 4)]
     assert pairs["first"][0]["benchmark"].startswith("first/math/")
@@ -155,8 +155,8 @@ def test_a_recipes_report(recipe: Path, capsys: pytest.CaptureFixture[str], monk
 def test_only_what_is_trained_on_counts(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (recipe / "collect.yaml").write_text(json.dumps({"task": "../task.yaml", "num_questions": 1}))
     assert exit_code(monkeypatch, "decontaminate", recipe, "--json", recipe / "overlap.json") == 0
-    figures = json.loads((recipe / "overlap.json").read_text())
-    assert figures["training"]["phase1"] == 1 and figures["benchmarks"]["first"]["overlapping"] == 0
+    metrics = json.loads((recipe / "overlap.json").read_text())
+    assert metrics["training"]["phase1"] == 1 and metrics["benchmarks"]["first"]["overlapping"] == 0
 
 
 def test_what_is_no_recipe_is_refused(

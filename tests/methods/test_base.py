@@ -62,7 +62,7 @@ def sgd(lr: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", [SFT, SRT, SelfDistill])
 def test_filler_rows_weigh_nothing(path: Path, builder: PromptBuilder, tmp_path: Path, kind: type[Method]) -> None:
-    """A rank that has run out of rows computes one, so that all ranks meet: neither loss nor figures change."""
+    """A rank that has run out of rows computes one, so that all ranks meet: neither loss nor metrics change."""
     scored = [make_scored(builder, Question("q", "1+1=", "2"), text, reward=r) for r, text in enumerate(("3", "so 2"))]
     trace = make_trace(builder, "q", "1+1=3", "1+1=2", reward=0)
     batch = TraceBatch([trace], 0) if issubclass(kind, SFT) else make_batch(scored)

@@ -24,7 +24,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_first_batch_without_questions_knows_k_and_the_benchmarks(path: Path) -> None:
-    """All ranks must reduce the same figures, whichever of them had no question left for its first call."""
+    """All ranks must reduce the same metrics, whichever of them had no question left for its first call."""
     method = Policy(ModelConfig(str(path)))
     names = ("a", "b")
     method.validation_step(EvalBatch([], 0, 0, 3, names), 0)
@@ -50,15 +50,15 @@ def evaluate(path: Path, root: Path, suite: Suite, num_questions: int | None) ->
     return method, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def test_figures_per_benchmark_and_averaged_by_hand(path: Path, tmp_path: Path) -> None:
+def test_metrics_per_benchmark_and_averaged_by_hand(path: Path, tmp_path: Path) -> None:
     """x has four questions: right, wrong, cut, wrong; y has two: right, wrong. Both answers to a question are alike."""
     suite = Suite({"x": Toy(), "y": Toy()}, {"x": 4, "y": 2})
-    method, figures = evaluate(path, tmp_path, suite, None)
+    method, metrics = evaluate(path, tmp_path, suite, None)
     assert method.eval_rewards == {f"x/eval-{i}": [int(i == 0)] * 2 for i in range(4)} | {
         f"y/eval-{i}": [int(i == 0)] * 2 for i in range(2)
     }
-    of_x, of_y = ({name.removeprefix(f"eval/{b}/"): v for name, v in figures.items() if f"/{b}/" in name} for b in "xy")
-    assert of_x.keys() == of_y.keys() == {name.removeprefix("eval/") for name in figures if name.count("/") == 1}
+    of_x, of_y = ({name.removeprefix(f"eval/{b}/"): v for name, v in metrics.items() if f"/{b}/" in name} for b in "xy")
+    assert of_x.keys() == of_y.keys() == {name.removeprefix("eval/") for name in metrics if name.count("/") == 1}
     errors = {"x": math.sqrt(0.75 / 3 / 4), "y": math.sqrt(0.5 / 1 / 2)}  # squares / (n - 1) / n
     expected_x = {"avg_at_k": 0.25, "pass_at_2": 0.25, "truncated": 0.25, "correct": 0.25, "wrong": 0.5}
     expected_y = {"avg_at_k": 0.5, "pass_at_2": 0.5, "truncated": 0.0, "correct": 0.5, "wrong": 0.5}
@@ -69,13 +69,13 @@ def test_figures_per_benchmark_and_averaged_by_hand(path: Path, tmp_path: Path) 
     for name in of_x:
         mean = (of_x[name] + of_y[name]) / 2
         both = math.hypot(of_x[name], of_y[name]) / 2 if name.endswith("_se") else mean
-        assert figures[f"eval/{name}"] == pytest.approx(both, rel=1e-6), name
+        assert metrics[f"eval/{name}"] == pytest.approx(both, rel=1e-6), name
 
 
-def test_one_benchmark_has_its_figures_without_its_name(path: Path, tmp_path: Path) -> None:
-    _, figures = evaluate(path, tmp_path, Suite({"x": Toy()}, 4), 3)
-    assert figures["eval/avg_at_k"] == pytest.approx(1 / 3)
-    assert all(name.count("/") == 1 for name in figures)
+def test_one_benchmark_has_its_metrics_without_its_name(path: Path, tmp_path: Path) -> None:
+    _, metrics = evaluate(path, tmp_path, Suite({"x": Toy()}, 4), 3)
+    assert metrics["eval/avg_at_k"] == pytest.approx(1 / 3)
+    assert all(name.count("/") == 1 for name in metrics)
 
 
 def test_a_policy_alone_is_not_trained(path: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_the_loss_is_equation_4(
     name: str,
     reduction: str,
 ) -> None:
-    """Loss, gradients and logged figures, with a teacher of another shape; in micro batches of one row and more."""
+    """Loss, gradients and logged metrics, with a teacher of another shape; in micro batches of one row and more."""
     context, read = READS[name]
     options = {"context": context, "teacher": ModelConfig(str(other)), "reduction": reduction}
     _, steps = run(path, scored, tmp_path, max_tokens_per_micro_batch=190, **options)

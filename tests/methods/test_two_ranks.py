@@ -125,15 +125,15 @@ def test_a_recipe_on_two_ranks_counts_and_writes_once(strategy: str, recipes: Pa
     assert results["eval/response_tokens"] == pytest.approx(num_tokens / 6)
 
 
-def test_figures_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: Path, tmp_path: Path) -> None:
+def test_metrics_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: Path, tmp_path: Path) -> None:
     """Ranks that compute together know the same answers, which count once."""
     command(RANKS / "evaluate_ranks.py", model_folder, tmp_path)
     one, ddp, tp = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "ddp", "tp"))
     benchmarks = [{question.split("/")[0] for question in asked} for asked in (*ddp["asked"], *tp["asked"])]
     assert benchmarks == [{"x", "y"}, {"x", "z"}, {"x", "y", "z"}, {"x", "y", "z"}]
-    ours = one["figures"]
+    ours = one["metrics"]
     assert ours.keys() >= {"eval/avg_at_k", "eval/y/avg_at_k", "eval/z/pass_at_2", "eval/x/truncated"}
-    for theirs in (ddp["figures"], tp["figures"]):
+    for theirs in (ddp["metrics"], tp["metrics"]):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name].nan_to_num(-1), theirs[name].nan_to_num(-1)) for name in ours)
     assert (ours["eval/x/avg_at_k"], ours["eval/x/truncated"], ours["eval/z/avg_at_k"]) == (0.25, 0.25, 1)

@@ -25,13 +25,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Name of a run -> its figures."""
+    """Name of a run -> its metrics."""
     out = tmp_path_factory.mktemp("runs")
     command = [sys.executable, str(RANKS / "lora_ranks.py"), str(base), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {path.parent.name: torch.load(path) for path in out.glob("*/figures.pt")}
+    return {path.parent.name: torch.load(path) for path in out.glob("*/metrics.pt")}
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -56,7 +56,7 @@ def test_two_ranks_equal_one(runs: dict[str, Any], base: Path, name: str) -> Non
     for ours, theirs in zip(one["gradients"], two["gradients"], strict=True):
         assert ours.keys() == theirs.keys() and len(ours) == 2 * 2 * 7 and all(".lora_" in key for key in ours)
         assert max(relative(grad, theirs[key]) for key, grad in ours.items()) < 1e-5
-    expected, added = (learnt(figures["weights"], base, torch.float32) for figures in (one, two))
+    expected, added = (learnt(metrics["weights"], base, torch.float32) for metrics in (one, two))
     assert max(relative(tensor, added[key]) for key, tensor in expected.items()) < 1e-4
 
 
@@ -64,7 +64,7 @@ def test_two_ranks_equal_one(runs: dict[str, Any], base: Path, name: str) -> Non
 def test_a_bfloat16_base_is_sharded_beside_float32_adapters(runs: dict[str, Any], base: Path, name: str) -> None:
     one, two = runs["one_bf16"], runs[name]
     assert {grad.dtype for step in two["gradients"] for grad in step.values()} == {torch.float32}
-    expected, added = (learnt(figures["weights"], base, torch.bfloat16) for figures in (one, two))
+    expected, added = (learnt(metrics["weights"], base, torch.bfloat16) for metrics in (one, two))
     assert max(relative(tensor, added[key]) for key, tensor in expected.items()) < 0.1  # of bfloat16 computations
 
 
@@ -75,10 +75,10 @@ def test_a_sharded_checkpoint_goes_on_to_the_bit(runs: dict[str, Any]) -> None:
 
 
 def test_fsdp1_shards_frozen_weights_and_adapters_together(runs: dict[str, Any], base: Path) -> None:
-    figures = runs["fsdp1"]
-    assert figures["before"].keys() == figures["sharded"]["weights"].keys()
-    assert all(torch.equal(figures["before"][n], t) for n, t in load_file(base / "model.safetensors").items())
-    expected, added = (learnt(figures[n]["weights"], base, torch.float32) for n in ("alone", "sharded"))
+    metrics = runs["fsdp1"]
+    assert metrics["before"].keys() == metrics["sharded"]["weights"].keys()
+    assert all(torch.equal(metrics["before"][n], t) for n, t in load_file(base / "model.safetensors").items())
+    expected, added = (learnt(metrics[n]["weights"], base, torch.float32) for n in ("alone", "sharded"))
     assert max(relative(tensor, added[key]) for key, tensor in expected.items()) < 1e-4
-    assert torch.equal(figures["alone"]["off"], figures["alone"]["base"])
-    assert torch.equal(figures["sharded"]["off"], figures["sharded"]["base"])
+    assert torch.equal(metrics["alone"]["off"], metrics["alone"]["base"])
+    assert torch.equal(metrics["sharded"]["off"], metrics["sharded"]["base"])

@@ -48,7 +48,7 @@ def test_two_ranks_compute_what_one_computes(kind: str, rank: int, compared: Pat
 
 def test_a_run_is_gone_on_with_by_ranks_that_cut_the_model_and_by_ranks_that_do_not(compared: Path) -> None:
     """Six steps with two copies into the teacher, or the last three of them."""
-    whole, cut, uncut = (torch.load(compared / name / "figures-rank0.pt") for name in ("whole", "cut", "uncut"))
+    whole, cut, uncut = (torch.load(compared / name / "metrics-rank0.pt") for name in ("whole", "cut", "uncut"))
     assert whole["state"] == cut["state"] == uncut["state"] and whole["state"]["policy_version"] == 6
     assert all(torch.equal(weight, cut["weights"][name]) for name, weight in whole["weights"].items())
     for name, weight in whole["weights"].items():

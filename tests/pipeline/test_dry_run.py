@@ -71,7 +71,7 @@ def by_stage(plan: Estimate) -> dict[str, Budget]:
 
 
 def test_appendix_c2_comes_out(paper: Configs) -> None:
-    """Its own figures: 40K + 9K generations, 148M + 76.5M tokens sampled, 22.2M + 44.4M + 153M trained."""
+    """Its own numbers: 40K + 9K generations, 148M + 76.5M tokens sampled, 22.2M + 44.4M + 153M trained."""
     plan = estimate(QWEN_MATH, paper)
     rows = by_stage(plan)
     assert (rows["collect"].generations, rows["collect"].tokens_sampled) == (40_000, 148_000_000)

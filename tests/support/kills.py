@@ -1,4 +1,4 @@
-"""Kills at chosen moments of `sdzero run`: what tests of restarts, and `make chaos`, share."""
+"""Kills at chosen points of `sdzero run`, for tests of restarts and `make chaos`."""
 
 from __future__ import annotations
 

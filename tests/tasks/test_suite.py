@@ -152,4 +152,4 @@ def test_a_suite_on_the_command_line(
     assert results["eval/avg_at_k"] == pytest.approx(
         (results["eval/short/avg_at_k"] + results["eval/longer/avg_at_k"]) / 2
     )
-    assert "Test metric" not in shown, "Lightning's own table has a line for each of the figures"
+    assert "Test metric" not in shown, "Lightning's own table has a line for each of the metrics"

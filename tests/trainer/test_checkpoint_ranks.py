@@ -35,10 +35,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def figures(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
+def metrics(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
     """Weights of student and teacher, counters, and each step's draws of the random states and questions."""
     assert set(json.loads((out / "codes.json").read_text())[name]) == {0}, (out / name / "rank0.log").read_text()
-    return torch.load(out / name / f"figures-rank{rank}.pt")
+    return torch.load(out / name / f"metrics-rank{rank}.pt")
 
 
 def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
@@ -48,24 +48,24 @@ def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in a)
 
 
-def asked(figures: dict[str, Any]) -> list[list[str]]:
-    return [questions for *_, questions in figures["drawn"]]
+def asked(metrics: dict[str, Any]) -> list[list[str]]:
+    return [questions for *_, questions in metrics["drawn"]]
 
 
 def test_as_many_ranks_go_on_to_the_bit(out: Path) -> None:
     """Weights, teacher, momentum, schedule, position; and what each rank draws of its own random states."""
     for rank in (0, 1):
-        whole, same = figures(out, "whole", rank), figures(out, "same", rank)
+        whole, same = metrics(out, "whole", rank), metrics(out, "same", rank)
         assert all(torch.equal(w, whole["weights"][name]) for name, w in same["weights"].items())
         assert same["state"] == whole["state"] and same["state"]["teacher_generation"] == 3
         assert same["drawn"] == whole["drawn"][3:]
-    assert figures(out, "whole", 0)["drawn"] != figures(out, "whole", 1)["drawn"]
+    assert metrics(out, "whole", 0)["drawn"] != metrics(out, "whole", 1)["drawn"]
 
 
 def test_two_ranks_one_and_two_again(out: Path) -> None:
     """Steps 3 and 4 by one rank alone: the same questions, the same weights but for the order of sums."""
-    whole, one, back = figures(out, "whole"), figures(out, "one"), figures(out, "back")
-    both = [sorted(a + b) for a, b in zip(asked(whole), asked(figures(out, "whole", 1)), strict=True)]
+    whole, one, back = metrics(out, "whole"), metrics(out, "one"), metrics(out, "back")
+    both = [sorted(a + b) for a, b in zip(asked(whole), asked(metrics(out, "whole", 1)), strict=True)]
     assert [sorted(questions) for questions in asked(one)] == both[2:4]
     assert asked(back) == asked(whole)[4:]
     assert 0 < worst(back, whole) < 1e-5
@@ -73,13 +73,13 @@ def test_two_ranks_one_and_two_again(out: Path) -> None:
     for name, rank, has in (("one", 0, 2), ("back", 0, 1), ("back", 1, 1)):  # fresh random states, and said so
         said = (out / name / f"rank{rank}.log").read_text()
         assert f"holds the RNG states of {has} ranks" in said
-    draws = [figures(out, name, rank)["drawn"][0][:3] for name, rank in (("one", 0), ("back", 0), ("back", 1))]
+    draws = [metrics(out, name, rank)["drawn"][0][:3] for name, rank in (("one", 0), ("back", 0), ("back", 1))]
     assert len({number for drawn in draws for number in drawn}) == 9
 
 
 def test_one_file_of_one_process_and_of_two_ranks(out: Path) -> None:
     """DDP's or a single device's file goes on under FullShard, which gathers into one file, and back."""
-    whole, ended = figures(out, "whole"), figures(out, "from_file")
+    whole, ended = metrics(out, "whole"), metrics(out, "from_file")
     assert (out / "file/checkpoints/step=5.ckpt").is_file() and newest_checkpoint(out / "file/checkpoints")
     assert worst(ended, whole) < 1e-5
     assert ended["state"] == whole["state"]
@@ -87,12 +87,12 @@ def test_one_file_of_one_process_and_of_two_ranks(out: Path) -> None:
 
 def test_one_file_of_adapters(out: Path) -> None:
     """The optimizer holds some of the model's weights: numbered by all of them, its state would go to others."""
-    assert worst(figures(out, "adapters_again"), figures(out, "adapters")) < 1e-5
+    assert worst(metrics(out, "adapters_again"), metrics(out, "adapters")) < 1e-5
 
 
 def test_fsdp1_of_lightning_saves_and_goes_on(out: Path) -> None:
     """FSDPStrategy itself, which wants a GPU of Lightning's own accord, on two gloo ranks."""
-    first, whole, same = figures(out, "plain"), figures(out, "fsdp1"), figures(out, "fsdp1_same")
+    first, whole, same = metrics(out, "plain"), metrics(out, "fsdp1"), metrics(out, "fsdp1_same")
     assert worst(whole, first) < 1e-5
     assert all(torch.equal(w, whole["weights"][name]) for name, w in same["weights"].items())
     assert same["state"] == whole["state"] and same["drawn"] == whole["drawn"][2:]

@@ -45,7 +45,7 @@ def test_the_same_command_begins_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     newest = root / "checkpoints/step=2.ckpt"
     newest.write_bytes(newest.read_bytes()[:-1])
     fit(root, 3)
-    assert f"going on from {root}/checkpoints/step=1.ckpt" in capsys.readouterr().out
+    assert f"resuming from {root}/checkpoints/step=1.ckpt" in capsys.readouterr().out
     assert (root / "checkpoints/step=3.ckpt").is_file()
 
 

@@ -39,13 +39,13 @@ _NOISE = (
     ".*does not have many workers",  # rollouts are sampled in the trainer's process
     "Your `IterableDataset` has `__len__` defined",  # on purpose: see sdzero.data.base
     "Found .* module.s. in eval mode",  # the teacher
-    ".*It is recommended to use `self.log",  # figures are reduced over the ranks before they are logged
+    ".*It is recommended to use `self.log",  # metrics are reduced over the ranks before they are logged
     ".*LeafSpec.* is deprecated",  # Lightning's own use of torch
     "LightningCLI's args parameter is intended",  # SDZeroCLI.check, within `sdzero run`
     r"\s*Unable to serialize instance <function Method",  # the default optimizer, in the saved config
 )
 
-# TensorBoard's "Custom scalars" page: the paper's figures, and whether the run is well. Tags are regular expressions.
+# TensorBoard's "Custom scalars" page: the paper's figures and the run's health. Tags are regular expressions.
 LAYOUT = {
     "Figure 6: self-revision over both phases": {
         "response length, evaluation": ["Multiline", ["eval/response_tokens$"]],
@@ -108,7 +108,7 @@ class SDZeroCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "test":  # after_test prints a table of its own: Lightning's has a line per figure
+        if subcommand == "test":  # after_test prints its own table: Lightning's has a line per metric
             parser.set_defaults(verbose=False)
         return parser
 
@@ -130,7 +130,7 @@ class SDZeroCLI(LightningCLI):
         """Resolve `--ckpt_path=newest`. None (`fit` only): start from scratch; logged.
 
         Raises:
-            ValueError: no checkpoint is there for another command, or none of those there verifies.
+            ValueError: there is no checkpoint for another command than `fit`, or none that verifies.
         """
         finished = finished_checkpoints(folder)
         if not finished and subcommand != "fit":
@@ -139,14 +139,14 @@ class SDZeroCLI(LightningCLI):
             self._say(f"no finished checkpoint in {folder}: starting from scratch")
             return None
         if isinstance(self.trainer.strategy, AtomicFolders) and not self.trainer.is_global_zero:
-            return finished[0][0]  # it asks rank 0 when it loads: one rank has to read whole models, not all
+            return finished[0][0]  # on load rank 0 picks the verified one: not all ranks have to read whole models
         newest = first_verified(finished)
         if newest is None:
             raise ValueError(
-                f"ckpt_path={NEWEST}: none of the checkpoints in {folder} verifies. Mend the disk or bring back a "
-                "copy; to start anew, remove them"
+                f"ckpt_path={NEWEST}: none of the checkpoints in {folder} verifies. Repair the disk or restore a "
+                "backup; remove them to start from scratch"
             )
-        self._say(f"going on from {newest}")
+        self._say(f"resuming from {newest}")
         return newest
 
     def _say(self, text: str) -> None:
@@ -178,15 +178,15 @@ class SDZeroCLI(LightningCLI):
             answered = {question: answers for part in rewards for question, answers in part.items()}
             by_question = {question.id: answered[question.id] for question in self.datamodule.eval_questions}
             write_text(folder / "rewards.json", json.dumps(by_question))
-            figures = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
-            # an error of too few questions is not a number, which JSON does not have
-            results = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
+            # a standard error from one question is NaN, which JSON does not have
+            results = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
             print_evaluation(results, by_question)
 
     def after_predict(self) -> None:
-        """Every rank leaves the responses of its share, one JSON object a line."""
+        """Write the responses of this rank's share, one JSON object a line."""
         if share_of(self.trainer).member:
-            return  # the first of those who share them writes
+            return  # the first rank of the share writes
         rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
         write_text(rank_file(self.trainer, "predictions", "jsonl"), "".join(json.dumps(row) + "\n" for row in rows))

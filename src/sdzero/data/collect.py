@@ -153,7 +153,7 @@ class Collect:
         if not statistics["traces"]:
             raise ValueError(self._explain_empty(counts, kept))
         if self.num_traces is not None and statistics["traces"] < self.num_traces:
-            log.warning("num_traces: wanted %d, but only %d could be drawn", self.num_traces, statistics["traces"])
+            log.warning("num_traces: %d requested, only %d available", self.num_traces, statistics["traces"])
 
     def _explain_empty(self, counts: Counter[str], kept: Sequence[TraceKey]) -> str:
         revisions = sum(counts[f"revision_r{r}/generations"] for r in (0, 1))

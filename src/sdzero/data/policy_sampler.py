@@ -32,7 +32,7 @@ class Policy(Protocol):
 
 
 class PolicySampler:
-    """Scored responses of a policy's current weights. The engine is started anew after a failure.
+    """Scored responses of a policy's current weights. The engine is restarted after a failure.
 
     Args:
         sampler: makes and keeps the generate calls.

@@ -161,7 +161,7 @@ class Run:
         self._record(stage, {**record, "outputs": outputs, "versions": versions, "seconds": spent})
 
     def _check_inputs(self, stage: Stage, hashes: Mapping[str, str]) -> None:
-        """Raises: ValueError where a file is no longer what an earlier stage wrote: cut, damaged or edited."""
+        """Raises: ValueError if a file differs from what an earlier stage wrote: cut, damaged or edited."""
         for name, record in self.lineage.stages.items():
             for output, written in record.get("outputs", {}).items():
                 path = self.out / name / output
@@ -213,7 +213,7 @@ def _local_file(value: Any) -> Path | None:
     if not isinstance(value, str):
         return None
     module = value.rpartition(".")[0].replace(".", "/") + ".py"
-    return next((Path(name) for name in (value, module) if os.path.isfile(name)), None)  # a prompt is no path either
+    return next((Path(name) for name in (value, module) if os.path.isfile(name)), None)  # a prompt is not a path either
 
 
 def _check_engine(stage: Stage) -> None:
@@ -240,7 +240,7 @@ def _resume(stage: Stage) -> list[str]:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return []
-    print(f"going on from {checkpoint}", flush=True)
+    print(f"resuming from {checkpoint}", flush=True)
     return [f"--ckpt_path={checkpoint}"]
 
 

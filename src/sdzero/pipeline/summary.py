@@ -97,7 +97,7 @@ def print_evaluation(results: Mapping[str, float | None], rewards: Mapping[str, 
     """The table of one evaluation: a row per benchmark, and their average.
 
     Args:
-        results: figures as results.json has them.
+        results: metrics as in results.json.
         rewards: of each question's answers, by its id.
     """
     from rich.console import Console

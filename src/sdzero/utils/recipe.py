@@ -194,8 +194,8 @@ def load_recipe(folder: Path, overlays: Sequence[Path] = ()) -> Recipe:
 
     Args:
         folder: folder with a recipe.yaml.
-        overlays: folders whose files are laid over the recipe's, in this order. The `stages` of an overlay replace the
-            recipe's; an entry without a value is taken from there.
+        overlays: folders whose files are merged over the recipe's, in this order. The `stages` of an overlay replace
+            the recipe's; an entry without a value is taken from there.
 
     Raises:
         FileNotFoundError: a folder or the recipe.yaml is missing.

@@ -57,8 +57,8 @@ class Stored(StepDataModule):
         return RolloutBatch([stored[i] for i in indices], self.policy.policy_version, counter)
 
 
-class Draws(L.Callback):
-    """What every step draws of the global random states, and the questions it was asked."""
+class RandomNumbers(L.Callback):
+    """Records random numbers of the global random states and the question ids of every step."""
 
     def __init__(self) -> None:
         self.drawn: list[Any] = []
@@ -69,7 +69,7 @@ class Draws(L.Callback):
 
 
 def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, max_steps: int) -> None:
-    """`root/figures-rank*.pt` in the end. The random states differ from rank to rank and from run to run.
+    """`root/metrics-rank*.pt` in the end. The random states differ from rank to rank and from run to run.
 
     A run whose name begins with "adapters" trains these, beside frozen weights that are its teacher.
     """
@@ -85,7 +85,7 @@ def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, m
         schedule=Schedule("constant", warmup_steps=2),
         max_tokens_per_micro_batch=160,
     )
-    data, draws = Stored(3), Draws()
+    data, draws = Stored(3), RandomNumbers()
     every_step = ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = L.Trainer(
         default_root_dir=root,
@@ -107,8 +107,8 @@ def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, m
     state = {name: getattr(method, name) for name in ("policy_version", "teacher_generation", *BUDGET, *FAULTS)}
     state |= {"counter": data.counter, "step": trainer.global_step, "epoch": trainer.current_epoch}
     state |= {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
-    figures = {"weights": weights, "state": state, "drawn": draws.drawn}
-    torch.save(figures, root / f"figures-rank{trainer.global_rank}.pt")
+    metrics = {"weights": weights, "state": state, "drawn": draws.drawn}
+    torch.save(metrics, root / f"metrics-rank{trainer.global_rank}.pt")
 
 
 def fail(error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""Evaluates a suite with a scripted engine on one rank and on two, and saves the figures.
+"""Evaluates a suite with a scripted engine on one rank and on two, and saves the metrics.
 
 python evaluate_ranks.py MODEL_FOLDER OUT_FOLDER
 """
@@ -55,7 +55,7 @@ def evaluate(ranks: int, strategy: Callable[[], Any], model: str, out: Path, ran
         asked = [set()] * ranks
         torch.distributed.all_gather_object(asked, {*method.eval_rewards})
     if trainer.is_global_zero:
-        torch.save({"figures": dict(trainer.callback_metrics), "asked": asked}, out)
+        torch.save({"metrics": dict(trainer.callback_metrics), "asked": asked}, out)
 
 
 if __name__ == "__main__":

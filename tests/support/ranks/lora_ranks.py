@@ -96,7 +96,7 @@ def train(name: str, model: str, root: Path, start: Path | None, rank: int) -> N
     trainer.fit(method, datamodule=Stored(), ckpt_path=start)
     weights = {name: tensor.clone() for name, tensor in full_weights(method.student)}
     if trainer.is_global_zero:
-        torch.save({"gradients": gradients.steps, "weights": weights}, root / "figures.pt")
+        torch.save({"gradients": gradients.steps, "weights": weights}, root / "metrics.pt")
 
 
 def fsdp1(model: str, root: Path, rank: int) -> None:
@@ -106,7 +106,7 @@ def fsdp1(model: str, root: Path, rank: int) -> None:
     rows = [((5, 6, 7), tuple(range(4, 4 + n))) for n in (3, 9, 17, 30)]
     alone, sharded = load(config, 0), shard_fsdp1(load(config, 0), config, device, None)
     before = {name: tensor.clone() for name, tensor in full_weights(sharded)}
-    figures = []
+    metrics = []
     for student, mine in ((alone, rows), (sharded, rows[rank :: dist.get_world_size()])):
         optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.5)
         batch = collate([c for c, _ in mine], [t for _, t in mine], 0)
@@ -119,10 +119,10 @@ def fsdp1(model: str, root: Path, rank: int) -> None:
         off = AdaptersOff(student)(batch.input_ids, batch.predicts, hidden_targets).hidden
         base = load(ModelConfig(model), 0)(batch.input_ids, batch.predicts, hidden_targets).hidden
         weights = {name: tensor.clone() for name, tensor in full_weights(student)}
-        figures.append({"weights": weights, "off": off, "base": base.detach()})
+        metrics.append({"weights": weights, "off": off, "base": base.detach()})
     if rank == 0:
         root.mkdir()
-        torch.save({"before": before, "alone": figures[0], "sharded": figures[1]}, root / "figures.pt")
+        torch.save({"before": before, "alone": metrics[0], "sharded": metrics[1]}, root / "metrics.pt")
     dist.destroy_process_group()
 
 

@@ -109,7 +109,7 @@ class Record(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         weights = {name: tensor.clone() for name, tensor in full_weights(pl_module.student)}
         if trainer.is_global_zero:
-            figures = {
+            metrics = {
                 "gradients": self.gradients,
                 "losses": self.losses,
                 "gathers": self.gathers,
@@ -117,9 +117,9 @@ class Record(L.Callback):
             }
             if isinstance(ddp := trainer.strategy.model, DistributedDataParallel):
                 sent = (*ddp.modules_buffers, *ddp._module_parameters)
-                figures["num_sent"] = len({id(tensor) for tensor in sent})
-                figures["num_of_student"] = len([*pl_module.student.buffers(), *pl_module.student.parameters()])
-            torch.save({"weights": weights, **figures}, self.out)
+                metrics["num_sent"] = len({id(tensor) for tensor in sent})
+                metrics["num_of_student"] = len([*pl_module.student.buffers(), *pl_module.student.parameters()])
+            torch.save({"weights": weights, **metrics}, self.out)
 
 
 def train(kind: str, ranks: int, strategy: Callable[[], Any], model: ModelConfig, out: Path, rank: int) -> None:
