@@ -23,7 +23,7 @@ from sdzero.evaluation.metrics import (
     Ratio,
     ReasonShares,
     ResponseLength,
-    averaged,
+    average_benchmarks,
 )
 from sdzero.types import Reason
 
@@ -119,7 +119,7 @@ def test_averaged_over_benchmarks_by_hand() -> None:
     one, two = AvgAtK(), AvgAtK()
     one.update([[1, 1], [0, 0], [1, 1], [1, 1]])  # 0.75, error 0.25
     two.update([[1, 0], [0, 0]])  # 0.25, error 0.25
-    averages = {name: float(value) for name, value in averaged([one.compute(), two.compute()]).items()}
+    averages = {name: float(value) for name, value in average_benchmarks([one.compute(), two.compute()]).items()}
     assert averages == pytest.approx({"avg_at_k": 0.5, "avg_at_k_se": math.sqrt(0.25**2 + 0.25**2) / 2})
 
 

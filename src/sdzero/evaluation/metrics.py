@@ -20,7 +20,7 @@ from sdzero.types import Reason
 Scalars = dict[str, Tensor]
 
 
-def averaged(metrics: Sequence[Scalars]) -> Scalars:
+def average_benchmarks(metrics: Sequence[Scalars]) -> Scalars:
     """Average each metric over benchmarks, and its standard error `NAME_se` where it has one.
 
     Args:

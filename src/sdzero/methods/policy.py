@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdzero.evaluation.benchmark import BenchmarkMetrics
-from sdzero.evaluation.metrics import averaged
+from sdzero.evaluation.metrics import average_benchmarks
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.batching import collate, filler_example
 from sdzero.methods.contexts import Context, Revision
@@ -157,7 +157,7 @@ class Policy(L.LightningModule):
         each = [metrics.compute(across) for metrics in self.eval_metrics if isinstance(metrics, BenchmarkMetrics)]
         logged = dict(each[0])
         if len(each) > 1:
-            logged = dict(averaged(each))
+            logged = dict(average_benchmarks(each))
             for name, values in zip(self.eval_benchmarks, each, strict=True):
                 logged |= {f"{name}/{metric}": value for metric, value in values.items()}
         self.log_dict({f"eval/{name}": value for name, value in logged.items()}, rank_zero_only=True)
