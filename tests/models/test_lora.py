@@ -178,7 +178,7 @@ def test_strategies_that_cannot_hold_them_are_refused() -> None:
     parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     with pytest.raises(ValueError, match="set tensor_parallel_size to 1"):
         check_adapters(lora, "float32", parallel)
-    with pytest.raises(ValueError, match=r"FSDPStrategy.*model\.dtype=float32"):
+    with pytest.raises(ValueError, match=r"FSDPStrategy.*student\.dtype=float32"):
         check_adapters(lora, "bfloat16", FSDPStrategy())
     check_adapters(lora, "float32", FSDPStrategy())
     check_adapters(lora, "bfloat16", ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
