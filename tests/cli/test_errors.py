@@ -87,7 +87,7 @@ def test_a_misspelt_key_or_a_value_of_the_wrong_type(
 
 @pytest.mark.parametrize("stage", ["srt", "self_distill", "eval", "collect"])
 def test_a_missing_model_folder(refuse: Callable[..., str], tmp_path: Path, stage: str) -> None:
-    key = "model__path" if stage == "collect" else "model__init_args__model__path"
+    key = "student__path" if stage == "collect" else "model__init_args__student__path"
     said = refuse(stage, **{key: tmp_path / "nowhere"})
     assert f"student.path: no model folder at '{tmp_path}/nowhere'" in said and "run that stage first" in said
 
@@ -103,7 +103,7 @@ def test_a_missing_config_file(
 def test_no_chat_template(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
     model = copy_model(smoke_run / "base/model", tmp_path / "model")
     (model / "chat_template.jinja").unlink()
-    for stage, key in (("srt", "model__init_args__model__path"), ("collect", "model__path")):
+    for stage, key in (("srt", "model__init_args__student__path"), ("collect", "student__path")):
         said = refuse(stage, **{key: model})
         assert "has no chat template" in said and "put a chat_template.jinja beside its tokenizer" in said
 
@@ -140,7 +140,7 @@ def test_traces_longer_than_the_model(refuse: Callable[..., str], smoke_run: Pat
     traces = rows(smoke_run / "collect/traces.jsonl")
     longest = max(sum(len(t[k]) for k in t if k.endswith("_ids")) for t in traces)
     model = copy_model(smoke_run / "base/model", tmp_path / "model", max_position_embeddings=longest - 1)
-    said = refuse("srt", model__init_args__model__path=model)
+    said = refuse("srt", model__init_args__student__path=model)
     assert f"the longest trace has {longest} tokens, but the model has {longest - 1} positions" in said
 
 
@@ -186,9 +186,9 @@ def test_lengths_that_do_not_fit(
 def test_engine_prompts_too_long(refuse: Callable[..., str], smoke_run: Path, tmp_path: Path) -> None:
     """Prompts without room for an answer, and answers without room for a revision."""
     model = copy_model(smoke_run / "base/model", tmp_path / "model", max_position_embeddings=60)
-    said = refuse("eval", model__init_args__model__path=model)
+    said = refuse("eval", model__init_args__student__path=model)
     assert "evaluation: the longest prompt (7) + sampling.max_new_tokens (64)" in said
-    said = refuse("collect", model__path=model)
+    said = refuse("collect", student__path=model)
     assert "sampling.max_new_tokens=64: the longest prompt (7)" in said and "the model has 60 positions" in said
     said = refuse("collect", sampling__max_new_tokens=600)
     assert "sampling.max_new_tokens=600" in said and "the model has 1024 positions" in said
@@ -197,7 +197,7 @@ def test_engine_prompts_too_long(refuse: Callable[..., str], smoke_run: Path, tm
 def test_more_questions_than_exist(refuse: Callable[..., str]) -> None:
     for stage, key in (("self_distill", "data__num_questions"), ("collect", "num_questions")):
         said = refuse(stage, **{key: 100_000})
-        assert "num_questions=100000, but split 'phase" in said and "ask for fewer" in said
+        assert "num_questions=100000, but split 'phase" in said and "request fewer" in said
 
 
 def test_an_evaluation_without_questions(refuse: Callable[..., str]) -> None:
