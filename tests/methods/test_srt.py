@@ -86,7 +86,7 @@ def test_traces_without_a_first_attempt_are_sft(path: Path, tmp_path: Path, kind
     """The loss is transformers' own, whatever the weight of the revision term, and no token counts twice."""
     builder = PromptBuilder.from_pretrained(path)
     trace = make_trace(builder, "a", None, "the answer is 2", reward=None)
-    options = {"revision_weight": 3.0} if kind is SRT else {}
+    options: dict[str, Any] = {"revision_weight": 3.0} if kind is SRT else {}
     method = kind(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **options)
     steps = fit(method, [TraceBatch([trace], 0)], tmp_path)
     ids = torch.tensor([trace.prompt_ids + trace.revised_ids])
