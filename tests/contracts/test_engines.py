@@ -385,7 +385,7 @@ def test_a_missing_weight_is_caught(
 
 def test_unknown_repeated_and_misshapen_weights_are_caught(sampler: RolloutEngine, trainer: torch.nn.Module) -> None:
     weights = list(trainer.named_parameters())
-    with pytest.raises(EngineError, match=r"'model\.extra' is no weight"):
+    with pytest.raises(EngineError, match=r"'model\.extra' is not a weight"):
         sampler.sync([*weights, ("model.extra", torch.zeros(2))], 2)
     with pytest.raises(EngineError, match="sent twice"):
         sampler.sync([*weights, weights[3]], 2)

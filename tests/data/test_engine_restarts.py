@@ -108,7 +108,7 @@ class Skipping(Mortal):
 @pytest.mark.parametrize("claims", [True, False], ids=["the checksum sees it", "the version sees it"])
 def test_a_skipped_sync_stops_the_run(path: Path, tmp_path: Path, claims: bool) -> None:
     """In float32 at a learning rate of 1e-9, where the log-probabilities are the same."""
-    said = "of the engine differs from what was sent" if claims else "version 1, but the engine holds None"
+    said = "of the engine differs from what was sent" if claims else "version 1 requested, but the engine holds None"
     engine = Skipping(1, claims)
     with pytest.raises(EngineError, match=said):
         train(path, tmp_path, engine, lr=1e-9)
