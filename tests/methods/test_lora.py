@@ -161,7 +161,7 @@ def test_a_shared_teachers_weights_stay_where_the_students_are(
 
 
 def test_a_shared_teacher_cannot_be_synchronised(path: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"TeacherSync: the teacher is the student with its adapters switched off"):
+    with pytest.raises(ValueError, match=r"TeacherSync: the teacher is the student without its adapters"):
         fit(SelfDistill(config(path)), batches(scored, 1), tmp_path, TeacherSync(every_n_steps=1))
 
 
@@ -196,7 +196,7 @@ def test_a_teacher_with_adapters_of_its_own_follows_the_student(
 
 
 def test_a_bfloat16_base_needs_a_bfloat16_computation(path: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"set trainer\.precision=bf16-mixed"):
+    with pytest.raises(ValueError, match=r"require trainer\.precision=bf16-mixed"):
         fit(SelfDistill(config(path, dtype="bfloat16")), batches(scored, 1), tmp_path)
     with pytest.raises(ValueError, match="trained weights must be float32"):
         fit(SelfDistill(ModelConfig(str(path), dtype="bfloat16")), batches(scored, 1), tmp_path, precision="bf16-mixed")
