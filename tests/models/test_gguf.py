@@ -167,4 +167,4 @@ def test_refusals_name_the_remedy(tiny, tmp_path: Path, capsys, monkeypatch) -> 
 def test_the_commands_help_is_light() -> None:
     done = command("import-gguf", "--help", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0 and "FILE.gguf FOLDER" in done.stdout
-    assert "sdzero.models.gguf" in done.stderr and not any(line.endswith(" torch") for line in done.stderr.splitlines())
+    assert "sdzero.utils.files" in done.stderr and not any(line.endswith(" torch") for line in done.stderr.splitlines())
