@@ -1,7 +1,7 @@
 """Laid on PYTHONPATH by a test: a stage stands still at a chosen point for ever, so that the test can kill it there.
 
 SDZERO_TEST_STOP is `replace=NAME` (right after a file whose name ends so was put in place) or `fsync=N` (right after
-the N-th fsync). The process that stands still writes its id to SDZERO_TEST_STOPPED.
+the N-th fsync of a stage). The process that stands still writes its id to SDZERO_TEST_STOPPED.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ def _fsync(descriptor: int) -> None:
 _os_replace, _os_fsync = os.replace, os.fsync
 if _KIND == "replace":
     os.replace = _replace
-elif _KIND == "fsync":
+elif _KIND == "fsync" and "SDZERO_STAGE" in os.environ:
     os.fsync = _fsync
