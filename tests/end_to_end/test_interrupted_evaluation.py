@@ -61,7 +61,8 @@ def config(model: Path, out: Path) -> dict[str, Any]:
         "sampling": {"temperature": 0.7, "max_new_tokens": MAX_NEW_TOKENS},
         "call_size": CALL_SIZE,
     }
-    config["trainer"] |= {"default_root_dir": str(out), "callbacks": None}
+    data["engine_dtype"] = "float32"  # a CPU without bfloat16 instructions takes ten times as long in bfloat16
+    config["trainer"] |= {"default_root_dir": str(out), "callbacks": None, "precision": "32-true"}
     return config
 
 

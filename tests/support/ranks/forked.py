@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import distributed as dist
+
 SECONDS = 120.0
 
 
@@ -36,6 +38,8 @@ def _child(rank: int, num_ranks: int, port: int, log: Path, work: Callable[[int]
     os.dup2(output, 2)
     code = 1
     try:
+        if dist.is_initialized():  # a vLLM engine of an earlier test leaves its process group in this worker
+            dist.destroy_process_group()
         work(rank)
         code = 0
     except BaseException:  # noqa: BLE001 - a fork must never return into its parent's code
