@@ -115,7 +115,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if not listed:
                 warn_unverified(local)
             elif all(faults):
-                raise damaged(local, faults[0])
+                raise damaged(local, str(faults[0]))
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
