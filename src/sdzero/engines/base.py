@@ -85,14 +85,14 @@ class RolloutEngine(ABC):
     """Version of the last completed sync, 0 after a start with `load_weights`; None: no weights yet."""
 
     resumes_partial: ClassVar[bool] = False
-    """Whether an interrupted call resumes from its partial responses, which suits an engine that could not repeat the
+    """True if an interrupted call resumes from its partial responses, which suits an engine that could not repeat the
     call bit for bit. The others ignore `on_tokens` and `partials`."""
 
     starts_collectively: ClassVar[bool] = False
-    """Whether `start` is collective: no rank can restart its engine while another is in a call."""
+    """True if `start` is collective: no rank can restart its engine while another is in a call."""
 
     is_remote: ClassVar[bool] = False
-    """Whether it samples on hardware that the trainer does not use, so that `generate` may run in a thread."""
+    """True if it samples on hardware that the trainer does not use, so that `generate` may run in a thread."""
 
     @abstractmethod
     def start(self, spec: EngineSpec, builder: PromptBuilder) -> None:
