@@ -114,19 +114,23 @@ def hits(frame: pd.DataFrame) -> pd.DataFrame:
         largest of the whole response; `chance`: hit rate of a random token of the first attempt; `chance_result`: that
         of a random step's result; `responses`. No rows without such responses.
     """
-    wrong = [
-        (row, a) for row, a in wrong_responses(frame) if a.first_wrong is not None and a.first_wrong < a.num_tokens
-    ]
-    chance = mean_and_error([1 / a.num_tokens for _, a in wrong])[0]
-    chance_result = mean_and_error([(a.first_wrong in a.results) / max(1, len(a.results)) for _, a in wrong])[0]
+    wrong = [(row, a) for row, a in wrong_responses(frame) if (a.first_wrong or 0) < a.num_tokens]
     rows = []
     for name, signal in SIGNALS.items() if wrong else ():
         values = [(signal(row), attempt) for row, attempt in wrong]
         hit, error = mean_and_error([float(np.argmax(v[: a.num_tokens]) == a.first_wrong) for v, a in values])
-        anywhere = mean_and_error([float(np.argmax(v) == a.first_wrong) for v, a in values])[0]
-        rows.append((name, hit, error, anywhere, chance, chance_result, len(wrong)))
-    columns = ["signal", "hit", "hit_se", "hit_anywhere", "chance", "chance_result", "responses"]
-    return pd.DataFrame(rows, columns=pd.Index(columns))
+        rows.append(
+            {
+                "signal": name,
+                "hit": hit,
+                "hit_se": error,
+                "hit_anywhere": np.mean([np.argmax(v) == a.first_wrong for v, a in values]),
+                "chance": np.mean([1 / a.num_tokens for _, a in wrong]),
+                "chance_result": np.mean([(a.first_wrong in a.results) / max(1, len(a.results)) for _, a in wrong]),
+                "responses": len(wrong),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def by_kind(frame: pd.DataFrame) -> pd.DataFrame:

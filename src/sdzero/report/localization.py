@@ -44,18 +44,12 @@ def position_curve(frame: pd.DataFrame, num_buckets: int = NUM_BUCKETS) -> pd.Da
 
 def _curve(frame: pd.DataFrame, num_buckets: int, arrange: Callable[[Any], np.ndarray]) -> pd.DataFrame:
     rows = []
-    for reward, group in _by_reward(frame):
+    for reward, group in frame.groupby("reward") if len(frame) else ():
         means = np.stack([bucket_means(arrange(values), num_buckets) for values in group["kl"]])
         for bucket, column in enumerate(means.T, start=1):
             mean, error = mean_and_error(column.tolist())
             rows.append((reward, bucket, mean, error, len(group)))
     return pd.DataFrame(rows, columns=pd.Index(["reward", "bucket", "mean", "se", "responses"]))
-
-
-def _by_reward(frame: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
-    """Group the responses by reward; a reward without responses is left out."""
-    groups = [(reward, frame.query(f"reward == {reward}")) for reward in (0, 1)] if len(frame) else []
-    return [(reward, group) for reward, group in groups if len(group)]
 
 
 def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
@@ -66,15 +60,16 @@ def concentration(frame: pd.DataFrame, share: float = 0.1) -> pd.DataFrame:
         the `share` of its tokens with the largest KL; `half`, the part of its tokens that hold half of its KL; each
         with its `_se`; and responses. A response without any KL has neither share.
     """
-    rows: list[dict[str, float]] = []
-    for reward, group in _by_reward(frame):
-        row: dict[str, float] = {"reward": reward}
+    rows = []
+    for reward, group in frame.groupby("reward") if len(frame) else ():
         with_kl = [values for values in group["kl"] if sum(values) > 0]
-        for name, values in {
+        statistics = {
             "kl": [float(np.mean(values)) for values in group["kl"]],
             "top_share": [top_share(values, share) for values in with_kl],
             "half": [_share_of_half(values) for values in with_kl],
-        }.items():
+        }
+        row = {"reward": reward}
+        for name, values in statistics.items():
             row[name], row[f"{name}_se"] = mean_and_error(values)
         rows.append({**row, "responses": len(group)})
     return pd.DataFrame(rows)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
-from sdzero.report import plots, provenance, results
+from sdzero.pipeline.summary import read_json
+from sdzero.report import plots, results
 from sdzero.report.first_wrong import with_first_wrong
 from sdzero.report.plot_style import INK, MODEL_COLORS, REWARD_COLORS
 from sdzero.report.run_folder import RunFolder
@@ -26,15 +26,21 @@ PALETTE = {
 }
 """Colours of the plots -> variables of page.css, which differ between light and dark."""
 
+FACTS = {
+    "task": "task.class_path",
+    "model": "student.path",
+    "engine": "engine.class_path",
+    "seed": "seed_everything",
+    "accelerator": "trainer.accelerator",
+}
+"""Facts at the top of the page -> suffix of their config key."""
 
-@dataclass(frozen=True)
-class Curve:
-    """A plot on the page."""
-
-    name: str
-    title: str
-    caption: str
-    svg: Markup
+ATTEMPTS = {
+    "initial": "first attempts",
+    "revision_r0": "revisions of wrong attempts",
+    "revision_r1": "revisions of right attempts",
+}
+"""Kind of attempt in a collection's statistics -> heading."""
 
 
 def render(run: RunFolder) -> str:
@@ -47,67 +53,86 @@ def render(run: RunFolder) -> str:
         name=run.path.resolve().name,
         headline=results.headline(evaluated),
         missing=run.lineage.unfinished(),
-        facts=provenance.facts(run),
+        facts=facts(run),
         models=[model.label for model in evaluated],
         table=results.table(evaluated),
         curves=curves(run, token_kl),
         viewer=TokenViewer(with_first_wrong(token_kl)),
         viewer_stage=stage,
         samples=SampleView(run),
-        collections=provenance.collections(run),
-        stages=provenance.stage_records(run),
+        collections=collections(run),
+        stages=run.lineage.stages,
     )
 
 
-def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[Curve]:
-    """Return the plots of the page that the run has data for, in order."""
+def facts(run: RunFolder) -> dict[str, str]:
+    """Return the run's facts from the first stage whose config has them."""
+    found: dict[str, str] = {}
+    for name, suffix in FACTS.items():
+        values = [str(v) for c in run.configs() for k, v in c.items() if k == suffix or k.endswith(f".{suffix}")]
+        if values:
+            found[name] = values[0].rpartition(".")[2] if "class_path" in suffix else values[0]
+    versions = [record.get("versions", {}).items() for record in run.lineage.stages.values()]
+    texts = {", ".join(f"{package} {version}" for package, version in each) for each in versions if each}
+    return {**found, "versions": " / ".join(sorted(texts))}
+
+
+def collections(run: RunFolder) -> list[dict[str, Any]]:
+    """Return stage, statistics, reasons of the verdicts and statistics by attempt of each finished collection."""
+    found = []
+    for stage in run.lineage.collections:
+        if statistics := read_json(run.path / stage.name / "statistics.json"):
+            attempts = {label: statistics[kind] for kind, label in ATTEMPTS.items() if kind in statistics}
+            rates = {key for attempt in attempts.values() for key in attempt if key.startswith("rate_")}
+            reasons = sorted((key.removeprefix("rate_") for key in rates), key=lambda r: (r != "correct", r))
+            found.append({"stage": stage.name, "statistics": statistics, "reasons": reasons, "attempts": attempts})
+    return found
+
+
+def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return title, caption and SVG of the plots that the run has data for, in order."""
     trained = [model for model in run.models if run.parent(model) and run.tags(model.name)]
     last = {model.name for model in plots.last_models(run)}
-    candidates = [
+    plotted = [
         (
-            bool(trained),
+            plots.dynamics(run) if trained else None,
             "dynamics",
             "Length and revision phrases",
             "In the paper's figure 6, answers grow in SRT, which trains the model to revise in its answer, and shrink "
             "again in SelfDistill, which trains the first attempt on the reviser's distribution.",
-            plots.dynamics,
         ),
         (
-            any(model.name in last for model in trained),
+            plots.evolution(run) if any(model.name in last for model in trained) else None,
             "evolution",
             "Accuracy during training",
             "Diamonds are the evaluations of the table. The line is validation during training, on fewer questions, "
             "with its standard error; the thin line is the reward of the training rollouts, on other questions "
             "(figure 5).",
-            plots.evolution,
         ),
         (
-            not token_kl.empty,
+            None if token_kl.empty else plots.bucket_curve(token_kl),
             "buckets",
             "Concentration of the KL on few tokens",
             "Each response's tokens sorted by KL, the largest first, in 20 buckets: mean and standard error over "
             "responses (figure 4).",
-            lambda _: plots.bucket_curve(token_kl),
         ),
         (
-            any(run.results(model) for model in run.models),
+            plots.revision_bars(run) if any(map(run.results, run.models)) else None,
             "revisions",
             "First attempts and their revisions",
             "Each model answers, is prompted with the verdict, and revises once (figure 3).",
-            plots.revision_bars,
         ),
         (
-            bool(trained),
+            plots.training_curves(run) if trained else None,
             "training",
             "Training",
             "The gap between the engine's and the trainer's log-probabilities must stay near zero.",
-            plots.training_curves,
         ),
     ]
     return [
-        Curve(name, title, caption, inline_svg(plot(run), name, title, PALETTE))
-        for has_data, name, title, caption, plot in candidates
-        if has_data
+        {"title": title, "caption": caption, "svg": inline_svg(figure, name, title, PALETTE)}
+        for figure, name, title, caption in plotted
+        if figure is not None
     ]
 
 

@@ -29,18 +29,14 @@ def over_phases(run: RunFolder, metric: str, rollout: str | None = None) -> pd.D
     """
     rows = []
     for model in run.models:
-        is_start = run.parent(model) is None
-        for kind, folder in (("validation", model.name), ("evaluation", model.evaluation)):
-            if kind == "validation" and is_start:
-                continue
+        is_trained, name = run.parent(model) is not None, model.name
+        for kind, folder in (("validation", name), ("evaluation", model.evaluation)):
             errors = dict(run.scalars(folder, f"eval/{metric}_se"))
-            for step, value in run.scalars(folder, f"eval/{metric}"):
-                updates = (
-                    num_steps(run, model.name) if kind == "evaluation" else step + 1
-                )  # logged with the step before
-                rows.append((model.name, 0 if is_start else updates, value, errors.get(step), kind))
-        for step, value in run.scalars(model.name, f"rollout/{rollout}") if rollout and not is_start else ():
-            rows.append((model.name, step, value, None, "rollout"))
+            for step, value in run.scalars(folder, f"eval/{metric}") if is_trained or kind == "evaluation" else ():
+                updates = step + 1 if kind == "validation" else num_steps(run, name)  # logged with the step before
+                rows.append((name, updates if is_trained else 0, value, errors.get(step), kind))
+        for step, value in run.scalars(name, f"rollout/{rollout}") if rollout and is_trained else ():
+            rows.append((name, step, value, None, "rollout"))
     frame = pd.DataFrame(rows, columns=pd.Index(["model", "step", "value", "se", "kind"]))
     return frame.astype({"value": float, "se": float})
 

@@ -59,13 +59,18 @@ def _plot_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
         return mark_empty(axes, NO_KL)
     for reward in curve["reward"].unique():
         group = curve.query(f"reward == {reward}")
-        x, mean, error = 100 * (group["bucket"] - 0.5) / stats.NUM_BUCKETS, group["mean"], group["se"].fillna(0)
-        color, count = REWARD_COLORS[reward], group["responses"].iloc[0]
-        axes.plot(x, mean, color=color, marker="o", markersize=3, label=f"{REWARDS[reward]}, {count} responses")
-        axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        x, name = 100 * (group["bucket"] - 0.5) / stats.NUM_BUCKETS, f"{REWARDS[reward]}, {group['responses'].iloc[0]}"
+        _plot_with_band(axes, x, group["mean"], group["se"], REWARD_COLORS[reward], f"{name} responses")
     axes.set_xlim(0, 100)
     axes.set_ylim(bottom=0)
     legend(axes)
+
+
+def _plot_with_band(axes: Axes, x: pd.Series, mean: pd.Series, error: pd.Series, color: str, name: str) -> None:
+    """Plot a line with a band of one standard error."""
+    axes.plot(x, mean, color=color, marker="o", markersize=3, label=name)
+    error = error.fillna(0)
+    axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
 
 
 def localization(frame: pd.DataFrame) -> Figure:
@@ -101,26 +106,24 @@ def dynamics(run: RunFolder) -> Figure:
     A model is one unit to the right of the model it starts from, however many steps its training has.
     """
     figure, (left, right) = new_figure(1, 2, width=9)
-    by_depth: dict[int, list[Model]] = {}
-    for model in run.models:
-        by_depth.setdefault(run.depth(model), []).append(model)
-    depths = range(1, max(by_depth, default=0) + 1)
-    names = [" / ".join(model.label for model in by_depth[depth]) for depth in depths]
+    depths: dict[str, int] = {}
+    for model in run.models:  # after the one that it starts from
+        parent = run.parent(model)
+        depths[model.name] = 1 + depths[parent.name] if parent else 0
     steps = {model.name: phases.num_steps(run, model.name) for model in run.models}
-    ends = [" / ".join(map(str, sorted({steps[model.name] for model in by_depth[depth]}))) for depth in depths]
+    trained = [[m for m in run.models if depths[m.name] == depth] for depth in sorted({*depths.values()} - {0})]
+    names = [" / ".join(model.label for model in models) for models in trained]
+    ends = [" / ".join(map(str, sorted({steps[model.name] for model in models}))) for models in trained]
     ticks = ["0", *(f"{end} | 0" for end in ends[:-1]), *ends[-1:]]
-    offsets = {model.name: max(0, run.depth(model) - 1) for model in run.models}
     for axes, tag, rollout, title, unit in (
         (left, "response_tokens", "length", "Response length", "tokens"),
         (right, "keywords_per_response", "keywords_per_response", "Revision phrases", "per response"),
     ):
         label(axes, title, " | ".join(f"steps of {name}" for name in names), unit)
         curve = phases.over_phases(run, tag, rollout)
-        lengths = curve["model"].map(lambda name: max(1, steps[name]))
-        _plot_phases(
-            axes, run, curve.assign(x=curve["model"].map(lambda name: offsets[name]) + curve["step"] / lengths)
-        )
-        for depth in depths[:-1]:
+        x = [max(0, depths[m] - 1) + s / max(1, steps[m]) for m, s in zip(curve["model"], curve["step"], strict=True)]
+        _plot_phases(axes, run, curve.assign(x=x))
+        for depth in range(1, len(trained)):
             axes.axvline(depth, color=INK, linestyle=":", linewidth=1)
         axes.set_xticks(range(len(ticks)), ticks)
     legend_below(figure, left)
@@ -171,13 +174,11 @@ def _plot_phases(axes: Axes, run: RunFolder, curve: pd.DataFrame) -> None:
             ends = evaluations.loc[[model.starts_from, model.name]]
             axes.plot(ends["x"], ends["value"], color=INK, alpha=PALE, linewidth=0.8)
         if len(rollouts):
-            axes.plot(
-                rollouts["x"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label=f"{model.label}, rollouts"
-            )
+            name = f"{model.label}, rollouts"
+            axes.plot(rollouts["x"], rollouts["value"], color=color, alpha=PALE, linewidth=1, label=name)
         if len(validations):
-            x, value, error = validations["x"], validations["value"], validations["se"].fillna(0)
-            axes.plot(x, value, color=color, marker="o", markersize=3, label=f"{model.label}, validation")
-            axes.fill_between(x, value - error, value + error, color=color, alpha=0.2, linewidth=0)
+            name = f"{model.label}, validation"
+            _plot_with_band(axes, validations["x"], validations["value"], validations["se"], color, name)
         if len(evaluation):
             marks = {"color": color, "marker": "D", "markersize": 6, "linestyle": ""}
             axes.errorbar(evaluation["x"], evaluation["value"], evaluation["se"], **marks, label=model.label)

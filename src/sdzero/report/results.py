@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdzero.pipeline.summary import summarize
+from sdzero.pipeline.summary import read_json, summarize
 from sdzero.report.run_folder import RunFolder
 from sdzero.types import benchmark_of
 
@@ -41,23 +41,15 @@ class Evaluated:
         return [name for name in names if f"eval/{name}/avg_at_k" in self.results]
 
 
-@dataclass(frozen=True)
-class TableRow:
-    """A row of the table: label, explanation, and one cell per model."""
-
-    label: str
-    hint: str
-    cells: list[str]
-
-
 def evaluated_models(run: RunFolder) -> list[Evaluated]:
     """Return the models whose evaluation has finished, in the order of the recipe."""
     found: dict[str, Evaluated] = {}
     models = {model.name: model for model in run.models}
     for row in summarize(run.path, run.lineage):
         model = models[row["stage"]]
+        rewards = read_json(run.path / model.evaluation / "rewards.json")
         before = found.get(model.starts_from or "")
-        found[model.name] = Evaluated(model.label, row, run.results(model), run.rewards(model), before)
+        found[model.name] = Evaluated(model.label, row, run.results(model), rewards, before)
     return [*found.values()]
 
 
@@ -88,8 +80,12 @@ def _describe(model: Evaluated) -> str:
     return f"{model.label}: {effect}, with {lengths}."
 
 
-def table(models: Sequence[Evaluated]) -> list[TableRow]:
-    """Build the table of summary.json and the rates behind its counts, one column per model."""
+def table(models: Sequence[Evaluated]) -> list[tuple[str, str, list[str]]]:
+    """Build the table of summary.json and the rates behind its counts.
+
+    Returns:
+        Rows of label, explanation and one cell per model.
+    """
     if not models:
         return []
     rows, results, k = [m.row for m in models], [m.results for m in models], models[0].num_answers
@@ -113,30 +109,22 @@ def table(models: Sequence[Evaluated]) -> list[TableRow]:
         return [f"{row[key]:,}" if row[key] else "–" for row in rows]
 
     mean = f"; the mean of the {len(benchmarks)} benchmarks below" if benchmarks else ""
+    questions = f"share of right answers: {len(models[0].rewards)} questions, {k} answers each{mean}"
+    resampled = "share of wrong attempts with a right second, independent answer: what a revision has to beat"
     return [
-        TableRow(
-            f"avg@{k}",
-            f"share of right answers: {len(models[0].rewards)} questions, {k} answers each{mean}",
-            summary("accuracy"),
-        ),
-        *(TableRow(f"avg@{k}, {name}", "of one benchmark", metric(f"{name}/avg_at_k")) for name in benchmarks),
-        TableRow("gain", "over the model it started from, paired by question", summary("accuracy_gain", "+.3f")),
-        TableRow(f"pass@{k}", f"share of questions with a right answer among {k}", summary(f"pass_at_{k}")),
-        TableRow("tokens", "mean length of an answer", summary("mean_response_tokens", ".1f")),
-        TableRow("revision phrases", "“wait”, “let me start over”, … per answer", summary("keyword_rate", ".2f")),
-        TableRow(
-            "wrong → right", "first attempts corrected by one revision; of the wrong ones", flips("wrong_to_right")
-        ),
-        TableRow("right → wrong", "first attempts broken by one revision; of the right ones", flips("right_to_wrong")),
-        TableRow(
-            "resampled → right",
-            "share of wrong attempts with a right second, independent answer: what a revision has to beat",
-            metric("resample_wrong_to_right_rate"),
-        ),
-        TableRow("generations", "sampled to train the model, without evaluations", count("num_generations")),
-        TableRow("tokens sampled", "in those generations", count("num_tokens_sampled")),
-        TableRow("tokens trained on", "student's and teacher's, times the epochs", count("num_tokens_trained")),
-        TableRow("seconds", "all stages of the model, with its evaluation", summary("seconds", ",.0f")),
+        (f"avg@{k}", questions, summary("accuracy")),
+        *((f"avg@{k}, {name}", "of one benchmark", metric(f"{name}/avg_at_k")) for name in benchmarks),
+        ("gain", "over the model it started from, paired by question", summary("accuracy_gain", "+.3f")),
+        (f"pass@{k}", f"share of questions with a right answer among {k}", summary(f"pass_at_{k}")),
+        ("tokens", "mean length of an answer", summary("mean_response_tokens", ".1f")),
+        ("revision phrases", "“wait”, “let me start over”, … per answer", summary("keyword_rate", ".2f")),
+        ("wrong → right", "first attempts corrected by one revision; of the wrong ones", flips("wrong_to_right")),
+        ("right → wrong", "first attempts broken by one revision; of the right ones", flips("right_to_wrong")),
+        ("resampled → right", resampled, metric("resample_wrong_to_right_rate")),
+        ("generations", "sampled to train the model, without evaluations", count("num_generations")),
+        ("tokens sampled", "in those generations", count("num_tokens_sampled")),
+        ("tokens trained on", "student's and teacher's, times the epochs", count("num_tokens_trained")),
+        ("seconds", "all stages of the model, with its evaluation", summary("seconds", ",.0f")),
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from sdzero.pipeline.summary import read_json
 from sdzero.utils.lineage import read_lineage
 from sdzero.utils.recipe import Model
 
@@ -44,11 +45,6 @@ class RunFolder:
         """Return the model of this run that another one starts from; None where it starts from outside the run."""
         return next((other for other in self.models if other.name == model.starts_from), None)
 
-    def depth(self, model: Model) -> int:
-        """Return the number of trainings between a model and the one that the run begins with."""
-        parent = self.parent(model)
-        return 0 if parent is None else 1 + self.depth(parent)
-
     def configs(self) -> list[dict[str, Any]]:
         """Return the flat configs of the stages that have started."""
         return [record["config"] for record in self.lineage.stages.values()]
@@ -67,19 +63,7 @@ class RunFolder:
 
     def results(self, model: Model) -> dict[str, float | None]:
         """Return the metrics of a model's evaluation by tag."""
-        return self._json(f"{model.evaluation}/results.json")
-
-    def rewards(self, model: Model) -> dict[str, list[int]]:
-        """Return the rewards of a model's answers by question id."""
-        return self._json(f"{model.evaluation}/rewards.json")
-
-    def statistics(self, stage: str) -> dict[str, Any]:
-        """Return the statistics of a collection."""
-        return self._json(f"{stage}/statistics.json")
-
-    def _json(self, name: str) -> dict[str, Any]:
-        file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_json(self.path / model.evaluation / "results.json")
 
     def samples(self, stage: str, kind: Literal["train", "eval"] = "eval") -> list[dict[str, Any]]:
         """Return the rows of SampleWriter in order of steps. Of an evaluation, only each question's first answer: all
@@ -108,9 +92,8 @@ def _read_events(folder: Path) -> Curves:
     for file in sorted(folder.glob("events*"), key=lambda f: f.stat().st_mtime_ns):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:
-            curve = curves.setdefault(tag, {})
             points = events.Scalars(tag)
-            if points:  # a restart repeats the steps after its checkpoint
-                curve = curves[tag] = {step: value for step, value in curve.items() if step < points[0].step}
-            curve.update((point.step, point.value) for point in points if not math.isnan(point.value))
+            first = points[0].step if points else math.inf  # a restart repeats the steps after its checkpoint
+            curves[tag] = {step: value for step, value in curves.get(tag, {}).items() if step < first}
+            curves[tag].update((point.step, point.value) for point in points if not math.isnan(point.value))
     return curves

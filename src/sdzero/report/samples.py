@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from sdzero.evaluation.keywords import count_keywords, keyword_spans
@@ -74,12 +75,12 @@ class SampleView:
 
 
 def _answer(model: str, row: Mapping[str, Any], phrases: Sequence[str]) -> Answer:
-    is_parsed = not row["reward"] and row.get("parsed") is not None
+    parsed = None if row["reward"] else row.get("parsed")
     revision = row.get("revision")
     return Answer(
         model,
         row["reward"],
-        row["reason"] + (f", parsed as {row['parsed']}" if is_parsed else ""),
+        row["reason"] if parsed is None else f"{row['reason']}, parsed as {parsed}",
         row["num_tokens"],
         segment(row["response"], phrases),
         _answer(model, revision, phrases) if revision else None,
@@ -99,23 +100,11 @@ def segment(text: str, phrases: Sequence[str]) -> Segments:
     num_left_out = len(text) - MAX_CHARACTERS
     text = text[:MAX_CHARACTERS]
     matches = [match.span() for phrase in phrases for match in re.finditer(re.escape(phrase), text, re.IGNORECASE)]
-    pieces: Segments = []
-    end = 0
-    for begin, stop in _merge([*keyword_spans(text), *matches]):
-        pieces += [(text[end:begin], False), (text[begin:stop], True)]
-        end = stop
-    pieces.append((text[end:], False))
+    is_marked = [False] * len(text)
+    for begin, end in (*keyword_spans(text), *matches):
+        is_marked[begin:end] = [True] * (end - begin)
+    groups = groupby(zip(text, is_marked, strict=True), key=lambda pair: pair[1])
+    pieces = [("".join(character for character, _ in group), marked) for marked, group in groups]
     if num_left_out > 0:
         pieces.append((f" … {num_left_out:,} more characters", False))
-    return [piece for piece in pieces if piece[0]]
-
-
-def _merge(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort spans and join those that overlap."""
-    merged: list[tuple[int, int]] = []
-    for begin, end in sorted(spans):
-        if merged and begin < merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((begin, end))
-    return merged
+    return pieces

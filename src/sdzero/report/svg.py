@@ -11,7 +11,6 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-LINK = "{http://www.w3.org/1999/xlink}href"
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -29,18 +28,15 @@ def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str])
         figure.savefig(file, format="svg", metadata=NO_METADATA, transparent=True)
     root = ET.fromstring(file.getvalue())
     for parent in root.iter():
-        for child in [
-            c for c in parent if c.tag.endswith(("}metadata", "}style"))
-        ]:  # its style would apply to the whole page
-            parent.remove(child)
+        for child in [*parent]:
+            if child.tag.endswith(("}metadata", "}style")):  # its style would apply to the whole page
+                parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        attributes = {("href" if key == LINK else key): value for key, value in element.attrib.items()}
-        element.attrib.clear()
-        element.attrib.update({key: _local(key, value, name, colors) for key, value in attributes.items()})
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        element.attrib = {key: _local(key, value, name, colors) for key, value in attributes.items()}
     width = root.attrib.pop("width").removesuffix("pt")
-    for size in ("height", "version"):
-        del root.attrib[size]
+    del root.attrib["height"], root.attrib["version"]
     root.attrib |= {"class": "figure", "role": "img", "aria-label": title, "style": f"--width: {width}px"}
     return Markup(ET.tostring(root, encoding="unicode"))
 

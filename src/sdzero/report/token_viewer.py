@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -23,24 +22,12 @@ MAX_TOKENS = 800
 MAX_CHARACTERS = 1_200_000
 """Size of all responses' data, so that the page stays below 2 MB."""
 TOP = 5
-LABEL_CHARACTERS, QUESTION_CHARACTERS = 120, 2_000
+QUESTION_CHARACTERS = 2_000
 MIN_SCALE = 0.5
 """Smallest scale in nats, so that a run of near-zero KL is shown pale."""
 
 Row = dict[str, Any]
-"""A response as TokenKLRecorder writes it."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Entry of the list of responses. `is_extreme`: it is among those with the largest KL."""
-
-    question: str
-    reward: int
-    reason: str
-    step: int
-    peak: float
-    is_extreme: bool
+"""A response as TokenKLRecorder writes it, with `peak`, its largest KL."""
 
 
 class TokenViewer:
@@ -48,50 +35,43 @@ class TokenViewer:
 
     Args:
         frame: rows of `RunFolder.token_kl`. A column `first_wrong` holds indices of tokens to mark, or None.
+
+    Attributes:
+        num_recorded: number of rows.
+        choices: rows of the list, `is_extreme` for those with the largest KL.
+        data: content of the page's JSON.
     """
 
     def __init__(self, frame: pd.DataFrame) -> None:
         rows: list[Row] = [{str(key): value for key, value in row.items()} for row in frame.to_dict(orient="records")]
-        shown = _within_budget([*_select(rows)])
-        shown.sort(key=lambda row: (not row["is_extreme"], row["reward"]))  # stable: keeps ranks
+        rows = [{**row, "peak": float(max(row["kl"], default=0.0))} for row in rows]
         self.num_recorded = len(rows)
-        self.choices = [
-            Choice(
-                row["text"][:LABEL_CHARACTERS],
-                int(row["reward"]),
-                row["reason"],
-                int(row["step"]),
-                _peak(row),
-                row["is_extreme"],
-            )
-            for row in shown
-        ]
-        scale = {"reward": _scale(row["token_kl_reward"] for row in shown), "kl": _scale(row["kl"] for row in shown)}
-        self.data = {"scale": scale, "responses": [_data(row) for row in shown]}
+        self.choices = _within_budget([*_select(rows)])
+        self.choices.sort(key=lambda row: (not row["is_extreme"], row["reward"]))  # stable: keeps ranks
+        self.data = {
+            "scale": {"reward": _scale(self.choices, "token_kl_reward"), "kl": _scale(self.choices, "kl")},
+            "responses": [_data(row) for row in self.choices],
+        }
 
     def _repr_html_(self) -> str:
         return embed("token_viewer.html", 720, viewer=self)
 
 
-def _peak(row: Row) -> float:
-    return float(max(row["kl"], default=0.0))
-
-
 def _select(rows: Sequence[Row]) -> Iterator[Row]:
     """Select the responses with the largest peaks by reward, and an even sample of the others, interleaved so that a
     cut keeps the mixture. Adds the key `is_extreme`."""
-    extremes: list[list[Row]] = []
+    groups: list[list[Row]] = []
     for reward, num in NUM_EXTREME.items():
-        group = sorted((row for row in rows if row["reward"] == reward), key=_peak, reverse=True)
+        group = sorted((row for row in rows if row["reward"] == reward), key=lambda row: row["peak"], reverse=True)
         spare = max(0, NUM_EXTREME[1 - reward] - (len(rows) - len(group)))  # where the other reward is scarce
-        extremes.append(group[: num + spare])
-    taken = {id(row) for group in extremes for row in group}
+        groups.append(group[: num + spare])
+    taken = {id(row) for group in groups for row in group}
     others = [row for row in rows if id(row) not in taken]
     num_even = min(NUM_EVEN, len(others))
-    even = [{**others[i * len(others) // num_even], "is_extreme": False} for i in range(num_even)]
-    groups = [*([{**row, "is_extreme": True} for row in group] for group in extremes), even]
+    groups.append([others[i * len(others) // num_even] for i in range(num_even)])
     ranked = [(rank / len(group), row) for group in groups for rank, row in enumerate(group)]
-    yield from (row for _, row in sorted(ranked, key=lambda item: item[0]))
+    for _, row in sorted(ranked, key=lambda item: item[0]):
+        yield {**row, "is_extreme": id(row) in taken}
 
 
 def _within_budget(rows: Sequence[Row]) -> list[Row]:
@@ -136,7 +116,7 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _scale(values: Iterator[Sequence[float]]) -> float:
+def _scale(rows: Sequence[Row], key: str) -> float:
     """Return the nats of the full colour: the 97th percentile, so that one extreme token does not pale all others."""
-    every = np.abs(np.concatenate([[0.0], *(np.asarray(v, dtype=float) for v in values)]))[1:]
-    return round(max(float(np.quantile(every, 0.97)) if every.size else 0.0, MIN_SCALE), 1)
+    values = np.abs(np.concatenate([*(row[key] for row in rows), np.empty(0)]))
+    return round(max(float(np.quantile(values, 0.97)) if values.size else 0.0, MIN_SCALE), 1)
