@@ -117,7 +117,8 @@ def test_a_stage_without_its_outputs_or_its_folder_is_run(
     with pytest.raises(OSError, match="no child"):
         exit_code(monkeypatch, "run", recipe, "--out", copy)
     assert [command[3] for command in started] == ["test", "fit"]
-    assert started[1][4:] == ["--config", f"{copy}/srt/stage.yaml"]
+    assert started[1][4:] == ["--config", f"{copy}/srt/stage.yaml", "--ckpt_path=newest"]
+    assert started[0][4:] == ["--config", f"{copy}/srt/eval/stage.yaml"]
     assert yaml.safe_load((copy / "srt/stage.yaml").read_text())["trainer"]["default_root_dir"] == str(copy / "srt")
 
 

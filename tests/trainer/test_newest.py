@@ -1,10 +1,10 @@
-"""`sdzero fit --ckpt_path=newest`: one command that begins a training and goes on with it."""
+"""`sdzero fit --ckpt_path=newest`: one command that starts a training and resumes it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from sdzero.cli.lightning import SDZeroCLI
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO
+from sdzero.trainer.checkpoint_manifest import CheckpointError
 from sdzero.trainer.strategies import FullShard
 from support.runs import ROOT
 
@@ -38,7 +39,7 @@ def fit(root: Path, max_steps: int) -> None:
     )
 
 
-def test_the_same_command_begins_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_starts_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "run"
     fit(root, 2)
     assert f"no finished checkpoint in {root}/checkpoints: starting from scratch" in capsys.readouterr().out
@@ -51,11 +52,10 @@ def test_the_same_command_begins_and_goes_on(tmp_path: Path, capsys: pytest.Capt
 
 def newest(folder: Path, subcommand: str = "fit", rank: int = 0, strategy: Any = None) -> Path | None:
     trainer = SimpleNamespace(strategy=strategy or SingleDeviceStrategy(), is_global_zero=rank == 0)
-    cli: Any = SimpleNamespace(trainer=trainer, _say=print)
-    return SDZeroCLI._newest(cli, folder, subcommand)
+    return SDZeroCLI._newest(cast(Any, SimpleNamespace(trainer=trainer)), folder, subcommand)
 
 
-def test_it_never_starts_anew_over_checkpoints_that_are_damaged(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_not_replaced_by_a_start_from_scratch(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     (tmp_path / "unfinished.ckpt").write_bytes(b"killed before its manifest")
     assert newest(tmp_path) is None
@@ -66,11 +66,11 @@ def test_it_never_starts_anew_over_checkpoints_that_are_damaged(tmp_path: Path) 
     assert newest(tmp_path) == newest(tmp_path, "validate") == tmp_path / "step=2.ckpt"
     for step in (1, 2):
         (tmp_path / f"step={step}.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the checkpoints.*remove them"):
+    with pytest.raises(CheckpointError, match="none of the checkpoints.*remove them"):
         newest(tmp_path)
 
 
-def test_one_rank_reads_whole_models_where_the_strategy_tells_the_others(tmp_path: Path) -> None:
+def test_one_rank_reads_whole_models_where_the_strategy_broadcasts_the_path(tmp_path: Path) -> None:
     for step in (1, 2):
         AtomicCheckpointIO().save_checkpoint({"global_step": step}, tmp_path / f"step={step}.ckpt")
     (tmp_path / "step=2.ckpt").write_bytes(b"")

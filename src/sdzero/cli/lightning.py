@@ -22,7 +22,7 @@ from sdzero.data.base import StepDataModule
 from sdzero.methods import Method, Policy
 from sdzero.pipeline.stages import compose_arguments
 from sdzero.pipeline.summary import print_evaluation
-from sdzero.trainer.checkpoint_io import finished_checkpoints, first_verified
+from sdzero.trainer.checkpoint_io import newest_checkpoint
 from sdzero.trainer.collectives import all_gather_objects
 from sdzero.trainer.sharded_checkpoint import AtomicFolders
 from sdzero.trainer.shares import share_of
@@ -127,31 +127,21 @@ class SDZeroCLI(LightningCLI):
         return kwargs
 
     def _newest(self, folder: Path, subcommand: str) -> Path | None:
-        """Resolve `--ckpt_path=newest`. None (`fit` only): start from scratch; logged.
+        """Resolve `--ckpt_path=newest`. None (`fit` only): start from scratch.
 
         Raises:
-            ValueError: there is no checkpoint for another command than `fit`, or none that verifies.
+            ValueError: there is no finished checkpoint for another command than `fit`.
+            CheckpointError: there are finished checkpoints, and none of them verifies.
         """
-        finished = finished_checkpoints(folder)
-        if not finished and subcommand != "fit":
+        is_first = self.trainer.is_global_zero
+        # a sharded strategy loads rank 0's choice on all ranks: not all have to read whole models
+        newest = newest_checkpoint(folder, verify=is_first or not isinstance(self.trainer.strategy, AtomicFolders))
+        if newest is None and subcommand != "fit":
             raise ValueError(f"ckpt_path={NEWEST}: there is no finished checkpoint in {folder}")
-        if not finished:
-            self._say(f"no finished checkpoint in {folder}: starting from scratch")
-            return None
-        if isinstance(self.trainer.strategy, AtomicFolders) and not self.trainer.is_global_zero:
-            return finished[0][0]  # on load rank 0 picks the verified one: not all ranks have to read whole models
-        newest = first_verified(finished)
-        if newest is None:
-            raise ValueError(
-                f"ckpt_path={NEWEST}: none of the checkpoints in {folder} verifies. Repair the disk or restore a "
-                "backup; remove them to start from scratch"
-            )
-        self._say(f"resuming from {newest}")
+        if is_first:
+            missing = f"no finished checkpoint in {folder}: starting from scratch"
+            print(missing if newest is None else f"resuming from {newest}", flush=True)
         return newest
-
-    def _say(self, text: str) -> None:
-        if self.trainer.is_global_zero:
-            print(text, flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         with add_path_to_errors(Path(self.trainer.default_root_dir)):

@@ -1,7 +1,7 @@
 """`sdzero run RECIPE_DIR`: the stages of a recipe in order, each model evaluated.
 
 Each stage is a child process. A finished stage is skipped if its config and its inputs are the ones that lineage.json
-records; an interrupted training resumes from its newest good checkpoint.
+records; an interrupted training resumes from the newest checkpoint that verifies.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ class Run:
     def _attempt(self, stage: Stage, folder: Path) -> tuple[list[str], int]:
         """Starts or resumes the stage's process; returns its command and exit code."""
         program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
-        command = [*program, stage.command, "--config", str(folder / STAGE_FILE), *_resume(stage)]
+        resume = ["--ckpt_path=newest"] if stage.command == "fit" else []
+        command = [*program, stage.command, "--config", str(folder / STAGE_FILE), *resume]
         environment = {**os.environ, STAGE: str(folder.resolve())}
         if not self.launcher:  # a launcher is the parent of its processes, maybe on another machine, and ends them
             environment[PARENT] = str(os.getpid())
@@ -228,20 +229,6 @@ def _faulted(code: int, folder: Path) -> bool:
     """Return True if native code hung or crashed in a process of the stage. Stacks are written only then; another
     process of the stage may have been killed for it."""
     return code in CRASHES or (folder / STACKS).exists()
-
-
-def _resume(stage: Stage) -> list[str]:
-    """Option by which an interrupted training resumes from its newest good checkpoint."""
-    folder = stage.folder / "checkpoints"
-    if stage.command != "fit" or not folder.is_dir():
-        return []
-    from sdzero.trainer.checkpoint_io import newest_checkpoint  # imports Lightning
-
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        return []
-    print(f"resuming from {checkpoint}", flush=True)
-    return [f"--ckpt_path={checkpoint}"]
 
 
 def _acquire(lock: IO[str], out: Path) -> None:

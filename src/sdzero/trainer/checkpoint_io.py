@@ -12,11 +12,9 @@ being replaced, so that a kill before or after the replacement leaves a checkpoi
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -34,29 +32,9 @@ from sdzero.trainer.checkpoint_manifest import (
     warn_unverified,
     write_manifest,
 )
-from sdzero.utils.files import atomic_write
+from sdzero.utils.files import atomic_write, file_sha256
 
 log = logging.getLogger(__name__)
-
-
-class _HashingFile:
-    """File for torch.save that hashes the data passed to it and keeps the error of a failed write."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -123,27 +101,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         remove(Path(path))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest `*.ckpt` of a folder that verifies, by global step and then modification time; or None.
+def newest_checkpoint(folder: Path, verify: bool = True) -> Path | None:
+    """Return the newest `*.ckpt` of a folder that verifies, by global step and then modification time.
 
     A checkpoint is a file, or the folder of a sharded strategy. Logs a warning with the reason for each that is passed
     over. Changes nothing on disk.
+
+    Args:
+        folder: folder to search.
+        verify: read whole checkpoints; False trusts their manifests.
+
+    Returns:
+        The checkpoint; None if no save was finished.
+
+    Raises:
+        CheckpointError: there are finished checkpoints, and none of them verifies.
     """
-    return first_verified(finished_checkpoints(folder))
-
-
-def first_verified(finished: Iterable[tuple[Path, Content | FolderContent]]) -> Path | None:
-    """Return the first checkpoint that verifies, reading whole checkpoints; log a warning for each that does not."""
-    for path, content in finished:
-        fault = content.fault(path)
-        if fault is None:
-            return path
-        log.warning("passing over %s at step %d: %s", path, content.global_step, fault)
-    return None
-
-
-def finished_checkpoints(folder: Path) -> list[tuple[Path, Content | FolderContent]]:
-    """List the checkpoints of a folder whose save was finished, newest first, with the content of their manifests."""
     found: list[tuple[int, int, Path, Content | FolderContent]] = []
     for path in folder.glob("*.ckpt"):
         if path.is_symlink():  # its target is listed under its own name
@@ -157,8 +130,17 @@ def finished_checkpoints(folder: Path) -> list[tuple[Path, Content | FolderConte
             log.warning("passing over %s: it has no manifest, so its save was not finished", path)
         changed = manifest_path(path) if path.is_dir() else path
         found += [(content.global_step, changed.stat().st_mtime_ns, path, content) for content in listed]
-    found.sort(key=lambda item: item[:3], reverse=True)
-    return [(path, content) for _, _, path, content in found]
+    for step, _, path, content in sorted(found, key=lambda item: item[:3], reverse=True):
+        fault = content.fault(path) if verify else None
+        if fault is None:
+            return path
+        log.warning("passing over %s at step %d: %s", path, step, fault)
+    if found:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} verifies. Repair the disk or restore a backup; remove them to start "
+            "from scratch"
+        )
+    return None
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
@@ -171,21 +153,17 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
         log.warning("replacing %s: %s", path, error)
         old = []
     with atomic_write(path) as file:
-        new = _torch_save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # of torch's zip writer, in the place of the failed write's own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        written = Path(file.name)
+        new = Content(file_sha256(written), written.stat().st_size, int(checkpoint.get("global_step", 0)))
         if old:
             write_manifest(path, [new, *old])
     write_manifest(path, [new])
     if folder is not None:
         remove(folder)
-
-
-def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> Content:
-    """Run torch.save; raise the OSError of a failed write, which torch's zip writer hides behind a RuntimeError."""
-    sink = _HashingFile(file)
-    try:
-        torch.save(checkpoint, sink)  # pyright: ignore[reportArgumentType] - write and flush suffice
-    except RuntimeError:
-        if sink.error is not None:
-            raise sink.error from None
-        raise
-    return Content(sink.digest.hexdigest(), sink.size, int(checkpoint.get("global_step", 0)))
