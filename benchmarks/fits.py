@@ -117,7 +117,7 @@ def models() -> dict[str, Architecture]:
         assumptions = load_assumptions(load_recipe(RECIPES / recipe))
         assert assumptions is not None
         sizes[name] = assumptions.model
-    return {name: Architecture.of(AutoConfig.for_model(**values)) for name, values in {**sizes, **LARGE}.items()}
+    return {name: Architecture(AutoConfig.for_model(**values)) for name, values in {**sizes, **LARGE}.items()}
 
 
 def machine_of(choice: Choice, num_gpus: int) -> Machine:

@@ -236,7 +236,7 @@ def train(case: Case, folder: Path) -> None:
 
 def arithmetic(case: Case, num_tokens: int) -> dict[str, dict[str, int]]:
     """Phase -> part -> bytes by the dry run; of loss head and backward pass the larger."""
-    model = Architecture.of(Qwen3Config(vocab_size=case.vocab, **{**stored.MODEL, **case.shape}))
+    model = Architecture(Qwen3Config(vocab_size=case.vocab, **{**stored.MODEL, **case.shape}))
     at = Machine(False, case.ranks, case.ranks, 2 if "bf16" in case.precision else 4)
     settings = {"cpu_offload": False, "gradient_checkpointing": False, "dtype": "float32", **case.options}
     arguments = {**case.arguments, "student": settings, "optimizer": {"init_args": {"fused": True}}}

@@ -14,8 +14,7 @@ import pytest
 
 from sdzero.cli.stage_commands import check_stage
 from sdzero.data.trace_file import write_traces
-from sdzero.pipeline.run import parse
-from sdzero.pipeline.stages import list_stages
+from sdzero.pipeline.stages import list_stages, parse
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Question, Trace
 from sdzero.utils.recipe import RECIPE, load_recipe

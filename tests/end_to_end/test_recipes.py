@@ -10,8 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from sdzero.cli.stage_commands import check_stage, collect_parser
-from sdzero.pipeline.run import parse
-from sdzero.pipeline.stages import list_stages
+from sdzero.pipeline.stages import list_stages, parse
 from sdzero.utils.recipe import load_recipe
 from sdzero.utils.yaml_config import flatten
 

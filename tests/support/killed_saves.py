@@ -1,40 +1,45 @@
-"""Saves of checkpoints that are killed at a chosen call of `os`: each of FOLDERS is named NAME FUNCTION before|after N.
-
-python killed_saves.py file|folder FOLDERS
-"""
+"""Damaged checkpoints: saves that are killed at a chosen call of `os`, and flipped bits."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdzero.trainer.checkpoint_manifest import manifest_path
+from support.ranks.forked import forked
 
-TESTS = Path(__file__).parents[1]
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
-def killed_saves(kind: str, good: Path, cases: Sequence[str]) -> dict[str, Path]:
-    """Copy the finished checkpoint `good` of step 1 into a folder per case, where a save of step 2 is killed."""
+def killed_saves(save: Callable[[Path, int, str], Path], good: Path, cases: Sequence[str]) -> dict[str, Path]:
+    """Copy the finished checkpoint `good` of step 1 into a folder per case, where a save of step 2 is killed.
+
+    A case is `NAME FUNCTION before|after N`: the checkpoint's name, and the N-th call of a function of `os`.
+    """
     folders = {case: good.parent / case for case in cases}
-    for folder in folders.values():
+    for case, folder in folders.items():
         folder.mkdir()
-        if kind == "folder":
+        if good.is_dir():
             shutil.copytree(good, folder / good.name)
         else:
             shutil.copy2(good, folder)
             shutil.copy2(manifest_path(good), folder)
-    command = [sys.executable, __file__, kind, *map(str, folders.values())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [str(-signal.SIGKILL)] * len(folders), run.stderr
+        name, function, when, number = case.split(" ")
+
+        def work(_: int) -> None:
+            setattr(os, function, dying(getattr(os, function), when, int(number)))  # noqa: B023 - forked at once
+            save(folder, 2, name)  # noqa: B023
+
+        log = good.parent / "log"
+        assert forked(1, log, work) == [-signal.SIGKILL], log.with_name("log0.log").read_text()
     return folders
 
 
@@ -53,20 +58,3 @@ def dying(real: Callable[..., Any], when: str, number: int) -> Callable[..., Any
         return result
 
     return call
-
-
-if __name__ == "__main__":
-    from sdzero.trainer.checkpoint_io import AtomicCheckpointIO
-    from support.lone_strategy import Lone
-
-    save = (AtomicCheckpointIO() if sys.argv[1] == "file" else Lone()).save_checkpoint
-    for folder in sys.argv[2:]:
-        name, function, when, number = Path(folder).name.split(" ")
-        child = os.fork()
-        if child == 0:
-            setattr(os, function, dying(getattr(os, function), when, int(number)))
-            weights = torch.full((1000,), 2.0)
-            state = {"weights": weights} if sys.argv[1] == "file" else {"state_dict": {"weights": weights}}
-            save({"global_step": 2, **state}, Path(folder, name))
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -25,30 +25,24 @@ Victim = Literal["group", "stage", "run"]
 
 @dataclass
 class Killed:
-    """A run that stood still and was killed there.
+    """A run that was halted and killed there."""
 
-    Attributes:
-        said: what it and its stage printed.
-        code: its exit status.
-        files: of the run, as they were then.
-    """
-
-    said: str
-    code: int
-    files: list[str]
+    said: str  # output of the run and its stage
+    code: int  # exit status
+    files: list[str]  # of the run at that moment
 
 
 @dataclass
 class Started:
-    """`sdzero run` of the smoke recipe, at work. mark: where a process that stands still leaves its id."""
+    """A running `sdzero run` of the smoke recipe."""
 
     process: subprocess.Popen[str]
     out: Path
-    mark: Path
+    mark: Path  # a halted process writes its id there
     log: Path
 
     def wait_for_stop(self) -> int | None:
-        """The id of the process that stands still; None where the run ended first."""
+        """Return the id of the halted process; None if the run ended first."""
         deadline = time.monotonic() + SECONDS
         while not self.mark.exists():
             if self.process.poll() is not None:
@@ -58,31 +52,27 @@ class Started:
         return int(self.mark.read_text())
 
     def kill(self, victim: Victim, stage: int | None) -> Killed:
-        """Kills the whole process group, the stage or the run's own process; returns when the folder is free."""
+        """Kill the whole process group, the stage or the run's own process; return when the folder is free."""
         if victim == "group" or stage is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         elif victim == "stage":
             os.kill(stage, signal.SIGKILL)
-        else:
-            self._kill_above(stage)
+        else:  # its orphan keeps the folder from other runs as long as it lives
+            os.kill(stage, signal.SIGSTOP)  # so that it cannot end before the check
+            self.process.kill()
+            self.process.wait(SECONDS)
+            with (self.out / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
+                flock(lock, LOCK_EX | LOCK_NB)
+            os.kill(stage, signal.SIGCONT)
         code = self.process.wait(SECONDS)
         wait_for_lock(self.out)
         files = sorted(str(f.relative_to(self.out)) for f in self.out.rglob("*") if f.is_file())
         return Killed(self.log.read_text(), code, files)
 
-    def _kill_above(self, stage: int) -> None:
-        """Kills the run's process. Its orphan keeps the folder from other runs as long as it lives."""
-        os.kill(stage, signal.SIGSTOP)  # so that it cannot end before we have looked
-        self.process.kill()
-        self.process.wait(SECONDS)
-        with (self.out / ".lock").open("w") as lock, pytest.raises(BlockingIOError):
-            flock(lock, LOCK_EX | LOCK_NB)
-        os.kill(stage, signal.SIGCONT)
-
 
 @contextmanager
 def started(out: Path, stop: str = "") -> Iterator[Started]:
-    """Run the smoke recipe until it stands still at `stop` (see support/stops); kill what is left at the end."""
+    """Run the smoke recipe until it halts at `stop` (see support/stops); kill what is left at the end."""
     mark, log = out.with_name("stopped"), out.with_name("killed.log")
     mark.unlink(missing_ok=True)
     variables = environment(SDZERO_TEST_STOP=stop, SDZERO_TEST_STOPPED=str(mark))
@@ -96,27 +86,27 @@ def started(out: Path, stop: str = "") -> Iterator[Started]:
         try:
             yield Started(process, out, mark, log)
         finally:
-            with suppress(ProcessLookupError):  # a failed test leaves nobody standing
+            with suppress(ProcessLookupError):  # after a failed test
                 os.killpg(process.pid, signal.SIGKILL)
 
 
 def kill_at(out: Path, stop: str, victim: Victim, meanwhile: Callable[[], None] = lambda: None) -> Killed:
-    """Runs the smoke recipe until a stage stands still at `stop`, and kills `victim`."""
+    """Run the smoke recipe until a stage halts at `stop`, and kill `victim`."""
     with started(out, stop) as run:
         stage = run.wait_for_stop()
-        assert stage is not None, f"ended before it came there:\n{run.log.read_text()}"
+        assert stage is not None, f"ended before {stop}:\n{run.log.read_text()}"
         assert stage != run.process.pid
         meanwhile()
         return run.kill(victim, stage)
 
 
 def wait_for_lock(out: Path) -> None:
-    """Until the folder is free: a stage holds it like its run, so an orphan has ended then."""
+    """Wait until the folder is free: a stage holds its lock too, so an orphan has ended then."""
     deadline = time.monotonic() + 10
     with (out / ".lock").open("w") as lock:
         while True:
             try:
                 return flock(lock, LOCK_EX | LOCK_NB)
             except BlockingIOError:
-                assert time.monotonic() < deadline, "the orphan of a killed run is still at work"
+                assert time.monotonic() < deadline, "the orphan of a killed run is still running"
                 time.sleep(0.02)

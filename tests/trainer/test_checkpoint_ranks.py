@@ -1,4 +1,4 @@
-"""What two ranks saved two ranks and one go on from, and the other way round; a rank that fails in a save stops all."""
+"""Resumes on two ranks and on one from each other's checkpoints; a rank that fails in a save stops all."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ import torch
 from sdzero.trainer.checkpoint_io import newest_checkpoint
 from sdzero.trainer.checkpoint_manifest import clean_up
 from sdzero.utils.files import PARTIAL
+from support.killed_saves import flip_a_bit
 from support.tiny_model import write_tiny_model
 
 TESTS = Path(__file__).parents[1]
-RANKS = TESTS / "support/ranks"
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     model = write_tiny_model(out / "model")
-    command = [sys.executable, str(RANKS / "checkpoint_ranks.py"), str(model), str(out)]
+    command = [sys.executable, str(TESTS / "support/ranks/checkpoint_ranks.py"), str(model), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -36,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metrics(out: Path, name: str, rank: int = 0) -> dict[str, Any]:
-    """Weights of student and teacher, counters, and each step's draws of the random states and questions."""
+    """Weights of student and teacher, counters, and each step's random numbers and questions."""
     assert set(json.loads((out / "codes.json").read_text())[name]) == {0}, (out / name / "rank0.log").read_text()
     return torch.load(out / name / f"metrics-rank{rank}.pt")
 
@@ -52,8 +52,8 @@ def asked(metrics: dict[str, Any]) -> list[list[str]]:
     return [questions for *_, questions in metrics["drawn"]]
 
 
-def test_as_many_ranks_go_on_to_the_bit(out: Path) -> None:
-    """Weights, teacher, momentum, schedule, position; and what each rank draws of its own random states."""
+def test_a_resume_on_as_many_ranks_is_bitwise_equal(out: Path) -> None:
+    """Weights, teacher, momentum, schedule, position, and the random numbers of each rank."""
     for rank in (0, 1):
         whole, same = metrics(out, "whole", rank), metrics(out, "same", rank)
         assert all(torch.equal(w, whole["weights"][name]) for name, w in same["weights"].items())
@@ -70,15 +70,15 @@ def test_two_ranks_one_and_two_again(out: Path) -> None:
     assert asked(back) == asked(whole)[4:]
     assert 0 < worst(back, whole) < 1e-5
     assert back["state"] == whole["state"]
-    for name, rank, has in (("one", 0, 2), ("back", 0, 1), ("back", 1, 1)):  # fresh random states, and said so
-        said = (out / name / f"rank{rank}.log").read_text()
-        assert f"holds the RNG states of {has} ranks" in said
+    for name, rank, has in (("one", 0, 2), ("back", 0, 1), ("back", 1, 1)):  # fresh random states, logged
+        log = (out / name / f"rank{rank}.log").read_text()
+        assert f"holds the RNG states of {has} ranks" in log
     draws = [metrics(out, name, rank)["drawn"][0][:3] for name, rank in (("one", 0), ("back", 0), ("back", 1))]
     assert len({number for drawn in draws for number in drawn}) == 9
 
 
 def test_one_file_of_one_process_and_of_two_ranks(out: Path) -> None:
-    """DDP's or a single device's file goes on under FullShard, which gathers into one file, and back."""
+    """DDP's or a single device's file is resumed under FullShard, which gathers into one file, and back."""
     whole, ended = metrics(out, "whole"), metrics(out, "from_file")
     assert (out / "file/checkpoints/step=5.ckpt").is_file() and newest_checkpoint(out / "file/checkpoints")
     assert worst(ended, whole) < 1e-5
@@ -90,8 +90,8 @@ def test_one_file_of_adapters(out: Path) -> None:
     assert worst(metrics(out, "adapters_again"), metrics(out, "adapters")) < 1e-5
 
 
-def test_fsdp1_of_lightning_saves_and_goes_on(out: Path) -> None:
-    """FSDPStrategy itself, which wants a GPU of Lightning's own accord, on two gloo ranks."""
+def test_fsdp1_of_lightning_saves_and_resumes(out: Path) -> None:
+    """FSDPStrategy itself, for which Lightning requires a GPU, on two gloo ranks."""
     first, whole, same = metrics(out, "plain"), metrics(out, "fsdp1"), metrics(out, "fsdp1_same")
     assert worst(whole, first) < 1e-5
     assert all(torch.equal(w, whole["weights"][name]) for name, w in same["weights"].items())
@@ -101,8 +101,8 @@ def test_fsdp1_of_lightning_saves_and_goes_on(out: Path) -> None:
 def test_a_shard_that_is_damaged_is_refused_by_every_rank(out: Path) -> None:
     assert json.loads((out / "codes.json").read_text())["damaged"] == [1, 1]
     for rank in (0, 1):
-        said = (out / f"damaged/rank{rank}.log").read_text()
-        assert "CheckpointError:" in said and "step=1.ckpt is damaged: __1_0.distcp: its sha256 is" in said
+        log = (out / f"damaged/rank{rank}.log").read_text()
+        assert "CheckpointError:" in log and "step=1.ckpt is damaged: __1_0.distcp: its sha256 is" in log
 
 
 @pytest.mark.parametrize("fault", ["failed", "killed"])
@@ -118,52 +118,32 @@ def test_a_rank_that_cannot_save_stops_all_with_the_last_good_checkpoint_intact(
     clean_up(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
     for rank in (0, 1) if fault == "failed" else ():
-        said = (out / fault / f"rank{rank}.log").read_text()
-        assert "CheckpointError: could not save" in said and "rank 1: OSError: [Errno 28] No space left" in said
+        log = (out / fault / f"rank{rank}.log").read_text()
+        assert "CheckpointError: could not save" in log and "rank 1: OSError: [Errno 28] No space left" in log
 
 
-def damage_a_shard(folder: Path) -> str:
-    path = folder / "__1_0.distcp"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    return "__1_0.distcp: its sha256"
+DAMAGE = {
+    "__1_0.distcp: its sha256": lambda folder: flip_a_bit(folder / "__1_0.distcp"),
+    "__0_0.distcp: it has 1000 bytes": lambda folder: os.truncate(folder / "__0_0.distcp", 1000),
+    ".metadata is missing": lambda folder: (folder / ".metadata").unlink(),
+    "has no manifest": lambda folder: (folder / "sha256.json").unlink(),
+    "cannot be read: its crc32": lambda folder: change_step(folder / "sha256.json"),
+}
 
 
-def cut_a_shard(folder: Path) -> str:
-    os.truncate(folder / "__0_0.distcp", 1000)
-    return "__0_0.distcp: it has 1000 bytes"
+def change_step(manifest: Path) -> None:
+    """All files still are as listed."""
+    text = manifest.read_text()
+    assert text.count('"global_step":2') == 1
+    manifest.write_text(text.replace('"global_step":2', '"global_step":3'))
 
 
-def lose_a_file(folder: Path) -> str:
-    (folder / ".metadata").unlink()
-    return ".metadata is missing"
-
-
-def lose_the_manifest(folder: Path) -> str:
-    (folder / "sha256.json").unlink()
-    return "has no manifest"
-
-
-def damage_the_manifest(folder: Path) -> str:
-    """Another step: all files still are what it says."""
-    manifest = folder / "sha256.json"
-    said = manifest.read_text()
-    manifest.write_text(said.replace('"global_step":2', '"global_step":3'))
-    assert manifest.read_text() != said
-    return "cannot be read: its crc32"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [damage_a_shard, cut_a_shard, lose_a_file, lose_the_manifest, damage_the_manifest],
-    ids=lambda f: f.__name__,
-)
+@pytest.mark.parametrize("why", DAMAGE)
 def test_a_damaged_folder_is_passed_over_with_the_reason(
-    out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
+    out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, why: str
 ) -> None:
     folder = shutil.copytree(out / "failed/checkpoints", tmp_path / "checkpoints")
-    why = damage(folder / "step=2.ckpt")
+    DAMAGE[why](folder / "step=2.ckpt")
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(folder) == folder / "step=1.ckpt"
     (record,) = caplog.records

@@ -1,4 +1,4 @@
-"""Folders of one process: killed at every step of a save, replaced under their own name, removed, refused.
+"""Sharded checkpoints of one process: killed at every step of a save, replaced, removed, refused.
 
 Two ranks: test_checkpoint_ranks.py.
 """
@@ -58,30 +58,21 @@ def test_folders_and_files_stand_side_by_side(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step=1.ckpt"]
 
 
-def test_a_folder_is_refused_where_one_process_would_read_a_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="folder of a sharded strategy.*FullShard"):
-        AtomicCheckpointIO().load_checkpoint(save(tmp_path, 1))
-
-
-def test_a_folder_of_another_strategy_is_refused(tmp_path: Path) -> None:
-    class Another(Lone):
-        pass
-
-    with pytest.raises(ValueError, match="written by Lone, and Another expects .*resume with the strategy .*Lone"):
-        Another().load_checkpoint(save(tmp_path, 1))
-
-
-def test_one_file_is_left_to_the_checkpoint_io(tmp_path: Path) -> None:
+def test_one_file_is_saved_by_the_checkpoint_io(tmp_path: Path) -> None:
     strategy = Lone(checkpoint_io=AtomicCheckpointIO())
     strategy.folders = False
     strategy.save_checkpoint({"global_step": 7}, tmp_path / "a.ckpt")
     assert newest_checkpoint(tmp_path) == tmp_path / "a.ckpt" and manifest_path(tmp_path / "a.ckpt").is_file()
 
 
-def test_what_it_cannot_do_it_refuses(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="storage_options"):
         Lone().save_checkpoint({"global_step": 1}, tmp_path / "a.ckpt", storage_options={})
     path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="folder of a sharded strategy.*FullShard"):
+        AtomicCheckpointIO().load_checkpoint(path)
+    with pytest.raises(ValueError, match="written by Lone, and Another expects .*resume with the strategy .*Lone"):
+        type("Another", (Lone,), {})().load_checkpoint(path)
     os.truncate(path / "meta.pt", 10)
     with pytest.raises(CheckpointError, match=r"damaged: meta.pt: it has 10 bytes.*newest_checkpoint"):
         step_of(path)
@@ -96,7 +87,7 @@ def test_a_link_counts_as_its_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [100, 20_000])  # the shard, then what is after it
-def test_a_write_that_fails_leaves_the_previous_checkpoint_and_says_so(
+def test_a_failed_write_leaves_the_previous_checkpoint_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     good = save(tmp_path, 1)
@@ -114,8 +105,8 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_and_says_so(
     assert step_of(save(tmp_path, 2)) == 2
 
 
-def test_a_file_that_rank_0_does_not_see_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nodes whose disks are their own: each would keep a part of it."""
+def test_a_file_that_rank_0_does_not_see_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes without a shared disk: each would keep a part of it."""
     monkeypatch.setattr(Lone, "_write", lambda self, checkpoint, partial: {"__1_0.distcp": ("0", 5)})
     with pytest.raises(CheckpointError, match="__1_0.distcp is not in .*all ranks must share that folder"):
         save(tmp_path, 1)
@@ -132,7 +123,7 @@ SAME += ["step=1.ckpt rmdir before 1", "step=1.ckpt rmdir after 1"]
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One folder per kill: step 1 was saved, then the save of step 2 was killed at the named call of os."""
-    return killed_saves("folder", save(tmp_path_factory.mktemp("killed"), 1), [*NEW, *SAME])
+    return killed_saves(save, save(tmp_path_factory.mktemp("killed"), 1), [*NEW, *SAME])
 
 
 @pytest.mark.parametrize("case", NEW)

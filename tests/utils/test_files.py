@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from hypothesis import strategies as st
 
 from sdzero.utils import files
 from sdzero.utils.files import PARTIAL, atomic_folder, atomic_write, write_text
+from support.killed_saves import dying
+from support.ranks.forked import forked
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,54 +133,38 @@ def test_a_folder_replaces_what_was_there_and_follows_no_link(tmp_path: Path, pl
     assert (victim / "file").read_text() == "untouched"
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from sdzero.utils import files
-
-path, after = Path(sys.argv[1]), sys.argv[2]
-real = getattr(os, after.partition(":")[0])
-count = [int(after.partition(":")[2])]
-
-def kill(*arguments):
-    if not count[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    count[0] -= 1
-    real(*arguments)
-
-setattr(os, after.partition(":")[0], kill)
-if path.name == "file":
-    files.write_text(path, "new")
-else:
-    with files.atomic_folder(path) as partial:
-        (partial / "inner").write_text("new")
-"""
+def write_to(path: Path, text: str) -> None:
+    if path.name == "file":
+        return write_text(path, text)
+    with atomic_folder(path) as partial:
+        (partial / "inner").write_text(text)
 
 
 @pytest.mark.parametrize(
-    ("name", "at", "there"),
+    ("name", "function", "call", "content"),
     [
-        ("file", "fsync:0", "old"),
-        ("file", "replace:0", "old"),
-        ("file", "fsync:1", "new"),
-        ("folder", "replace:0", "old"),
-        ("folder", "replace:1", None),  # between the two renames
-        ("folder", "fsync:2", "new"),
+        ("file", "fsync", 1, "old"),
+        ("file", "replace", 1, "old"),
+        ("file", "fsync", 2, "new"),
+        ("folder", "replace", 1, "old"),
+        ("folder", "replace", 2, None),  # between the two renames
+        ("folder", "fsync", 3, "new"),
     ],
 )
-def test_kills_leave_old_or_new_and_the_next_write_tidies(
-    tmp_path: Path, name: str, at: str, there: str | None
+def test_kills_leave_old_or_new_and_the_next_write_cleans_up(
+    tmp_path: Path, name: str, function: str, call: int, content: str | None
 ) -> None:
-    path = tmp_path / name
+    (folder := tmp_path / "folder").mkdir()
+    path = folder / name
     inner = path / "inner" if name == "folder" else path
     inner.parent.mkdir(exist_ok=True)
     inner.write_text("old")
-    killed = subprocess.run([sys.executable, "-c", KILLED, path, at], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert (inner.read_text() if inner.exists() else None) == there
-    if name == "file":
-        write_text(path, "newest")
-    else:
-        with atomic_folder(path) as partial:
-            (partial / "inner").write_text("newest")
-    assert inner.read_text() == "newest" and [*tmp_path.iterdir()] == [path]
+
+    def work(_: int) -> None:
+        setattr(os, function, dying(getattr(os, function), "before", call))
+        write_to(path, "new")
+
+    assert forked(1, tmp_path / "log", work) == [-signal.SIGKILL]
+    assert (inner.read_text() if inner.exists() else None) == content
+    write_to(path, "newest")
+    assert inner.read_text() == "newest" and [*folder.iterdir()] == [path]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -17,17 +16,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from sdzero import __version__
-from sdzero.pipeline.stages import ENGINES, RUNS, Options, Stage, list_stages
+from sdzero.pipeline.stages import ENGINES, OUTPUTS, RUNS, Check, Options, Stage, list_stages, parse
 from sdzero.pipeline.summary import print_table, summarize
 from sdzero.utils.disk_full import add_path_to_errors
-from sdzero.utils.files import write_text
+from sdzero.utils.files import file_sha256, write_text
 from sdzero.utils.lineage import LINEAGE, Lineage, Outline, read_lineage
 from sdzero.utils.process import PARENT, STACKS, STAGE, exit_status, handle_signals, requeue, signal_name, write_stderr
 from sdzero.utils.recipe import Recipe, load_recipe
@@ -46,17 +45,14 @@ MAX_RESTARTS = 3
 LOCK_SECONDS = 3.0
 """A stage whose `sdzero run` was killed takes a moment to notice, and holds the folder's lock until it has ended."""
 
-Check = Callable[[str, Sequence[str]], dict[str, Any]]
-"""Parses a stage's command and arguments into its whole config, and raises where a key is wrong."""
-
 
 def content_sha256(path: Path) -> str:
-    """Hash of an input: of the weights of a model folder, of the bytes of a file. A hub id stands for itself."""
+    """Hash an input: the weights of a model folder or the bytes of a file. A hub id stands for itself."""
     if path.is_dir():
         from sdzero.models.weights import folder_sha256  # brings torch, which --help does without
 
         return folder_sha256(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
+    return file_sha256(path) if path.is_file() else str(path)
 
 
 class Run:
@@ -109,7 +105,7 @@ class Run:
         }
 
     def _finished(self, stage: Stage) -> bool:
-        """Raises: ValueError naming the changed key where the stage started or finished with another config."""
+        """Return True if the stage has finished; raise ValueError if it ran with another config or other inputs."""
         record = self.lineage.stages.get(stage.name)
         if record is None or not stage.folder.is_dir():
             return False
@@ -122,46 +118,42 @@ class Run:
                     f"stage {stage.name} of {self.out} ran with other {what}: {', '.join(changed)} changed. "
                     f"Choose another --out, or remove {stage.folder} to run the stage again"
                 )
-        return "seconds" in record and all((stage.folder / o).exists() for o in stage.outputs)
+        return "seconds" in record and all((stage.folder / o).exists() for o in OUTPUTS[stage.command])
 
     def _execute(self, stage: Stage) -> None:
-        folder = stage.folder
-        spent = self.lineage.stages.get(stage.name, {}).get("spent", 0.0)
+        stacks = stage.folder / STACKS
         # written before the stage starts, so that a restart with another config is noticed too
-        identity = self._identity(stage)
-        self._check_inputs(stage, identity["inputs"])
-        self._record(stage, {**identity, "spent": spent})
-        folder.mkdir(parents=True, exist_ok=True)
+        record = {**self._identity(stage), "spent": self.lineage.stages.get(stage.name, {}).get("spent", 0.0)}
+        self._check_inputs(stage, record["inputs"])
+        self._record(stage, record)
+        stage.folder.mkdir(parents=True, exist_ok=True)
         sources = " + ".join(map(str, stage.sources))
-        write_text(folder / STAGE_FILE, f"# Merged by `sdzero run` from {sources}\n{stage.to_yaml()}")
+        write_text(stage.folder / STAGE_FILE, f"# Merged by `sdzero run` from {sources}\n{stage.to_yaml()}")
         started = time.monotonic()
-        command, code = self._attempt(stage, folder)
+        command, code = self._attempt(stage)
         for restart in range(1, MAX_RESTARTS + 1):
-            if not code or self.signum or not _faulted(code, folder):
+            if not code or self.signum or not _faulted(code, stacks):
                 break
             print(
-                f"stage {stage.name} hung or crashed in native code (exit code {code}; its stacks: {folder / STACKS}): "
+                f"stage {stage.name} hung or crashed in native code (exit code {code}; its stacks: {stacks}): "
                 f"restart {restart} of at most {MAX_RESTARTS}",
                 flush=True,
             )
-            command, code = self._attempt(stage, folder)
-        spent += time.monotonic() - started
-        self._record(stage, {**self.lineage.stages[stage.name], "spent": spent})
+            command, code = self._attempt(stage)
+        record["spent"] += time.monotonic() - started
+        self._record(stage, record)
         if self.signum and code:
             self._stop()
         if code:
-            stacks = f"\nits stacks: {folder / STACKS}" if _faulted(code, folder) else ""
-            sys.exit(
-                f"sdzero run: stage {stage.name} ended with exit code {code}; its command:\n"
-                f"{shlex.join(command)}{stacks}"
-            )
-        outputs = {o: content_sha256(folder / o) for o in stage.outputs}
+            hint = f"\nits stacks: {stacks}" if _faulted(code, stacks) else ""
+            command_line = shlex.join(command)
+            sys.exit(f"sdzero run: stage {stage.name} ended with exit code {code}; its command:\n{command_line}{hint}")
+        outputs = {o: content_sha256(stage.folder / o) for o in OUTPUTS[stage.command]}
         versions = {"sdzero": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
-        record = self.lineage.stages[stage.name]
-        self._record(stage, {**record, "outputs": outputs, "versions": versions, "seconds": spent})
+        self._record(stage, {**record, "outputs": outputs, "versions": versions, "seconds": record["spent"]})
 
     def _check_inputs(self, stage: Stage, hashes: Mapping[str, str]) -> None:
-        """Raises: ValueError if a file differs from what an earlier stage wrote: cut, damaged or edited."""
+        """Raise ValueError if a file differs from what an earlier stage wrote: cut, damaged or edited."""
         for name, record in self.lineage.stages.items():
             for output, written in record.get("outputs", {}).items():
                 path = self.out / name / output
@@ -171,15 +163,16 @@ class Run:
                         f"copy, or remove {self.out / name} to run that stage again"
                     )
 
-    def _attempt(self, stage: Stage, folder: Path) -> tuple[list[str], int]:
-        """Starts or resumes the stage's process; returns its command and exit code."""
-        program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
+    def _attempt(self, stage: Stage) -> tuple[list[str], int]:
+        """Start or resume the stage's process; return its command and exit code."""
+        folder, stacks = stage.folder, stage.folder / STACKS
         resume = ["--ckpt_path=newest"] if stage.command == "fit" else []
+        program = [*(self.launcher or [sys.executable]), "-m", "sdzero"]
         command = [*program, stage.command, "--config", str(folder / STAGE_FILE), *resume]
         environment = {**os.environ, STAGE: str(folder.resolve())}
         if not self.launcher:  # a launcher is the parent of its processes, maybe on another machine, and ends them
             environment[PARENT] = str(os.getpid())
-        (folder / STACKS).unlink(missing_ok=True)
+        stacks.unlink(missing_ok=True)
         self.is_starting = True
         # the child holds the lock too: where this process is killed, no other run starts before the child has ended
         self.process = subprocess.Popen(command, env=environment, pass_fds=[self.lock.fileno()])
@@ -187,12 +180,12 @@ class Run:
         if self.signum:  # it came meanwhile
             self.process.send_signal(self.signum)
         code, self.process = self.process.wait(), None
-        if (folder / STACKS).exists() and not (folder / STACKS).stat().st_size:
-            (folder / STACKS).unlink()  # no process had anything to write
+        if stacks.exists() and not stacks.stat().st_size:
+            stacks.unlink()  # no process had anything to write
         return command, code
 
     def handle(self, signum: int, _: Any) -> None:
-        """Passes a signal on to the stage, which knows how to end; the run ends after it."""
+        """Forward a signal to the stage, which handles it; the run ends after the stage."""
         self.signum = self.signum or signum
         if self.process is not None:
             self.process.send_signal(signum)
@@ -210,7 +203,7 @@ class Run:
 
 
 def _local_file(value: Any) -> Path | None:
-    """The user's own file that a config's value names: by its path, or as the module of a class_path."""
+    """Return the user's own file that a config's value names: by its path, or as the module of a class_path."""
     if not isinstance(value, str):
         return None
     module = value.rpartition(".")[0].replace(".", "/") + ".py"
@@ -225,14 +218,14 @@ def _check_engine(stage: Stage) -> None:
         )
 
 
-def _faulted(code: int, folder: Path) -> bool:
+def _faulted(code: int, stacks: Path) -> bool:
     """Return True if native code hung or crashed in a process of the stage. Stacks are written only then; another
     process of the stage may have been killed for it."""
-    return code in CRASHES or (folder / STACKS).exists()
+    return code in CRASHES or stacks.exists()
 
 
 def _acquire(lock: IO[str], out: Path) -> None:
-    """Raises: ValueError where another run holds the folder."""
+    """Lock the folder; raise ValueError if another run holds it."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -261,28 +254,6 @@ def main(arguments: list[str], check: Check) -> None:
         run = Run(recipe, stages, out, lock, shlex.split(options.launch))
         with add_path_to_errors(out), handle_signals(run.handle, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             run.execute(check)
-
-
-def parse(stages: Sequence[Stage], check: Check) -> dict[str, dict[str, Any]]:
-    """Full configs of the stages, with all defaults. The evaluations share one: only their models differ.
-
-    Raises:
-        ArgumentError: a key is wrong; names the stage's files and the key.
-    """
-    parsed: dict[str, dict[str, Any]] = {}
-    evaluation: dict[str, Any] | None = None
-    for stage in stages:
-        if stage.command == "test" and evaluation is not None:
-            parsed[stage.name] = evaluation
-            continue
-        try:
-            parsed[stage.name] = check(stage.command, ["--config", stage.to_yaml()])
-        except argparse.ArgumentError as error:
-            error.message = f"stage {stage.name} ({stage.sources[-1]}): {error.message}"
-            raise
-        if stage.command == "test":
-            evaluation = parsed[stage.name]
-    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -24,49 +25,31 @@ OUTPUTS = {
 }
 """Command -> files and folders that a finished stage has left."""
 
+Check = Callable[[str, Sequence[str]], Config]
+"""Parses a stage's command and arguments into its whole config, and raises where a key is wrong."""
+
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `sdzero run` that change every stage; None leaves the recipe's value.
-
-    Attributes:
-        seed: the run's seed.
-        engine: a key of ENGINES.
-        devices: processes per node.
-        num_nodes: nodes.
-    """
+    """Options of `sdzero run` that change every stage; None leaves the recipe's value."""
 
     seed: int | None = None
-    engine: str | None = None
-    devices: int | None = None
+    engine: str | None = None  # a key of ENGINES
+    devices: int | None = None  # processes per node
     num_nodes: int | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One child process.
+    """One child process."""
 
-    Attributes:
-        name: name of the stage, or `STAGE/eval`.
-        command: `fit`, `test` or `collect`.
-        folder: folder that it writes.
-        settings: its config without `inputs` and folder.
-        inputs: config key -> file or folder that an earlier stage wrote.
-        sources: files that `settings` were merged from.
-        entry: the recipe's entry; of an evaluation that of its model.
-    """
-
-    name: str
-    command: str
-    folder: Path
-    settings: Config
-    inputs: dict[str, Path]
-    sources: tuple[Path, ...]
-    entry: StageEntry
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return OUTPUTS[self.command]
+    name: str  # of the stage, or `STAGE/eval`
+    command: str  # `fit`, `test` or `collect`
+    folder: Path  # that it writes
+    settings: Config  # its config without `inputs` and folder
+    inputs: dict[str, Path]  # config key -> file or folder that an earlier stage wrote
+    sources: tuple[Path, ...]  # files that `settings` were merged from
+    entry: StageEntry  # of the recipe; of an evaluation that of its model
 
     @property
     def engine_key(self) -> str:
@@ -79,11 +62,11 @@ class Stage:
         return spec.get("class_path") if isinstance(spec, dict) else spec
 
     def identity(self) -> dict[str, Any]:
-        """Flat keys of `settings`, without those that `inputs` take the place of."""
+        """Flatten `settings`, without the keys that `inputs` take the place of."""
         return {key: value for key, value in flatten(self.settings).items() if key not in self.inputs}
 
     def to_yaml(self) -> str:
-        """The whole config, by which the stage also runs alone."""
+        """Dump the whole config, by which the stage also runs alone."""
         folder = "out" if self.command == "collect" else "trainer.default_root_dir"
         given = {folder: self.folder, **self.inputs}
         config = reduce(merge, (nest(key, str(path)) for key, path in given.items()), self.settings)
@@ -102,7 +85,7 @@ class Stage:
 
 
 def list_stages(recipe: Recipe, out: Path, options: Options = Options()) -> list[Stage]:
-    """Stages of a recipe in order, each model's evaluation after it.
+    """List the stages of a recipe in order, each model's evaluation after it.
 
     Raises:
         FileNotFoundError: a stage's file is missing.
@@ -129,8 +112,30 @@ def list_stages(recipe: Recipe, out: Path, options: Options = Options()) -> list
     return [stage.with_options(options) for stage in stages]
 
 
+def parse(stages: Sequence[Stage], check: Check) -> dict[str, Config]:
+    """Parse the stages' full configs, with all defaults. The evaluations share one: only their models differ.
+
+    Raises:
+        ArgumentError: a key is wrong; names the stage's files and the key.
+    """
+    parsed: dict[str, Config] = {}
+    evaluation: Config | None = None
+    for stage in stages:
+        if stage.command == "test" and evaluation is not None:
+            parsed[stage.name] = evaluation
+            continue
+        try:
+            parsed[stage.name] = check(stage.command, ["--config", stage.to_yaml()])
+        except argparse.ArgumentError as error:
+            error.message = f"stage {stage.name} ({stage.sources[-1]}): {error.message}"
+            raise
+        if stage.command == "test":
+            evaluation = parsed[stage.name]
+    return parsed
+
+
 def compose_arguments(command: str, arguments: Sequence[str]) -> list[str]:
-    """Arguments with each `--config` that names a stage's file of a recipe replaced by the stage's whole config.
+    """Replace each `--config` that names a stage's file of a recipe by the stage's whole config.
 
     Its inputs and its folder are those of the recipe's default run folder, runs/RECIPE; the evaluation's file evaluates
     the last model.

@@ -40,11 +40,11 @@ def warn_unverified(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Content:
-    """Content of a checkpoint file. sha256: hex digest; size: bytes; global_step: optimizer steps taken."""
+    """Content of a checkpoint file."""
 
     sha256: str
-    size: int
-    global_step: int
+    size: int  # bytes
+    global_step: int  # optimizer steps taken
 
     def fault(self, path: Path) -> str | None:
         """Return a reason why the file differs from this content; None if it does not."""
@@ -53,19 +53,12 @@ class Content:
 
 @dataclass(frozen=True)
 class FolderContent:
-    """Content of a checkpoint folder.
+    """Content of a checkpoint folder."""
 
-    Attributes:
-        global_step: optimizer steps taken.
-        num_ranks: processes that wrote it.
-        strategy: name of the class that wrote it; other classes expect other names of tensors.
-        files: name -> (sha256, size in bytes), for all files except the manifest.
-    """
-
-    global_step: int
-    num_ranks: int
-    strategy: str
-    files: dict[str, tuple[str, int]]
+    global_step: int  # optimizer steps taken
+    num_ranks: int  # processes that wrote it
+    strategy: str  # name of the class that wrote it; other classes expect other names of tensors
+    files: dict[str, tuple[str, int]]  # name -> (sha256, size in bytes), for all files except the manifest
 
     def fault(self, path: Path, files: Collection[str] | None = None) -> str | None:
         """Return a reason why the folder differs from this content; None if it does not. `files`: None verifies all."""

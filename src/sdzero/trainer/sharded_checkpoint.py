@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,9 +74,9 @@ class AtomicFolders(ParallelStrategy):
             if self.global_rank == 0:
                 remove(partial)
             raise
-        self._run_on_rank_0(
-            path, lambda: _finish(partial, path, FolderContent(step, len(files), self._name, _merged(files)))
-        )
+        merged = {name: content for own in files for name, content in own.items()}
+        content = FolderContent(step, len(files), type(self).__name__, merged)
+        self._run_on_rank_0(path, lambda: _finish(partial, path, content))
 
     def _write(self, checkpoint: dict[str, Any], partial: Path) -> Files:
         """Write this rank's files; return their hashes and sizes."""
@@ -99,17 +99,14 @@ class AtomicFolders(ParallelStrategy):
         faults = [fault for fault in all_gather_objects(self._fault(path)) if fault]
         if faults:
             raise damaged(path, faults[0])
+        own = type(self).__name__
         for content in read_manifest(path):
-            if isinstance(content, FolderContent) and content.strategy != self._name:
+            if isinstance(content, FolderContent) and content.strategy != own:
                 raise ValueError(
-                    f"{path} was written by {content.strategy}, and {self._name} expects other names in it: resume "
-                    f"with the strategy sdzero.trainer.strategies.{content.strategy}"
+                    f"{path} was written by {content.strategy}, and {own} expects other names in it: resume with the "
+                    f"strategy sdzero.trainer.strategies.{content.strategy}"
                 )
         return super().load_checkpoint(path, weights_only=weights_only)
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
 
     def _fault(self, path: Path) -> str | None:
         """Verify this rank's share of a checkpoint, rank 0 that of a file; return the fault or None."""
@@ -176,10 +173,6 @@ def _make_room(partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     clean_up(partial.parent)
     partial.mkdir()
-
-
-def _merged(files: Sequence[Files]) -> Files:
-    return {name: content for own in files for name, content in own.items()}
 
 
 def _finish(partial: Path, path: Path, content: FolderContent) -> None:

@@ -18,28 +18,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's share of the data. The ranks of a tensor-parallel group have one share together.
+    """A rank's share of the data. The ranks of a tensor-parallel group have one share together."""
 
-    Attributes:
-        index: index of the share among `num_shares`.
-        member: this rank's place among the `num_members` ranks of its group. Member 0 writes what is common to them.
-        across: process group with one rank of each share, over which metrics add up; None: all ranks.
-        within: process group of this share; None: this rank alone.
-    """
-
-    index: int = 0
+    index: int = 0  # among `num_shares`
     num_shares: int = 1
-    member: int = 0
+    member: int = 0  # among the `num_members` ranks of its group; member 0 writes what is common to them
     num_members: int = 1
-    across: dist.ProcessGroup | None = None
-    within: dist.ProcessGroup | None = None
+    across: dist.ProcessGroup | None = None  # one rank of each share, over which metrics add up; None: all ranks
+    within: dist.ProcessGroup | None = None  # the ranks of this share; None: this rank alone
 
     def scatter(self, items: Sequence[T]) -> Sequence[T]:
-        """This member's part of the items of its share."""
+        """Return this member's part of the items of its share."""
         return items[self.member :: self.num_members]
 
     def gather(self, part: list[T]) -> list[T]:
-        """The items of the share in order, from each member's part: the inverse of `scatter`. Collective."""
+        """Gather the items of the share in order from each member's part: the inverse of `scatter`. Collective."""
         if self.num_members == 1:
             return part
         parts = all_gather_objects(part, self.within)
@@ -50,7 +43,7 @@ class Share:
 
 
 def share_of(trainer: L.Trainer) -> Share:
-    """This rank's share of the data under the Trainer's strategy."""
+    """Return this rank's share of the data under the Trainer's strategy."""
     from lightning.pytorch.strategies import ModelParallelStrategy  # collection does without Lightning
 
     strategy = trainer.strategy

@@ -16,12 +16,7 @@ LINEAGE = "lineage.json"
 
 @dataclass(frozen=True)
 class Outline:
-    """The recipe that a run was started with.
-
-    Attributes:
-        name: name of its folder.
-        stages: its stages, in order. Evaluations are not listed: each model has one.
-    """
+    """The recipe that a run was started with. Evaluations are not listed: each model has one."""
 
     name: str
     stages: tuple[StageEntry, ...]
@@ -29,21 +24,17 @@ class Outline:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Content of lineage.json.
-
-    Attributes:
-        recipe: name and stages of the recipe.
-        stages: records by stage, evaluations (`srt/eval`) included, in the order in which they started. A record has
-            `config` (flat keys), `inputs` (hashes by config key) and `spent` (seconds); that of a finished stage also
-            has `outputs` (hashes by file), `versions` and `seconds`.
-    """
+    """Content of lineage.json."""
 
     recipe: Outline
     stages: dict[str, dict[str, Any]]
+    """Records by stage, evaluations (`srt/eval`) included, in the order in which they started. A record has `config`
+    (flat keys), `inputs` (hashes by config key) and `spent` (seconds); that of a finished stage also has `outputs`
+    (hashes by file), `versions` and `seconds`."""
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """The recipe's models, in order, trained and evaluated yet or not."""
+        """Models of the recipe in order, trained and evaluated yet or not."""
         return list_models(self.recipe.stages)
 
     @property
@@ -52,7 +43,7 @@ class Lineage:
         return tuple(stage for stage in self.recipe.stages if stage.command == "collect")
 
     def unfinished(self) -> list[str]:
-        """Stages and evaluations of the recipe that have not finished, in the order in which they run."""
+        """List the stages and evaluations that have not finished, in the order in which they run."""
         names = (name for stage in self.recipe.stages for name in stage.processes)
         return [name for name in names if "seconds" not in self.stages.get(name, {})]
 
@@ -62,7 +53,7 @@ class Lineage:
 
 
 def read_lineage(run: Path) -> Lineage:
-    """Lineage of a run's folder. Without a lineage.json, each of its folders counts as a stage of its own.
+    """Read the lineage of a run's folder. Without a lineage.json, each of its folders counts as a stage of its own.
 
     Raises:
         ValueError: lineage.json is damaged, or an older version of sdzero wrote it.
@@ -85,7 +76,7 @@ def read_lineage(run: Path) -> Lineage:
 
 
 def _guess_stages(run: Path) -> Iterator[StageEntry]:
-    """Stages that were run one by one, in the order in which their last start wrote its config."""
+    """List stages that were run one by one, in the order in which their last start wrote its config."""
     folders = [folder for folder in run.iterdir() if folder.is_dir()] if run.is_dir() else []
     starts = {folder: config.stat().st_mtime for folder in folders if (config := folder / "config.yaml").is_file()}
     before: str | None = None

@@ -7,7 +7,7 @@ Every layer adds its `shared` values and then its file of the stage.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from graphlib import CycleError, TopologicalSorter
@@ -33,27 +33,16 @@ SHARED = {
 
 @dataclass(frozen=True)
 class StageEntry:
-    """An entry of `stages` in recipe.yaml.
+    """An entry of `stages` in recipe.yaml."""
 
-    Attributes:
-        name: key of the entry, and the stage's folder in the run's folder.
-        command: `fit` or `collect`.
-        file: file of the stage's config.
-        label: name of the stage's model in tables and plots.
-        starts_from: stage whose model this one starts from; None: the model that `shared.student.path` names.
-        takes: config key -> `STAGE/FILE`, a file or folder that an earlier stage writes.
-        without: keys of `shared` that the stage does not take.
-        trains: False for an entry that stands for the model that `shared.student.path` names.
-    """
-
-    name: str
-    command: str
-    file: str
-    label: str
-    starts_from: str | None = None
-    takes: dict[str, str] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
-    trains: bool = True
+    name: str  # key of the entry, and the stage's folder in the run's folder
+    command: str  # `fit` or `collect`
+    file: str  # file of the stage's config
+    label: str  # name of the stage's model in tables and plots
+    starts_from: str | None = None  # stage of the model to start from; None: the model of `shared.student.path`
+    takes: dict[str, str] = field(default_factory=dict)  # config key -> `STAGE/FILE` that an earlier stage writes
+    without: tuple[str, ...] = ()  # keys of `shared` that the stage does not take
+    trains: bool = True  # False: the entry stands for the model of `shared.student.path`
 
     @property
     def has_model(self) -> bool:
@@ -72,85 +61,61 @@ class StageEntry:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a recipe. All are evaluated in the same way.
+    """A model of a recipe. All are evaluated in the same way."""
 
-    Attributes:
-        name: stage that trains the model, or stands for it.
-        label: its name in tables and plots.
-        starts_from: name of the model it started from; None for the first.
-        cost_stages: stages whose generations and tokens the model cost beyond the one it started from (table 3): its
-            own, after the collections whose traces it learns from. Empty for a model that starts from none.
-        evaluation: folder of its evaluation in the run's folder.
-    """
-
-    name: str
-    label: str
-    starts_from: str | None
+    name: str  # stage that trains the model, or stands for it
+    label: str  # its name in tables and plots
+    starts_from: str | None  # name of the model it started from; None for the first
     cost_stages: tuple[str, ...]
-    evaluation: str
+    """Stages whose generations and tokens the model cost beyond the one it started from (table 3): its own, after the
+    collections whose traces it learns from. Empty for a model that starts from none."""
+    evaluation: str  # folder of its evaluation in the run's folder
 
 
 def list_models(entries: Sequence[StageEntry]) -> tuple[Model, ...]:
-    """Models of a recipe's stages, in order."""
-    by_name = {entry.name: entry for entry in entries}
-
-    def collections(entry: StageEntry) -> Iterator[str]:
-        """Stages whose traces a stage learns from. Question ids alone are not something to learn from."""
-        for name, _, file in (source.partition("/") for source in entry.takes.values()):
-            if file != QUESTION_IDS and not by_name[name].has_model:
-                yield from (*collections(by_name[name]), name)
-
-    def ancestors(entry: StageEntry) -> Iterator[StageEntry]:
-        if entry.starts_from is not None:
-            yield by_name[entry.starts_from]
-            yield from ancestors(by_name[entry.starts_from])
-
-    def costs(entry: StageEntry) -> tuple[str, ...]:
-        if entry.starts_from is None:
-            return ()
-        paid = {name for ancestor in ancestors(entry) for name in collections(ancestor)}
-        return (*(name for name in dict.fromkeys(collections(entry)) if name not in paid), entry.name)
-
-    return tuple(Model(e.name, e.label, e.starts_from, costs(e), e.evaluation) for e in entries if e.has_model)
+    """List the models of a recipe's stages, in order."""
+    collections: dict[str, list[str]] = {}  # by stage, those whose traces it learns from
+    paid: dict[str | None, set[str]] = {}  # by model, those whose traces it and the models before it learned from
+    has_model = {entry.name: entry.has_model for entry in entries}
+    models: list[Model] = []
+    for entry in entries:
+        taken = (source.partition("/") for source in entry.takes.values())
+        # question ids alone are not something to learn from
+        sources = [name for name, _, file in taken if file != QUESTION_IDS and not has_model[name]]
+        own = [*dict.fromkeys(each for name in sources for each in (*collections[name], name))]
+        collections[entry.name] = own
+        if entry.has_model:
+            before = paid.get(entry.starts_from, set())
+            paid[entry.name] = before | {*own}
+            costs = (*(name for name in own if name not in before), entry.name) if entry.starts_from else ()
+            models.append(Model(entry.name, entry.label, entry.starts_from, costs, entry.evaluation))
+    return tuple(models)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A folder of configs.
-
-    Attributes:
-        folder: the folder.
-        content: its recipe.yaml; empty for an overlay without one.
-        shared: the recipe.yaml's `shared`, with the files it names in their place.
-    """
+    """A folder of configs."""
 
     folder: Path
-    content: Mapping[str, Any]
-    shared: Config
+    content: Mapping[str, Any]  # its recipe.yaml; empty for an overlay without one
+    shared: Config  # the recipe.yaml's `shared`, with the files it names in their place
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe with its overlays.
-
-    Attributes:
-        folder: the recipe's folder.
-        layers: lowest first.
-        entries: stages in order.
-        evaluation: file by which every model is evaluated.
-    """
+    """A recipe with its overlays."""
 
     folder: Path
-    layers: tuple[Layer, ...]
-    entries: tuple[StageEntry, ...]
-    evaluation: str
+    layers: tuple[Layer, ...]  # lowest first
+    entries: tuple[StageEntry, ...]  # stages in order
+    evaluation: str  # file by which every model is evaluated
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
     def compose(self, entry: StageEntry | None) -> tuple[Config, tuple[Path, ...]]:
-        """Config of a stage (None: of the evaluation) and the files that it was merged from.
+        """Merge the config of a stage (None: of the evaluation); return it and the files that it was merged from.
 
         Raises:
             FileNotFoundError: no layer has the stage's file.
@@ -172,7 +137,7 @@ class Recipe:
         return config, tuple(sources)
 
     def student_path(self) -> str:
-        """Path of the model that the recipe starts from.
+        """Return the path of the model that the recipe starts from.
 
         Raises:
             ValueError: `shared` does not name it.
@@ -184,13 +149,13 @@ class Recipe:
 
 
 def place(shared: Config, command: str) -> Config:
-    """Values of `shared` under the keys of a command's config."""
+    """Put the values of `shared` under the keys of a command's config."""
     pairs = ((SHARED[key][command == "collect"], value) for key, value in shared.items())
     return reduce(merge, (nest(key, value) for key, value in pairs if key is not None), {})
 
 
 def load_recipe(folder: Path, overlays: Sequence[Path] = ()) -> Recipe:
-    """Reads a recipe.yaml and those of its overlays. The stages' files are read by `Recipe.compose`.
+    """Read a recipe.yaml and those of its overlays. The stages' files are read by `Recipe.compose`.
 
     Args:
         folder: folder with a recipe.yaml.
@@ -207,9 +172,8 @@ def load_recipe(folder: Path, overlays: Sequence[Path] = ()) -> Recipe:
     evaluation, raw, listed_in, known_files = "eval.yaml", {}, layers[0], {RECIPE}
     for layer in layers:
         file = layer.folder / RECIPE
-        evaluation = _check_mapping(layer.content.get("evaluation"), f"{file}: evaluation", ("file",)).get(
-            "file", evaluation
-        )
+        given = _check_mapping(layer.content.get("evaluation"), f"{file}: evaluation", ("file",))
+        evaluation = given.get("file", evaluation)
         if stages := _check_mapping(layer.content.get("stages"), f"{file}: stages"):
             raw = {name: raw.get(name, {}) if values is None else values for name, values in stages.items()}
             listed_in = layer
@@ -223,7 +187,7 @@ def load_recipe(folder: Path, overlays: Sequence[Path] = ()) -> Recipe:
 
 
 def load_layer(folder: Path) -> Layer:
-    """Reads a folder's recipe.yaml, if it has one."""
+    """Read a folder's recipe.yaml, if it has one."""
     file = folder / RECIPE
     keys = ("extends", "shared", "evaluation", "stages")
     content = _check_mapping(load_yaml(file) if file.is_file() else None, str(file), keys)
@@ -231,7 +195,7 @@ def load_layer(folder: Path) -> Layer:
 
 
 def _load_extended(folder: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
-    """Layers of a recipe: the folders that it extends, lowest first, and its own."""
+    """Read the layers of a recipe: the folders that it extends, lowest first, and its own."""
     if folder in above:
         raise ValueError(f"{folder / RECIPE}: extends: the folders extend each other")
     layer = load_layer(folder)
@@ -244,7 +208,7 @@ def _load_extended(folder: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 def _check_mapping(values: Any, where: str, known: Iterable[str] | None = None) -> dict[str, Any]:
-    """The mapping `values`, empty for None.
+    """Return the mapping `values`, empty for None.
 
     Raises:
         ValueError: it is not a mapping, or has an unknown key.
@@ -286,7 +250,7 @@ def _parse_entries(raw: Mapping[str, Any], layer: Layer) -> tuple[StageEntry, ..
 
 
 def _check_references(entries: Sequence[StageEntry], where: str) -> None:
-    """Raises: ValueError where a stage needs an unknown or a later one, and where two models have one label."""
+    """Raise ValueError if a stage needs an unknown or a later one, or if two models have the same label."""
     by_name = {entry.name: entry for entry in entries}
     needs = {
         e.name: [*filter(None, [e.starts_from]), *(s.partition("/")[0] for s in e.takes.values())] for e in entries

@@ -1,4 +1,4 @@
-"""Fits that save and go on, on one rank and on two, from each other's checkpoints; and saves that fail on one of two.
+"""Fits on one rank and on two that resume from each other's checkpoints, and saves that fail on one of two ranks.
 
 python checkpoint_ranks.py MODEL_FOLDER OUT_FOLDER
 """
@@ -32,6 +32,7 @@ from sdzero.trainer.checkpoint_io import AtomicCheckpointIO
 from sdzero.trainer.strategies import FSDP, FullShard
 from sdzero.types import BUDGET, RolloutBatch
 from sdzero.utils.seeds import derive_seed
+from support.killed_saves import flip_a_bit
 from support.ranks.forked import forked
 from support.ranks.train_stored import items
 
@@ -46,7 +47,7 @@ STRATEGIES: dict[str, Any] = {
 
 
 class Stored(StepDataModule):
-    """Rollouts made beforehand; which of them a step gets is the project's own order."""
+    """Stored rollouts in the project's order."""
 
     @property
     def num_items(self) -> int:
@@ -69,7 +70,7 @@ class RandomNumbers(L.Callback):
 
 
 def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, max_steps: int) -> None:
-    """`root/metrics-rank*.pt` in the end. The random states differ from rank to rank and from run to run.
+    """Train and write `root/metrics-rank*.pt`. The random states differ from rank to rank and from run to run.
 
     A run whose name begins with "adapters" trains these, beside frozen weights that are its teacher.
     """
@@ -112,7 +113,7 @@ def fit(model: str, root: Path, strategy: str, ranks: int, start: Path | None, m
 
 
 def fail(error: BaseException | None) -> None:
-    """Of the files that this process hashes, the third brings it down, or cannot be read."""
+    """Fail, or kill this process, at the third file that it hashes."""
     hashes = iter(range(3))
     real = sharded_checkpoint.file_sha256
 
@@ -124,12 +125,6 @@ def fail(error: BaseException | None) -> None:
         raise error or AssertionError
 
     sharded_checkpoint.file_sha256 = failing
-
-
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def main() -> None:

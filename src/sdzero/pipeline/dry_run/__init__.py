@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdzero.pipeline.dry_run.assumptions import ASSUMPTIONS, Assumptions, load_architecture, load_assumptions
+from sdzero.pipeline.dry_run.assumptions import ASSUMPTIONS, load_architecture, load_assumptions
 from sdzero.pipeline.dry_run.budget import Budget, budgets, one_epoch
 from sdzero.pipeline.dry_run.checks import Memory, MemoryCheck, unreachable_lengths
-from sdzero.pipeline.dry_run.stage import Config, DryStage, dry_stages
+from sdzero.pipeline.dry_run.memory import GIB
+from sdzero.pipeline.dry_run.stage import Config, dry_stages
 from sdzero.pipeline.dry_run.tables import print_budgets, print_peaks
 from sdzero.utils.recipe import Recipe
 
@@ -18,23 +19,16 @@ __all__ = ["Estimate", "dry_run", "estimate"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Content of a dry run's tables.
+    """Content of a dry run's tables."""
 
-    Attributes:
-        budgets: budgets of the stages in order.
-        one_epoch: the same with one epoch of each training, as appendix C.2 counts.
-        memory: memory peaks of all stages, with refusals and notes.
-        gpu_bytes: memory of a GPU; None: unknown.
-    """
-
-    budgets: list[Budget]
-    one_epoch: list[Budget]
+    budgets: list[Budget]  # of the stages in order
+    one_epoch: list[Budget]  # the same with one epoch of each training, as appendix C.2 counts
     memory: Memory
-    gpu_bytes: int | None
+    gpu_bytes: int | None  # memory of a GPU; None: unknown
 
 
 def estimate(recipe: Recipe, configs: Mapping[str, Config]) -> Estimate:
-    """Budgets and memory of a recipe.
+    """Estimate budgets and memory of a recipe.
 
     Args:
         recipe: the recipe; its dry_run.yaml has what only a run would show.
@@ -49,24 +43,20 @@ def estimate(recipe: Recipe, configs: Mapping[str, Config]) -> Estimate:
     memory = MemoryCheck(stages, assumptions, model).run() if model else Memory()
     if model is None:
         memory.notes.append(f"memory: no model folder at {path}, and no {ASSUMPTIONS} that describes the model")
-    memory.notes += _notes(recipe, stages, assumptions)
-    gpu_bytes = int(assumptions.gpu_memory_gib * 2**30) if assumptions else None
-    return Estimate(budgets(stages, assumptions), one_epoch(stages, assumptions), memory, gpu_bytes)
-
-
-def _notes(recipe: Recipe, stages: Sequence[DryStage], assumptions: Assumptions | None) -> list[str]:
-    notes = [f"{stage.name}: its training is not counted" for stage in stages if stage.kind == "other"]
+    memory.notes += [f"{stage.name}: its training is not counted" for stage in stages if stage.kind == "other"]
     if assumptions is None:
-        notes.append(
+        memory.notes.append(
             f"no {recipe.folder / ASSUMPTIONS}: tokens are upper bounds from max_new_tokens, prompts are left out of "
             "memory, and memory is not compared with a GPU's"
         )
-        return notes
-    return [*notes, *unreachable_lengths(stages, assumptions)]
+    else:
+        memory.notes += unreachable_lengths(stages, assumptions)
+    gpu_bytes = int(assumptions.gpu_memory_gib * GIB) if assumptions else None
+    return Estimate(budgets(stages, assumptions), one_epoch(stages, assumptions), memory, gpu_bytes)
 
 
 def dry_run(recipe: Recipe, configs: Mapping[str, Config]) -> None:
-    """Prints the estimate. Exits with status 1 and a line per reason if the recipe cannot work."""
+    """Print the estimate. Exits with status 1 and a line per reason if the recipe cannot work."""
     found = estimate(recipe, configs)
     print_budgets(found.budgets, found.one_epoch)
     if found.memory.peaks:

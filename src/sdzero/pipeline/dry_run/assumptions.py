@@ -18,46 +18,27 @@ ASSUMPTIONS = "dry_run.yaml"
 
 @dataclass(frozen=True)
 class Assumptions:
-    """dry_run.yaml of a recipe, with the one of the folder that it extends beneath.
+    """dry_run.yaml of a recipe, with the one of the folder that it extends beneath."""
 
-    Args:
-        mean_response_tokens: mean length of a response of the base model, and of a revision.
-        phase2_response_tokens: largest mean length of a response of phase 2.
-        max_prompt_tokens: length of the longest prompt, a control phrase included.
-        num_gpus: GPUs that `trainer.devices: auto` finds, on all nodes.
-        gpu_memory_gib: memory of each GPU.
-        model: `model_type` and sizes, as in the model's config.json.
-        correct_share: share of correct first attempts; null: unknown.
-        eval_questions: questions of an evaluation on all there are (num_questions: null); null: unknown.
-    """
-
-    mean_response_tokens: int
-    phase2_response_tokens: int
-    max_prompt_tokens: int
-    num_gpus: int
-    gpu_memory_gib: float
-    model: dict[str, Any]
-    correct_share: float | None = None
-    eval_questions: int | None = None
+    mean_response_tokens: int  # mean length of a response of the base model, and of a revision
+    phase2_response_tokens: int  # largest mean length of a response of phase 2
+    max_prompt_tokens: int  # length of the longest prompt, a control phrase included
+    num_gpus: int  # GPUs that `trainer.devices: auto` finds, on all nodes
+    gpu_memory_gib: float  # memory of each GPU
+    model: dict[str, Any]  # `model_type` and sizes, as in the model's config.json
+    correct_share: float | None = None  # share of correct first attempts; null: unknown
+    eval_questions: int | None = None  # questions of an evaluation on all there are; null: unknown
 
 
 SIZES = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
-    "max_position_embeddings",
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
 )
 """Keys that `model` of dry_run.yaml must have; further ones of config.json, such as sliding_window, may follow."""
 
 
 def load_assumptions(recipe: Recipe) -> Assumptions | None:
-    """dry_run.yaml of a recipe; None without one.
+    """Read dry_run.yaml of a recipe; None without one.
 
     Raises:
         ValueError: a key is unknown, missing or not a positive number.
@@ -80,54 +61,14 @@ def load_assumptions(recipe: Recipe) -> Assumptions | None:
     return Assumptions(**values)
 
 
-@dataclass(frozen=True)
 class Architecture:
     """Sizes of a decoder. Parameters are counted once where they are tied.
 
-    Attributes:
-        num_parameters: all parameters.
-        num_layer_parameters: parameters of one decoder layer.
-        num_layers: decoder layers.
-        hidden: width of the residual stream.
-        intermediate: width of the MLP.
-        queries: heads x head_dim.
-        keys: key-value heads x head_dim.
-        num_key_heads: key-value heads.
-        vocab: entries of the vocabulary.
-        max_positions: longest sequence.
-        num_sliding_layers: layers that attend to the last `window` tokens only.
-        window: their window; 0 without such layers.
+    Args:
+        config: the model's transformers config; the model is built on the meta device, without memory.
     """
 
-    num_parameters: int
-    num_layer_parameters: int
-    num_layers: int
-    hidden: int
-    intermediate: int
-    queries: int
-    keys: int
-    num_key_heads: int
-    vocab: int
-    max_positions: int
-    num_sliding_layers: int = 0
-    window: int = 0
-
-    @property
-    def num_root_parameters(self) -> int:
-        """Embedding, final norm and head."""
-        return self.num_parameters - self.num_layers * self.num_layer_parameters
-
-    def num_adapter_parameters(self, lora: Config) -> int:
-        """Parameters of `student.lora`: rank x (in + out) per adapted linear layer, under the usual layer names."""
-        sides = {name: self.hidden + self.intermediate for name in ("gate_proj", "up_proj", "down_proj")}
-        sides |= {name: self.hidden + self.queries for name in ("q_proj", "o_proj")}
-        sides |= {name: self.hidden + self.keys for name in ("k_proj", "v_proj")}
-        chosen = sides if lora["target_modules"] == "all-linear" else lora["target_modules"]
-        return lora["rank"] * self.num_layers * sum(sides.get(name, 0) for name in chosen)
-
-    @classmethod
-    def of(cls, config: Any) -> Architecture:
-        """Architecture of a transformers config; its model is built on the meta device, without memory."""
+    def __init__(self, config: Any) -> None:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -135,25 +76,35 @@ class Architecture:
         layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kinds = getattr(config, "layer_types", None) or []
-        num_sliding = sum(kind == "sliding_attention" for kind in kinds)
-        return cls(
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            num_layer_parameters=sum(p.numel() for p in layers[0].parameters()),
-            num_layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            queries=config.num_attention_heads * head_dim,
-            keys=config.num_key_value_heads * head_dim,
-            num_key_heads=config.num_key_value_heads,
-            vocab=config.vocab_size,
-            max_positions=config.max_position_embeddings,
-            num_sliding_layers=num_sliding,
-            window=config.sliding_window if num_sliding else 0,
-        )
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.num_layer_parameters = sum(p.numel() for p in layers[0].parameters())
+        self.num_layers: int = config.num_hidden_layers
+        self.num_root_parameters = self.num_parameters - self.num_layers * self.num_layer_parameters
+        """Embedding, final norm and head."""
+        self.hidden: int = config.hidden_size
+        self.intermediate: int = config.intermediate_size
+        self.queries: int = config.num_attention_heads * head_dim
+        self.keys: int = config.num_key_value_heads * head_dim
+        self.num_key_heads: int = config.num_key_value_heads
+        self.vocab: int = config.vocab_size
+        self.max_positions: int = config.max_position_embeddings
+        self.num_sliding_layers = sum(kind == "sliding_attention" for kind in kinds)
+        self.window: int = config.sliding_window if self.num_sliding_layers else 0
+        """Last tokens that a sliding layer attends to."""
+
+    def num_trained(self, student: Config) -> int:
+        """Trained parameters under `model.student`: all, or rank x (in + out) of each linear layer with an adapter."""
+        if not (lora := student.get("lora")):
+            return self.num_parameters
+        sides = {name: self.hidden + self.intermediate for name in ("gate_proj", "up_proj", "down_proj")}
+        sides |= {name: self.hidden + self.queries for name in ("q_proj", "o_proj")}
+        sides |= {name: self.hidden + self.keys for name in ("k_proj", "v_proj")}
+        chosen = sides if lora["target_modules"] == "all-linear" else lora["target_modules"]
+        return lora["rank"] * self.num_layers * sum(sides.get(name, 0) for name in chosen)
 
 
 def load_architecture(path: str, assumptions: Assumptions | None) -> Architecture | None:
-    """Architecture of the model folder at `path`, else of dry_run.yaml; None without both. Nothing is downloaded.
+    """Read the architecture of the model folder at `path`, else of dry_run.yaml; None without both. No download.
 
     Raises:
         ValueError: dry_run.yaml names a model_type that transformers does not have.
@@ -161,11 +112,11 @@ def load_architecture(path: str, assumptions: Assumptions | None) -> Architectur
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if (Path(path) / "config.json").is_file():
-        return Architecture.of(AutoConfig.from_pretrained(path, local_files_only=True))
+        return Architecture(AutoConfig.from_pretrained(path, local_files_only=True))
     if assumptions is None:
         return None
     if assumptions.model["model_type"] not in CONFIG_MAPPING:
         raise ValueError(
             f"{ASSUMPTIONS}: model.model_type {assumptions.model['model_type']!r} is not one of transformers'"
         )
-    return Architecture.of(AutoConfig.for_model(**assumptions.model))
+    return Architecture(AutoConfig.for_model(**assumptions.model))

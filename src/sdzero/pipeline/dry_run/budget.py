@@ -15,40 +15,24 @@ DEFAULT_EPOCHS = 1000
 
 @dataclass(frozen=True)
 class Budget:
-    """Questions, generations and tokens of a stage. None: only a run would show it.
-
-    Attributes:
-        stage: name of the stage.
-        questions: different questions; of a training on traces the traces, of validation those of one.
-        generations: responses sampled.
-        tokens_sampled: tokens of these responses.
-        tokens_trained: as `Method.num_trained` counts them, over all epochs.
-        at_most: the counts are upper bounds.
-        evaluates: nothing is trained on the responses; they are counted apart.
-    """
+    """Questions, generations and tokens of a stage. None: only a run would show it."""
 
     stage: str
-    questions: int | None
+    questions: int | None  # different ones; of a training on traces the traces, of validation those of one
     generations: int | None
-    tokens_sampled: int | None
-    tokens_trained: int = 0
-    at_most: bool = False
-    evaluates: bool = False
+    tokens_sampled: int | None  # in these generations
+    tokens_trained: int = 0  # as `Method.num_trained` counts them, over all epochs
+    at_most: bool = False  # the counts are upper bounds
+    evaluates: bool = False  # nothing is trained on the responses; they are counted apart
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Length of a training.
+    """Length of a training."""
 
-    Attributes:
-        steps: optimizer steps.
-        items: items processed, counting repeats.
-        per_epoch: steps of one epoch.
-    """
-
-    steps: int
-    items: int
-    per_epoch: int
+    steps: int  # optimizer steps
+    items: int  # items processed, counting repeats
+    per_epoch: int  # steps of one epoch
 
 
 def budgets(stages: Iterable[DryStage], assumptions: Assumptions | None) -> list[Budget]:
@@ -75,14 +59,12 @@ def budgets(stages: Iterable[DryStage], assumptions: Assumptions | None) -> list
 
 def one_epoch(stages: Iterable[DryStage], assumptions: Assumptions | None) -> list[Budget]:
     """Budgets as appendix C.2 counts them: collections, and each training for one epoch."""
-    rows: list[Budget] = []
-    for stage in stages:
-        if stage.kind == "collection":
-            rows.append(_collection(stage, assumptions))
-        elif stage.kind in ("traces", "rollouts"):
-            trainer = {**stage.config["trainer"], "max_epochs": 1, "max_steps": -1}
-            rows.append(training(replace(stage, config={**stage.config, "trainer": trainer}), assumptions)[0])
-    return rows
+    limits = {"max_epochs": 1, "max_steps": -1}
+    once = [
+        replace(stage, config={**stage.config, "trainer": {**stage.config.get("trainer", {}), **limits}})
+        for stage in stages
+    ]
+    return [row for row in budgets(once, assumptions) if not row.evaluates]
 
 
 def _collection(stage: DryStage, assumptions: Assumptions | None) -> Budget:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdzero.pipeline.dry_run.assumptions import ASSUMPTIONS, Architecture, Assumptions, load_architecture
 from sdzero.pipeline.dry_run.budget import num_traces
-from sdzero.pipeline.dry_run.memory import GIB, Engine, Machine, MemoryPeak, Resident, machine
+from sdzero.pipeline.dry_run.memory import FLOAT32, GIB, Machine, MemoryPeak, machine
 from sdzero.pipeline.dry_run.sampling import engine, rollout_peak
 from sdzero.pipeline.dry_run.stage import DryStage
 from sdzero.pipeline.dry_run.training import resident, training_peaks
@@ -17,17 +17,11 @@ from sdzero.pipeline.dry_run.training import resident, training_peaks
 
 @dataclass
 class Memory:
-    """Memory of a recipe.
+    """Memory of a recipe."""
 
-    Attributes:
-        peaks: memory peaks of all stages, in order.
-        refusals: reasons why the recipe cannot work, one line each.
-        notes: remarks, one line each.
-    """
-
-    peaks: list[MemoryPeak] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    peaks: list[MemoryPeak] = field(default_factory=list)  # of all stages, in order
+    refusals: list[str] = field(default_factory=list)  # reasons why the recipe cannot work, one line each
+    notes: list[str] = field(default_factory=list)  # remarks, one line each
 
 
 class MemoryCheck:
@@ -52,7 +46,7 @@ class MemoryCheck:
             if stage.kind == "collection":
                 self._collect(stage, at)
             elif stage.kind == "evaluation":
-                self._sample(stage, Resident(4 * self.model.num_parameters // at.num_shards, 0, 0), at, 0)
+                self._sample(stage, {"weights": FLOAT32 * self.model.num_parameters // at.num_shards}, at, 0)
             elif stage.kind != "other":
                 self._train(stage, at)
         return self.found
@@ -88,8 +82,8 @@ class MemoryCheck:
         self._check_positions(stage, "sampling.max_new_tokens", longest, "an answer with its revision")
         self._add_rollout(stage, None, at, longest, self.prompt + new)
 
-    def _sample(self, stage: DryStage, kept: Resident, at: Machine, longest: int) -> None:
-        """Adds a stage's sampling; `longest` is the longest rollout of its training, 0 if only evaluation samples."""
+    def _sample(self, stage: DryStage, kept: Mapping[str, int], at: Machine, longest: int) -> None:
+        """Add a stage's sampling; `longest` is the longest rollout of its training, 0 if only evaluation samples."""
         evaluation, response = stage.data["evaluation"], longest
         if evaluation["num_questions"] != 0:
             new = evaluation["sampling"]["max_new_tokens"]
@@ -101,11 +95,16 @@ class MemoryCheck:
         if longest:
             self._add_rollout(stage, kept, at, longest, response)
 
-    def _add_rollout(self, stage: DryStage, kept: Resident | None, at: Machine, longest: int, response: int) -> None:
-        spec = stage.data.get("engine")
-        if spec is None:
+    def _add_rollout(
+        self, stage: DryStage, kept: Mapping[str, int] | None, at: Machine, longest: int, response: int
+    ) -> None:
+        if (spec := stage.data.get("engine")) is None:
             return
-        mean = self.prompt + self._mean_response(stage) if self.assumptions else 0
+        mean = 0
+        if self.assumptions:
+            is_longer = stage.learned_to_revise or stage.kind == "rollouts"
+            response_mean = "phase2_response_tokens" if is_longer else "mean_response_tokens"
+            mean = self.prompt + getattr(self.assumptions, response_mean)
         beside = engine(spec, stage.data["engine_dtype"], self.model, at, longest, mean, self.gpu_bytes)
         if beside is None:
             where = ": it samples elsewhere" if spec["class_path"].endswith(".RemoteVLLMEngine") else ""
@@ -113,26 +112,17 @@ class MemoryCheck:
             return
         peak = rollout_peak(stage.name, self.model, kept, at, beside, response)
         self.found.peaks.append(peak)
-        self._check_cache(stage, beside, at)
+        if beside.cache is not None and beside.cache < beside.per_longest:
+            key = "engine.gpu_memory_utilization" if at.on_gpu else "engine.kv_cache_gib"
+            more = f"raise {key}, or engine.tensor_parallel_size" if at.on_gpu else f"raise {key}"
+            self.found.refusals.append(
+                f"{stage.file}: {key} leaves {max(beside.cache, 0) / GIB:.1f} GiB for keys and values, and the longest "
+                f"sequence of {stage.name} ({beside.longest:,} tokens) needs {beside.per_longest / GIB:.1f}: {more}, "
+                "or lower sampling.max_new_tokens"
+            )
         if self.gpu_bytes and at.on_gpu and peak.total > self.gpu_bytes:
             key = "engine.max_batch_size" if beside.cache is None else "engine.gpu_memory_utilization"
             self._refuse(stage, peak, f"lower {key}")
-
-    def _mean_response(self, stage: DryStage) -> int:
-        assert self.assumptions
-        is_longer = stage.learned_to_revise or stage.kind == "rollouts"
-        return self.assumptions.phase2_response_tokens if is_longer else self.assumptions.mean_response_tokens
-
-    def _check_cache(self, stage: DryStage, beside: Engine, at: Machine) -> None:
-        if beside.cache is None or beside.cache >= beside.per_longest:
-            return
-        share = "engine.gpu_memory_utilization" if at.on_gpu else "engine.kv_cache_gib"
-        more = f"raise {share}, or engine.tensor_parallel_size" if at.on_gpu else f"raise {share}"
-        self.found.refusals.append(
-            f"{stage.file}: {share} leaves {max(beside.cache, 0) / GIB:.1f} GiB for keys and values, and the longest "
-            f"sequence of {stage.name} ({beside.longest:,} tokens) needs {beside.per_longest / GIB:.1f}: {more}, or "
-            "lower sampling.max_new_tokens"
-        )
 
     def _train(self, stage: DryStage, at: Machine) -> None:
         arguments, data = stage.config["model"]["init_args"], stage.data

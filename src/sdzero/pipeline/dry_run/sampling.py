@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdzero.pipeline.dry_run.assumptions import Architecture
-from sdzero.pipeline.dry_run.memory import FLOAT32, GIB, OTHER, Engine, Machine, MemoryPeak, Resident
-from sdzero.pipeline.dry_run.training import layers_gathered, logit_bytes, root_bytes
+from sdzero.pipeline.dry_run.memory import FLOAT32, GIB, OTHER, Engine, Machine, MemoryPeak
+from sdzero.pipeline.dry_run.training import gathered_bytes, logit_bytes
 
 BATCHED_TOKENS = 16384
 """Tokens that vLLM's scheduler takes at once on a GPU of 70 GiB and more: the largest of its defaults."""
 
 
 def cache_bytes(model: Architecture, num_tokens: int, dtype_bytes: int, tensor_parallel_size: int = 1) -> int:
-    """Keys and values of one sequence on one GPU. A sliding layer holds its window and what vLLM takes at once."""
+    """Return the bytes of one sequence's keys and values on one GPU. A sliding layer holds its window and what vLLM
+    takes at once."""
     per_layer = 2 * model.keys * dtype_bytes // min(tensor_parallel_size, model.num_key_heads)
     in_window = min(num_tokens, model.window - 1 + BATCHED_TOKENS)
     full = model.num_layers - model.num_sliding_layers
@@ -24,7 +25,7 @@ def cache_bytes(model: Architecture, num_tokens: int, dtype_bytes: int, tensor_p
 def engine(
     spec: Mapping[str, Any], dtype: str, model: Architecture, at: Machine, longest: int, mean: int, memory: int | None
 ) -> Engine | None:
-    """Engine of a stage; None if its class is unknown here or the GPU's memory is.
+    """Return the engine of a stage; None if its class is unknown here or the GPU's memory is.
 
     Args:
         spec: the engine's class_path and init_args.
@@ -39,11 +40,9 @@ def engine(
     dtype_bytes = 2 if dtype == "bfloat16" else FLOAT32
     tensor_parallel = options.get("tensor_parallel_size", 1)
     weights = model.num_parameters * dtype_bytes // tensor_parallel
-    per_longest = cache_bytes(model, longest, dtype_bytes, tensor_parallel)
-    per_mean = cache_bytes(model, mean, dtype_bytes, tensor_parallel) if mean else 0
+    per_longest, per_mean = (cache_bytes(model, n, dtype_bytes, tensor_parallel) for n in (longest, mean))
     if kind == "TransformersEngine":
-        cache = options["max_batch_size"] * per_longest
-        return Engine(weights + cache, weights, longest, None, per_longest, per_mean)
+        return Engine(weights + options["max_batch_size"] * per_longest, weights, longest, None, per_longest, per_mean)
     if kind != "VLLMEngine" or (at.on_gpu and memory is None):
         return None
     if not at.on_gpu:
@@ -57,15 +56,14 @@ def engine(
 
 
 def rollout_peak(
-    stage: str, model: Architecture, kept: Resident | None, at: Machine, beside: Engine, longest_response: int
+    stage: str, model: Architecture, kept: Mapping[str, int] | None, at: Machine, beside: Engine, longest_response: int
 ) -> MemoryPeak:
-    """Memory peak of sampling: resident weights, the engine, and the trainer's check of a longest response's log-
-    probabilities while the engine is awake. `kept` None: collection, which has no trainer."""
-    parts = {**(kept.parts if kept else {}), "engine": beside.size}
+    """Return the memory peak of sampling: `resident` parts, the engine, and the trainer's check of a longest response's
+    log-probabilities while the engine is awake. `kept` None: collection, which has no trainer."""
+    parts = {**(kept or {}), "engine": beside.size, "other": OTHER if at.on_gpu else 0}
     if kept:
         per_token = 8 * model.hidden + 3 * model.intermediate * at.compute_bytes // at.tensor_parallel
         parts["activations"] = longest_response * per_token + logit_bytes(model, longest_response, at, False)
-        num_roots = 2 if kept.teacher else 1  # the teacher's stays gathered from step to step
-        parts["copies"] = num_roots * root_bytes(model, at) + 2 * layers_gathered(model, at)
-    parts["other"] = OTHER if at.on_gpu else 0
+        root, layer = gathered_bytes(model, at)
+        parts["copies"] = (2 if kept.get("teacher") else 1) * root + 2 * layer  # the teacher's stays gathered
     return MemoryPeak(stage, "rollout", parts, beside)

@@ -1,4 +1,4 @@
-"""A recipe's stages as the dry run sees them: by where their training items come from."""
+"""A recipe's stages by the source of their training items."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdzero.utils.recipe import QUESTION_IDS, Recipe, StageEntry
+from sdzero.utils.recipe import QUESTION_IDS, Recipe
 
 Config = Mapping[str, Any]
 """A stage's whole config, with all defaults."""
@@ -18,61 +18,46 @@ Kind = Literal["collection", "traces", "rollouts", "evaluation", "other"]
 class DryStage:
     """A stage or an evaluation.
 
-    Attributes:
-        name: its name.
-        file: its file in the recipe's folder.
-        kind: `collection`; a training on a collection's `traces` or on `rollouts` of its own policy; `evaluation`; or
-            a training on something `other`, which is not modelled.
-        config: its whole config.
-        collection: config of the collection whose traces it trains on, or None.
-        learned_to_revise: its model was trained on such traces, so that responses are as long as in phase 2.
+    Its kind is `collection`; a training on a collection's `traces` or on `rollouts` of its own policy; `evaluation`; or
+    a training on something `other`, which is not modelled.
     """
 
     name: str
-    file: str
+    file: str  # in the recipe's folder
     kind: Kind
     config: Config
-    collection: Config | None
-    learned_to_revise: bool
+    collection: Config | None  # config of the collection whose traces it trains on
+    learned_to_revise: bool  # its model was trained on such traces: responses are as long as in phase 2
 
     @property
     def data(self) -> Config:
-        """The arguments of its data module; of a collection all of them."""
+        """Arguments of its data module; of a collection all of them."""
         return self.config if self.kind == "collection" else self.config["data"]["init_args"]
 
 
 def dry_stages(recipe: Recipe, configs: Mapping[str, Config]) -> list[DryStage]:
-    """Stages and evaluations of a recipe, in order.
-
-    Args:
-        recipe: the recipe.
-        configs: whole configs by stage.
-    """
+    """List the stages and evaluations of a recipe in order, with their whole configs by name."""
     commands = {entry.name: entry.command for entry in recipe.entries}
-
-    def source(entry: StageEntry) -> Config | None:
-        parts = (taken.partition("/") for taken in entry.takes.values())
-        names = (name for name, _, file in parts if file != QUESTION_IDS and commands[name] == "collect")
-        return next((configs[name] for name in names), None)
-
     stages: list[DryStage] = []
     for entry in recipe.entries:
-        collection = source(entry)
+        taken = (source.partition("/") for source in entry.takes.values())
+        names = (name for name, _, file in taken if file != QUESTION_IDS and commands[name] == "collect")
+        collection = next((configs[name] for name in names), None)
+        revises = collection is not None
         if entry.trains:
-            kind = _kind(entry, configs[entry.name], collection)
-            stages.append(
-                DryStage(entry.name, entry.file, kind, configs[entry.name], collection, collection is not None)
-            )
+            config = configs[entry.name]
+            kind = _kind(entry.command, config, revises)
+            stages.append(DryStage(entry.name, entry.file, kind, config, collection, revises))
         if entry.has_model:
-            name, config = entry.evaluation, configs[entry.evaluation]
-            stages.append(DryStage(name, recipe.evaluation, "evaluation", config, None, collection is not None))
+            name = entry.evaluation
+            stages.append(DryStage(name, recipe.evaluation, "evaluation", configs[name], None, revises))
     return stages
 
 
-def _kind(entry: StageEntry, config: Config, collection: Config | None) -> Kind:
-    if entry.command == "collect":
+def _kind(command: str, config: Config, takes_traces: bool) -> Kind:
+    if command == "collect":
         return "collection"
     data = config["data"]["init_args"]
     if "prompts_per_step" in data:
         return "rollouts"
-    return "traces" if collection is not None and "traces_per_step" in data else "other"
+    return "traces" if takes_traces and "traces_per_step" in data else "other"

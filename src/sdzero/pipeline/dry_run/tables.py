@@ -15,7 +15,7 @@ PARTS = ("weights", "gradients", "optimizer", "teacher", "copies", "activations"
 
 
 def print_budgets(budgets: Sequence[Budget], one_epoch: Sequence[Budget]) -> None:
-    """Prints the budget of each stage, of training as a whole, and as appendix C.2 counts it."""
+    """Print the budget of each stage, of training as a whole, and as appendix C.2 counts it."""
     table = Table(title="questions, generations and tokens (≤: an upper bound)")
     for heading in ("stage", "questions", "generations", "tokens sampled", "tokens trained"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")
@@ -23,9 +23,9 @@ def print_budgets(budgets: Sequence[Budget], one_epoch: Sequence[Budget]) -> Non
         table.add_row(*_budget_cells(row.stage, row))
     training, evaluation = [[b for b in budgets if b.evaluates == e] for e in (False, True)]
     table.add_section()
-    table.add_row(*_budget_cells("training", total(training)))
-    table.add_row(*_budget_cells("evaluation, apart", total(evaluation)))
-    _console().print(table)
+    for name, rows in (("training", training), ("evaluation, apart", evaluation)):
+        table.add_row(*_budget_cells(name, total(rows)))
+    Console(width=None if Console().is_terminal else 120).print(table)
     once = total(one_epoch)
     print(
         f"with one epoch of each training, as appendix C.2 counts: {once.generations:,} generations, "
@@ -35,7 +35,7 @@ def print_budgets(budgets: Sequence[Budget], one_epoch: Sequence[Budget]) -> Non
 
 
 def total(rows: Iterable[Budget]) -> Budget:
-    """Sum of budgets, without what is unknown. Questions are not added up: stages ask the same ones."""
+    """Sum up budgets, without what is unknown. Questions are not added: stages ask the same ones."""
     rows = list(rows)
     return Budget(
         "total",
@@ -54,7 +54,7 @@ def _budget_cells(name: str, row: Budget) -> list[str]:
 
 
 def _tokens(count: int | None, at_most: bool) -> str:
-    """A count, in millions from one million on; a dash for none."""
+    """Format a count, in millions from one million on; a dash for none."""
     if count is None:
         return "not known"
     shown = f"{count / 1e6:,.1f}M" if count >= 1e6 else f"{count:,}"
@@ -62,7 +62,7 @@ def _tokens(count: int | None, at_most: bool) -> str:
 
 
 def print_peaks(peaks: Sequence[MemoryPeak], gpu_bytes: int | None) -> None:
-    """Prints the memory of one process at each peak, in GiB, and how many sequences an engine holds."""
+    """Print the memory of one process at each peak, in GiB, and how many sequences an engine holds."""
     of = f", of a GPU's {gpu_bytes / GIB:.1f} (!: above it)" if gpu_bytes else ""
     table = Table(title=f"memory per process in GiB{of}", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     used = [part for part in PARTS if any(peak.parts.get(part) for peak in peaks)]
@@ -84,11 +84,7 @@ def _engine_line(engine: Engine) -> str:
     longest = f"a longest sequence of {engine.longest:,} tokens takes {size}"
     if engine.cache is None:
         return f"the engine's weights take {engine.weights / GIB:.1f} GiB; {longest}"
-    room = f"{max(engine.cache, 0) / GIB:.1f} GiB beside {engine.weights / GIB:.1f} of weights"
-    fit = max(engine.cache, 0) // engine.per_mean if engine.per_mean else max(engine.cache, 0) // engine.per_longest
+    cache = max(engine.cache, 0)
+    room = f"{cache / GIB:.1f} GiB beside {engine.weights / GIB:.1f} of weights"
     what = "of mean length" if engine.per_mean else "of that length"
-    return f"{longest}; {room}: {fit:,} sequences {what} beside each other"
-
-
-def _console() -> Console:
-    return Console(width=None if Console().is_terminal else 120)
+    return f"{longest}; {room}: {cache // (engine.per_mean or engine.per_longest):,} sequences {what} beside each other"
