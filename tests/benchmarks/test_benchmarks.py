@@ -74,9 +74,16 @@ def test_the_pages_show_the_results() -> None:
 
 
 def test_the_arithmetic_of_memory_is_that_of_a_real_step(tmp_path: Path) -> None:
-    """Self-distillation with checkpointing by two processes under FullShard, every allocation counted."""
-    python("benchmarks/memory.py", "--small", "--out", tmp_path)
-    rows = json.loads((tmp_path / "memory-small.json").read_text())["rows"]
-    assert [row["phase"] for row in rows] == ["backward", "update"]
-    for row in rows:
-        assert abs(row["ratio"] - 1) < (0.1 if row["phase"] == "backward" else 0.01), row
+    """Self-distillation with checkpointing by two processes under FullShard, every allocation counted.
+
+    A buffer that a late thread of gloo releases counts for the rest of the run, since the profiler does not record that
+    thread. A measurement is therefore too large at times and never too small: one of three must be exact.
+    """
+    for _ in range(3):
+        python("benchmarks/memory.py", "--small", "--out", tmp_path)
+        rows = json.loads((tmp_path / "memory-small.json").read_text())["rows"]
+        assert [row["phase"] for row in rows] == ["backward", "update"]
+        assert rows[0]["ratio"] < 1.1 and rows[1]["ratio"] < 1.01, rows
+        if rows[0]["ratio"] > 0.9 and rows[1]["ratio"] > 0.99:
+            return
+    pytest.fail(f"every measurement is above the arithmetic: {rows}")
