@@ -1,4 +1,4 @@
-"""An evaluation of a real model with vLLM that is killed in the middle of a generate call, and run again."""
+"""An evaluation with vLLM that is killed in the middle of a generate call, and run again."""
 
 from __future__ import annotations
 
@@ -14,70 +14,69 @@ import pytest
 import yaml
 
 from sdzero.utils.recipe import load_recipe
-from support.runs import ROOT, environment, once, read_json, rows
+from support.runs import ROOT, SMOKE, environment, once, read_json, rows
 
 NUM_QUESTIONS, NUM_SAMPLES, CALL_SIZE, MAX_NEW_TOKENS = 20, 8, 80, 24
-KILLED_AT = 30  # steps of the second call: some responses are at their end, some on their way, some not begun
+KILLED_AT = 16  # steps of the second call: some responses are finished, some unfinished, some not started
 
 TEST = """
 import os, signal, sys
 from sdzero.cli.main import main
 from sdzero.engines import VLLMEngine
 
-drawn, killed_at = sys.argv.pop(1), int(sys.argv.pop(1))
+counts, killed_at = sys.argv.pop(1), int(sys.argv.pop(1))
 generate, calls = VLLMEngine.generate, 0
 
-def noting(self, prompts, sampling, seed, policy_version, on_tokens, partials):
+def counted(self, prompts, sampling, seed, policy_version, on_tokens, partials):
     global calls
     calls += 1
     steps = []
 
-    def counting(pieces):
+    def count(pieces):
         on_tokens(pieces)
         steps.append(sum(len(piece.token_ids) for piece in pieces.values()))
         if (calls, len(steps)) == (2, killed_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    rollouts = generate(self, prompts, sampling, seed, policy_version, counting, partials)
-    with open(drawn, "a") as file:
+    rollouts = generate(self, prompts, sampling, seed, policy_version, count, partials)
+    with open(counts, "a") as file:
         print(sum(steps), file=file)
     return rollouts
 
-VLLMEngine.generate = noting
+VLLMEngine.generate = counted
 main()
 """
-"""`sdzero DRAWN STEP test ...` notes the number of tokens of each call, and kills itself at a STEP of the second."""
+"""`COUNTS STEP test ...` appends each call's number of tokens to COUNTS and kills itself at a STEP of the second call."""
 
 
 def config(model: Path, out: Path) -> dict[str, Any]:
-    """The recipe's, whose worked examples have the model answer in a line, with fewer and shorter answers."""
-    config, _ = load_recipe(ROOT / "configs/recipes/smollm2").compose(None)
-    config["model"]["init_args"]["student"]["path"] = str(model)
+    """Return the smoke recipe's evaluation with vLLM, and with fewer answers at once than a call has."""
+    config, _ = load_recipe(SMOKE).compose(None)
+    config["model"]["init_args"] = {"student": {"path": str(model)}}
     data = config["data"]["init_args"]
-    data["engine"]["init_args"]["max_num_seqs"] = 32  # not all of a call at once: some end long before others
+    data["engine"] = {"class_path": "sdzero.engines.VLLMEngine", "init_args": {"max_num_seqs": 32}}
     data["evaluation"] = {
         "num_questions": NUM_QUESTIONS,
         "num_samples": NUM_SAMPLES,
         "sampling": {"temperature": 0.7, "max_new_tokens": MAX_NEW_TOKENS},
         "call_size": CALL_SIZE,
     }
-    data["engine_dtype"] = "float32"  # a CPU without bfloat16 instructions takes ten times as long in bfloat16
-    config["trainer"] |= {"default_root_dir": str(out), "callbacks": None, "precision": "32-true"}
+    config["trainer"] |= {"default_root_dir": str(out), "callbacks": None}
     return config
 
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The folder of an evaluation after its end, what it had at the kill, and what its second run printed."""
+    """Folder of the finished evaluation, the journal at the kill, and the output of the second run."""
 
     out: Path
-    drawn: list[int]
-    whole: list[dict[str, Any]]
+    num_tokens: list[int]
+    first: list[dict[str, Any]]
     partial: list[dict[str, Any]]
-    said: str
+    output: str
 
     def kept(self) -> dict[int, tuple[list[int], list[float]]]:
-        """Place in the second call -> tokens and their log-probabilities that were on disk at the kill."""
+        """Return the tokens and log-probabilities on disk at the kill, by place in the second call."""
         kept: dict[int, tuple[list[int], list[float]]] = {}
         for step in self.partial[1:]:
             for place, (token_ids, logprobs) in step.items():
@@ -88,10 +87,11 @@ class Interrupted:
 
 
 @pytest.fixture(scope="module")
-def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    folder = once(tmp_path_factory, "interrupted", lambda folder: interrupt(smollm2, folder))
-    said, drawn = (folder / "said").read_text(), [int(num) for num in (folder / "drawn").read_text().split()]
-    return Interrupted(folder / "out", drawn, rows(folder / "whole"), rows(folder / "partial"), said)
+def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    folder = once(tmp_path_factory, "interrupted", lambda folder: interrupt(smoke_run / "base/model", folder))
+    num_tokens = [int(num) for num in (folder / "counts").read_text().split()]
+    output = (folder / "output").read_text()
+    return Interrupted(folder / "out", num_tokens, rows(folder / "first"), rows(folder / "partial"), output)
 
 
 def interrupt(model: Path, folder: Path) -> None:
@@ -100,16 +100,16 @@ def interrupt(model: Path, folder: Path) -> None:
     (folder / "eval.yaml").write_text(yaml.safe_dump(config(model, out)))
 
     def start(killed_at: int) -> subprocess.CompletedProcess[str]:
-        arguments = [str(folder / "drawn"), str(killed_at), "test", "--config", str(folder / "eval.yaml")]
+        arguments = [str(folder / "counts"), str(killed_at), "test", "--config", str(folder / "eval.yaml")]
         options: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
         return subprocess.run([sys.executable, "-c", TEST, *arguments], check=False, **options)
 
     killed = start(KILLED_AT)
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
-    shutil.copy(journal(out, 0), folder / "whole")
+    shutil.copy(journal(out, 0), folder / "first")
     shutil.copy(journal(out, 1).with_suffix(".partial"), folder / "partial")
     done = start(0)
-    (folder / "said").write_text(done.stdout + done.stderr)
+    (folder / "output").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -117,20 +117,20 @@ def journal(out: Path, call: int) -> Path:
     return out / f"journal/rank0/eval-000000-{call:05d}.jsonl"
 
 
-def num_tokens(responses: list[dict[str, Any]]) -> int:
+def count_tokens(responses: list[dict[str, Any]]) -> int:
     return sum(len(response["token_ids"]) for response in responses)
 
 
-def test_only_the_tokens_that_were_missing_were_drawn(run: Interrupted) -> None:
+def test_only_missing_tokens_were_sampled(run: Interrupted) -> None:
     num_kept = sum(len(token_ids) for token_ids, _ in run.kept().values())
-    [first], [second] = run.whole, rows(journal(run.out, 1))
-    assert 0 < num_kept < num_tokens(second["responses"])
-    assert run.drawn == [num_tokens(first["responses"]), num_tokens(second["responses"]) - num_kept]
-    assert f"call 0: continues from {num_kept} tokens before an interruption" in run.said
+    [first], [second] = run.first, rows(journal(run.out, 1))
+    assert 0 < num_kept < count_tokens(second["responses"])
+    assert run.num_tokens == [count_tokens(first["responses"]), count_tokens(second["responses"]) - num_kept]
+    assert f"call 0: continues from {num_kept} tokens before an interruption" in run.output
 
 
-def test_responses_begin_with_what_they_had_and_finished_ones_are_untouched(run: Interrupted) -> None:
-    assert rows(journal(run.out, 0)) == run.whole
+def test_responses_continue_from_the_journal_and_finished_ones_are_unchanged(run: Interrupted) -> None:
+    assert rows(journal(run.out, 0)) == run.first
     [row] = rows(journal(run.out, 1))
     assert len(row["responses"]) == CALL_SIZE and run.partial[0] == {"fingerprint": row["fingerprint"]}
     num_longer = 0
@@ -139,7 +139,7 @@ def test_responses_begin_with_what_they_had_and_finished_ones_are_untouched(run:
         assert response["token_ids"][: len(token_ids)] == token_ids
         assert response["logprobs"][: len(logprobs)] == logprobs
         num_longer += len(response["token_ids"]) > len(token_ids)
-    assert 0 < num_longer < len(run.kept()) < CALL_SIZE  # some were on their way, some finished, some not begun
+    assert 0 < num_longer < len(run.kept()) < CALL_SIZE  # unfinished, finished and not started
     assert not [*(run.out / "journal/rank0").glob("*.partial")]
 
 

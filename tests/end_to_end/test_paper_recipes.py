@@ -209,8 +209,9 @@ def made_up_traces(model: Path, ids: list[str]) -> list[Trace]:
     return traces
 
 
+# each model and each task once
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[pytest.mark.sandbox] * name.endswith("code")) for name in RECIPES]
+    "recipe", ["qwen3-4b-math", pytest.param("olmo3-7b-code", marks=pytest.mark.sandbox), "qwen2.5-7b-countdown"]
 )
 def test_one_step_of_each_stage(recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = folder / "runs" / recipe

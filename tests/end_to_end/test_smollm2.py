@@ -17,7 +17,7 @@ from sdzero.types import Reason
 from support.runs import ROOT, environment, read_json, rows, scalars
 
 RECIPE = ROOT / "configs/recipes/smollm2"
-LIMIT = 0.3  # of the log-probability gap, the data modules' default: engine and trainer both compute in bfloat16
+LIMIT = 0.3  # of the log-probability gap, the data modules' default: the second phase's engine computes in bfloat16
 NUM_ASKED, NUM_EVALUATED, NUM_STEPS = 12, 4, 2
 
 
@@ -45,14 +45,14 @@ def out(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.callbacks": "[{class_path: sdzero.callbacks.ExportModel}]",  # without checkpoints of 1.6 GB
     }
     collect = {"out": out / "collect", "student.path": smollm2}
-    collect |= {"num_questions": NUM_ASKED, "num_revisions": 2, "correct_share": "null"}
+    collect |= {"num_questions": NUM_ASKED, "num_revisions": 2, "correct_share": "null", "engine_dtype": "float32"}
     srt = {"trainer.default_root_dir": out / "srt", "model.student.path": smollm2, **short}
     srt |= {"data.source.path": out / "collect/traces.jsonl", "data.traces_per_step": 2}
     distill = {"trainer.default_root_dir": out / "self_distill", "model.student.path": out / "srt/model", **short}
     distill |= {"data.disjoint_from": out / "collect/questions.json", "data.prompts_per_step": 1}
     distill |= {"data.sampling.max_new_tokens": 24}
     test = {"trainer.default_root_dir": out / "eval", "model.student.path": out / "self_distill/model"}
-    test |= {"data.evaluation.num_questions": NUM_EVALUATED, "data.evaluation.sampling.max_new_tokens": 40}
+    test |= {"data.engine_dtype": "float32", "data.evaluation.num_questions": NUM_EVALUATED, "data.evaluation.sampling.max_new_tokens": 40}
     stages = [
         stage("collect", "collect", **collect),
         stage("fit", "srt", **srt),

@@ -1,4 +1,4 @@
-"""All stages of the smoke recipe with vLLM instead of its own engine."""
+"""The smoke recipe's second phase on its base, with vLLM instead of the recipe's engine."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.runs import (
-    MODELS,
-    SMOKE,
-    STAGES,
-    num_calls,
-    once,
-    read_json,
-    records,
-    responses,
-    scalars,
-    sdzero,
-    write_records,
-)
+from support.runs import SMOKE, num_calls, once, read_json, records, responses, scalars, sdzero, write_records
 
 VLLM = "sdzero.engines.VLLMEngine"
+STAGES = ("base", "base/eval", "self_distill", "self_distill/eval")
 
 
 @pytest.fixture(scope="module")
@@ -34,39 +23,41 @@ def out(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(smoke_run / "base", out / "base", ignore=shutil.ignore_patterns("eval"))
         shutil.copy(smoke_run / "lineage.json", out)
         write_records(out, {"base": records(out)["base"]})
-        done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm")
+        overlay = out.with_name("phase2_only")
+        overlay.mkdir()
+        stages = {"base": None, "self_distill": {"label": "SD-Zero"}}
+        (overlay / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}))
+        done = sdzero("run", SMOKE, "--out", out, "--engine", "vllm", "--overlay", overlay)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "It is recommended" not in done.stderr, "Lightning's advice for each metric"
-        assert "[1/7] base: finished before" in done.stdout and done.stdout.count("finished before") == 1
+        assert "[1/4] base: finished before" in done.stdout and done.stdout.count("finished before") == 1
 
     return once(tmp_path_factory, "vllm", make)
 
 
-def test_every_stage_that_samples_sampled_with_vllm(out: Path) -> None:
+def test_every_stage_that_samples_used_vllm(out: Path) -> None:
     lineage = records(out)
-    assert list(lineage) == list(STAGES)
-    samplers = [name for name in STAGES if name != "base"]
-    for name in samplers:
-        config = lineage[name]["config"]
-        assert config.get("engine.class_path", config.get("data.init_args.engine.class_path")) == VLLM, name
+    assert tuple(lineage) == STAGES
+    for name in STAGES[1:]:
+        assert lineage[name]["config"]["data.init_args.engine.class_path"] == VLLM, name
     saved = yaml.safe_load((out / "self_distill/config.yaml").read_text())
     assert saved["data"]["init_args"]["engine"]["class_path"] == VLLM
-    assert num_calls(out) == 8 + 5 + 3 * 2 + 3 * 4  # collection, steps, validations, evaluations
-    finished = [r for r in responses(out / "collect/journal", "") if r["finish_reason"] == "stop"]
-    assert len(finished) > 128 and all(any(r["logprobs"]) for r in finished), "sampled from a model"
+    assert num_calls(out) == 5 + 2 + 2 * 4  # steps, validation, evaluations
+    finished = [r for r in responses(out / "base/eval/journal/rank0", "") if r["finish_reason"] == "stop"]
+    assert len(finished) > 64 and all(any(r["logprobs"]) for r in finished), "sampled from a model"
 
 
 def test_the_summary_has_its_metrics(out: Path, smoke_run: Path) -> None:
     summary, other = read_json(out / "summary.json"), read_json(smoke_run / "summary.json")
-    assert [row["stage"] for row in summary] == list(MODELS)
-    for row, same_row in zip(summary, other, strict=True):
-        assert row.keys() == same_row.keys()
+    assert [row["stage"] for row in summary] == ["base", "self_distill"]
+    for row in summary:
+        assert row.keys() == other[0].keys()
         assert 0 <= row["accuracy"] <= row["pass_at_8"] <= 1 and row["mean_response_tokens"] > 1
     budgets = [
         (row["num_generations"], row["num_tokens_sampled"] > 0, row["num_tokens_trained"] > 0) for row in summary
     ]
-    assert budgets == [(0, False, False), (256, True, True), (80, True, True)]
-    assert len({row["weights_sha256"] for row in summary}) == 3
+    assert budgets == [(0, False, False), (80, True, True)]
+    assert len({row["weights_sha256"] for row in summary}) == 2
     assert summary[0]["weights_sha256"] == other[0]["weights_sha256"]
 
 
