@@ -1,4 +1,4 @@
-"""`sdzero run` that is told to end, and whose stage hangs in native code, ends as if neither had been: to the bit."""
+"""`sdzero run` that is preempted, and whose stage hangs in native code, ends bitwise as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CALL = 2  # of the second phase's engine: the rollouts of step 3, before its fir
 
 @pytest.fixture
 def out(smoke_run: Path, tmp_path: Path) -> Path:
-    """A run that lacks the second phase alone, and knows the evaluation of its model."""
+    """Copy the smoke run without its second phase, whose evaluation is kept."""
     out = tmp_path / "run"
     for name in ("base", "collect", "srt", "self_distill/eval"):
         shutil.copytree(smoke_run / name, out / name)
@@ -34,7 +34,7 @@ def out(smoke_run: Path, tmp_path: Path) -> Path:
 
 
 def started(out: Path, overlay: Path, fault: str, **variables: str) -> subprocess.Popen[str]:
-    """The run with an engine that goes wrong once."""
+    """Start the run with an engine that fails once."""
     mark = out.with_name(fault)
     overlay.mkdir(exist_ok=True)
     engine = {"class_path": "support.ranks.faults.Faulty", "init_args": {"fault": None, "call": CALL}}
@@ -55,7 +55,7 @@ def wait_until(there: Callable[[], bool], process: subprocess.Popen[str], log: P
 
 
 def fake_scontrol(folder: Path) -> Path:
-    """A file that gets a line for each call of the `scontrol` in `folder`."""
+    """Write an `scontrol` into `folder`; return the file to which it appends a line per call."""
     folder.mkdir()
     calls, program = folder / "calls", folder / "scontrol"
     program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
@@ -63,7 +63,7 @@ def fake_scontrol(folder: Path) -> Path:
     return calls
 
 
-def test_told_to_end_in_the_midst_of_rollouts_and_hung_after_that(smoke_run: Path, out: Path, tmp_path: Path) -> None:
+def test_preempted_during_rollouts_then_hung(smoke_run: Path, out: Path, tmp_path: Path) -> None:
     calls, log = fake_scontrol(tmp_path / "bin"), tmp_path / "wait.log"
     slurm = {"SLURM_JOB_ID": "77", "PATH": f"{calls.parent}:{os.environ['PATH']}"}
     with started(out, tmp_path / "overlay", "wait", **slurm) as run:
@@ -75,30 +75,30 @@ def test_told_to_end_in_the_midst_of_rollouts_and_hung_after_that(smoke_run: Pat
             assert run.wait(120) == 128 + signal.SIGUSR1, log.read_text()
         finally:
             run.kill()
-    said = log.read_text()
-    assert "preempted-step=3.ckpt" in said and "sdzero run: ended by SIGUSR1. Resume with the same command" in said
-    assert "Traceback" not in said and calls.read_text() == "requeue 77\n", "the stage leaves it to the run"
-    assert "SLURM job 77 is requeued" in said and not (out / "self_distill/model").exists()
+    output = log.read_text()
+    assert "preempted-step=3.ckpt" in output and "sdzero run: ended by SIGUSR1. Resume with the same command" in output
+    assert "Traceback" not in output and calls.read_text() == "requeue 77\n", "the stage leaves it to the run"
+    assert "SLURM job 77 is requeued" in output and not (out / "self_distill/model").exists()
 
     with started(out, tmp_path / "overlay", "hang") as run:
         code = run.wait(240)
-    said = (tmp_path / "hang.log").read_text()
-    assert code == 0, said
+    output = (tmp_path / "hang.log").read_text()
+    assert code == 0, output
     stacks = out / "self_distill/stacks.txt"
-    assert f"stage self_distill hung or crashed in native code (exit code 1; its stacks: {stacks}): restart 1" in said
-    assert said.count(f"resuming from {out}/self_distill/checkpoints/preempted-step=3.ckpt") == 2, "it hung at step 4"
+    assert f"stage self_distill hung or crashed in native code (exit code 1; its stacks: {stacks}): restart 1" in output
+    assert output.count(f"resuming from {out}/self_distill/checkpoints/preempted-step=3.ckpt") == 2, "it hung at step 4"
     assert not stacks.exists(), "it is of the last attempt"
 
     ours, theirs = ([{**row, "seconds": 0} for row in read_json(run / "summary.json")] for run in (out, smoke_run))
     assert ours == theirs
     for name in ("train/loss", "eval/avg_at_k"):
-        whole = dict(scalars(smoke_run / "self_distill", name)[0])
+        expected = dict(scalars(smoke_run / "self_distill", name)[0])
         parts = [dict(curve) for curve in scalars(out / "self_distill", name)]
-        assert {step: value for part in parts for step, value in part.items()} == whole
+        assert {step: value for part in parts for step, value in part.items()} == expected
 
 
 def in_a_fork(work: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Status of a process that does `work`, and what it said to stderr; 0 where it came to its end."""
+    """Run `work` in a fork; return its status, 0 if it returned, and its stderr."""
     capfd.readouterr()
     child = os.fork()
     if not child:
@@ -123,14 +123,14 @@ def test_a_command_that_loses_nothing_ends_at_once_with_a_line(
 
     name = signal.Signals(signum).name
     line = f"sdzero collect: ended by {name}. Finished generate calls are kept: the same command resumes from there\n"
-    code, said = in_a_fork(collect, capfd)
-    assert code == 128 + signum and said.startswith(line)
-    assert said[len(line) :] == ("SLURM job 77_3 is requeued\n" if signum == signal.SIGUSR1 else "")
+    code, output = in_a_fork(collect, capfd)
+    assert code == 128 + signum and output.startswith(line)
+    assert output[len(line) :] == ("SLURM job 77_3 is requeued\n" if signum == signal.SIGUSR1 else "")
     assert calls.exists() == (signum == signal.SIGUSR1) and (
         not calls.exists() or calls.read_text() == "requeue 77_3\n"
     )
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert in_a_fork(collect, capfd) == (code, ""), "the first rank says it, and asks for the job"
+    assert in_a_fork(collect, capfd) == (code, ""), "only the first rank prints and requeues"
 
 
 @pytest.mark.parametrize(("seconds", "status"), [(0.0, 0), (preemption.SECOND_SECONDS, 128 + signal.SIGUSR1)])
@@ -144,9 +144,9 @@ def test_a_second_signal_ends_a_fit_at_once(capfd: pytest.CaptureFixture[str], s
         time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    code, said = in_a_fork(fit, capfd)
+    code, output = in_a_fork(fit, capfd)
     line = "SIGTERM: the training ends at the next step boundary; a second signal ends it at once\n"
-    assert (code, said) == (status, line)
+    assert (code, output) == (status, line)
 
 
 def is_running(process: str) -> bool:

@@ -1,4 +1,4 @@
-"""The paper's recipes: what its tables say, key by key, and one step of each stage with a tiny model.
+"""The paper's recipes: its tables, key by key, and one step of each stage with a tiny model.
 
 They run where the hub's names are folders, as they are for whoever has the files: made-up rows, and tiny models of the
 right architecture. Only counts and lengths are overridden.
@@ -103,7 +103,7 @@ def composed(recipe: str, stage: str, *overlays: Path) -> dict[str, Any]:
     [("collect", APPENDIX_C1), ("srt", TABLE_4), ("self_distill", TABLE_6), ("eval", SECTION_3_1)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_recipe_says_what_the_paper_says(recipe: str, stage: str, table: dict[str, Any]) -> None:
+def test_a_recipe_has_the_values_of_the_paper(recipe: str, stage: str, table: dict[str, Any]) -> None:
     config = composed(recipe, stage)
     assert {key: config.get(key) for key in table} == table
 
@@ -117,7 +117,7 @@ def test_lengths_and_numbers_of_phase_2() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("stage", "table"), [("srt", TABLE_4), ("self_distill", TABLE_6)], ids=["srt", "self_distill"])
-def test_every_setting_of_a_table_says_so_on_its_line(recipe: str, stage: str, table: dict[str, Any]) -> None:
+def test_every_value_of_a_table_names_it_on_its_line(recipe: str, stage: str, table: dict[str, Any]) -> None:
     folders = (layer.folder for layer in load_recipe(ROOT / "configs/recipes" / recipe).layers)
     files = [folder / name for folder in folders for name in (f"{stage}.yaml", RECIPE)]
     lines = [line for file in files if file.is_file() for line in file.read_text().splitlines()]
@@ -215,8 +215,8 @@ def made_up_traces(model: Path, ids: list[str]) -> list[Trace]:
 )
 def test_one_step_of_each_stage(recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = folder / "runs" / recipe
-    said = str(run(monkeypatch, folder, recipe, "collect"))
-    assert "no trace was left: of 6 revisions 0 were verified as correct" in said  # weights are random
+    output = str(run(monkeypatch, folder, recipe, "collect"))
+    assert "no trace was left: of 6 revisions 0 were verified as correct" in output  # weights are random
     assert read_json(out / "collect/statistics.json")["num_generations"] == 2 + 6
     asked = read_json(out / "collect/questions.json")
     write_traces(out / "collect/traces.jsonl", made_up_traces(folder / RECIPES[recipe], asked[:4]))

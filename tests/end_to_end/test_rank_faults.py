@@ -1,4 +1,4 @@
-"""What goes wrong on one rank is everybody's: all end, or all go on, and nobody waits for one that is no more."""
+"""Faults of one rank: all ranks end or all continue, and none waits for a dead one."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ TESTS = str(ROOT / "tests")
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of fault_ranks.py, with what it said in `said`."""
+    """Run fault_ranks.py; its output is in `output`."""
     out = tmp_path_factory.mktemp("faults")
     command = [sys.executable, "tests/support/ranks/fault_ranks.py", str(out)]
     options: dict[str, Any] = {"cwd": ROOT, "env": environment(PYTHONPATH=TESTS), "capture_output": True, "text": True}
     done = subprocess.run(command, check=False, timeout=300, **options)
     assert done.returncode == 0, done.stderr
-    (out / "said").write_text(done.stdout)
+    (out / "output").write_text(done.stdout)
     return out
 
 
 def test_a_signal_to_one_rank_ends_all_and_an_engine_that_dies_on_one_is_restarted(out: Path) -> None:
-    """The run that had both ends, to the bit, as the one that had neither."""
-    assert (out / "said").read_text().splitlines()[:3] == ["whole 0 0", "told 143 0", "told 0 0"]
-    assert "ended by SIGTERM" in (out / "told0.log").read_text()
-    assert "the engine fell over: restart 1 of at most 2" in (out / "told1.log").read_text()
-    assert "the engine of another rank died: restart 1 of at most 2" in (out / "told0.log").read_text()
-    assert scalars(out / "told", "rollout/engine_restarts") == [[(0, 0), (1, 0)], [(2, 0), (3, 1)]]
-    ours, theirs = ((out / name / "model/model.safetensors").read_bytes() for name in ("told", "whole"))
+    """The disturbed run ends bitwise as the undisturbed one."""
+    assert (out / "output").read_text().splitlines()[:3] == ["undisturbed 0 0", "preempted 143 0", "preempted 0 0"]
+    assert "ended by SIGTERM" in (out / "preempted0.log").read_text()
+    assert "the engine fell over: restart 1 of at most 2" in (out / "preempted1.log").read_text()
+    assert "the engine of another rank died: restart 1 of at most 2" in (out / "preempted0.log").read_text()
+    assert scalars(out / "preempted", "rollout/engine_restarts") == [[(0, 0), (1, 0)], [(2, 0), (3, 1)]]
+    ours, theirs = ((out / name / "model/model.safetensors").read_bytes() for name in ("preempted", "undisturbed"))
     assert ours == theirs
-    assert [sorted(out.glob(f"{name}/checkpoints/preempted-step=2.ckpt")) != [] for name in ("whole", "told")] == [0, 1]
+    assert [
+        sorted(out.glob(f"{name}/checkpoints/preempted-step=2.ckpt")) != [] for name in ("undisturbed", "preempted")
+    ] == [0, 1]
 
 
 def test_nan_on_one_rank_stops_all_and_each_leaves_its_batch(out: Path) -> None:
-    assert (out / "said").read_text().splitlines()[3] == "nan 1 1"
+    assert (out / "output").read_text().splitlines()[3] == "nan 1 1"
     kept = [torch.load(out / f"nan/nonfinite/step=1-rank={rank}.pt") for rank in (0, 1)]
     ids = [[Example(**row).id for row in file["examples"]] for file in kept]
     assert [len(part) for part in ids] == [2, 1] and kept[0]["denominators"] == kept[1]["denominators"]
@@ -54,7 +56,7 @@ def test_nan_on_one_rank_stops_all_and_each_leaves_its_batch(out: Path) -> None:
 
 
 class Running:
-    """`sdzero fit` on two ranks that its launcher has started, once one of them has come to its fault."""
+    """`sdzero fit` on two ranks that its launcher has started, at the fault of one of them."""
 
     def __init__(self, out: Path, fault: str, rank: int) -> None:
         mark, self.log = out.with_suffix(".mark"), out.with_suffix(".log")
@@ -71,7 +73,7 @@ class Running:
         self.came_at, self.faulty = time.monotonic(), int(mark.read_text())
 
     def end(self, seconds: float) -> int:
-        """Status of rank 0, once the whole group is gone."""
+        """Return the status of rank 0 after the end of all ranks."""
         code = self.process.wait(seconds)
         while time.monotonic() < self.came_at + seconds:
             try:

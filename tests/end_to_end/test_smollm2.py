@@ -52,7 +52,11 @@ def out(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     distill |= {"data.disjoint_from": out / "collect/questions.json", "data.prompts_per_step": 1}
     distill |= {"data.sampling.max_new_tokens": 24}
     test = {"trainer.default_root_dir": out / "eval", "model.student.path": out / "self_distill/model"}
-    test |= {"data.engine_dtype": "float32", "data.evaluation.num_questions": NUM_EVALUATED, "data.evaluation.sampling.max_new_tokens": 40}
+    test |= {
+        "data.engine_dtype": "float32",
+        "data.evaluation.num_questions": NUM_EVALUATED,
+        "data.evaluation.sampling.max_new_tokens": 40,
+    }
     stages = [
         stage("collect", "collect", **collect),
         stage("fit", "srt", **srt),

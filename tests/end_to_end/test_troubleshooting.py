@@ -50,8 +50,8 @@ def test_a_hub_that_is_out_of_reach(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     key, out = ("student.path", "out") if stage == "collect" else ("model.student.path", "trainer.default_root_dir")
     arguments = ("--config", SMOKE / f"{stage}.yaml", f"--{key}=nobody/nothing", f"--{out}={tmp_path}")
-    said = refusal(capsys, monkeypatch, "collect" if stage == "collect" else "fit", *arguments)
-    assert "student.path: 'nobody/nothing' cannot be read: " in said
+    output = refusal(capsys, monkeypatch, "collect" if stage == "collect" else "fit", *arguments)
+    assert "student.path: 'nobody/nothing' cannot be read: " in output
 
 
 def test_a_cause_that_was_never_raised_is_passed_over() -> None:

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: the command line in a process of its own and in this one, and a run's files."""
+"""Helpers for tests of whole runs: the command line in its own process and in this one, and a run's files."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """One thread: to the bit the same on a busy machine and on an idle one."""
+    """Return variables of a child process. One thread: bitwise the same on a busy machine and on an idle one."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
 def sdzero(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, from the repository's root, where recipes expect to be."""
+    """Run the command line in its own process, from the repository's root, where recipes expect to be."""
     options: dict[str, Any] = {"cwd": ROOT, "env": environment(**variables), "capture_output": True, "text": True}
     return subprocess.run(command(*arguments), **options, check=False)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
-    """What a command in this process refuses with: one line, a status above 0, and no traceback."""
+    """Return the error line of a command that this process runs: a status above 0, and no traceback."""
     capsys.readouterr()
     code = exit_code(monkeypatch, *arguments)
-    said = capsys.readouterr().err if isinstance(code, int) else str(code)
-    line = next(line for line in said.splitlines() if "error:" in line)
-    assert code and line.startswith("sdzero ") and "Traceback" not in said, said
+    output = capsys.readouterr().err if isinstance(code, int) else str(code)
+    line = next(line for line in output.splitlines() if "error:" in line)
+    assert code and line.startswith("sdzero ") and "Traceback" not in output, output
     return line
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path, cwd: Path = ROOT) -> Any:
-    """Runs a command in this process. 0, or what it called sys.exit with."""
+    """Run a command in this process. Return 0, or the argument of its sys.exit."""
     monkeypatch.setattr(sys, "argv", ["sdzero", *map(str, arguments)])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # commands set it: the test's end must put it back
     monkeypatch.chdir(cwd)
@@ -61,7 +61,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path, cwd: Path
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """What `make` writes into a folder, once for all workers of a test run. Read it, or copy it; never write there."""
+    """Call `make` on a folder, once for all workers of a test run. Read or copy the folder; never write there."""
     shared = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -78,22 +78,22 @@ def read_json(path: Path) -> Any:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """What a JSONL file says, without the rows' seals."""
+    """Read a JSONL file; verify and remove the rows' checksums."""
     return [verify_checksum(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def num_calls(out: Path) -> int:
-    """Generate calls started in a run, the ones that were cut short too."""
+    """Count the generate calls started in a run, interrupted ones included."""
     return sum(len(file.read_text().splitlines()) for file in out.rglob("calls*.log"))
 
 
 def responses(journal: Path, kind: str) -> list[dict[str, Any]]:
-    """All responses of the groups that begin with `kind`, in order."""
+    """Return all responses of the groups that begin with `kind`, in order."""
     return [r for file in sorted(journal.glob(f"{kind}*.jsonl")) for row in rows(file) for r in row["responses"]]
 
 
 def scalars(folder: Path, name: str) -> list[list[tuple[int, float]]]:
-    """(step, value) of a curve, for every event file of a stage: one for each time it was started."""
+    """Return (step, value) of a curve, for every event file of a stage: one for each time it was started."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     curves: list[list[tuple[int, float]]] = []
@@ -105,11 +105,11 @@ def scalars(folder: Path, name: str) -> list[list[tuple[int, float]]]:
 
 
 def records(out: Path) -> dict[str, Any]:
-    """A run's lineage.json: its record of each stage."""
+    """Return the record of each stage in a run's lineage.json."""
     return read_json(out / "lineage.json")["stages"]
 
 
 def write_records(out: Path, kept: dict[str, Any]) -> None:
-    """Puts other records into a run's lineage.json."""
+    """Replace the records in a run's lineage.json."""
     lineage = read_json(out / "lineage.json")
     (out / "lineage.json").write_text(json.dumps({**lineage, "stages": kept}))

@@ -1,4 +1,4 @@
-"""Two forked ranks: whole, told to end on one of them and gone on with, an engine that dies on one, NaN on one.
+"""Two forked ranks: undisturbed; preempted on one and resumed; an engine that dies on one; NaN on one.
 
 python fault_ranks.py OUT_FOLDER
 """
@@ -26,7 +26,7 @@ def work(out: Path, more: list[str], engine: dict[str, Any], rank: int) -> None:
     main()
 
 
-def spoiled(out: Path, rank: int) -> None:
+def fit_with_nan(out: Path, rank: int) -> None:
     """The second step's loss is not a number on rank 1."""
     plain = SelfDistill.loss
 
@@ -42,9 +42,9 @@ def spoiled(out: Path, rank: int) -> None:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     for name, more, engine in (
-        ("whole", [], {}),
-        ("told", [], {"fault": "term", "rank": 1, "call": 1}),
-        ("told", ["--ckpt_path=newest"], {"fault": "die", "rank": 1, "call": 1}),
+        ("undisturbed", [], {}),
+        ("preempted", [], {"fault": "term", "rank": 1, "call": 1}),
+        ("preempted", ["--ckpt_path=newest"], {"fault": "die", "rank": 1, "call": 1}),
     ):
         print(name, *forked(2, out / name, partial(work, out / name, more, engine)), flush=True)
-    print("nan", *forked(2, out / "nan", partial(spoiled, out / "nan")), flush=True)
+    print("nan", *forked(2, out / "nan", partial(fit_with_nan, out / "nan")), flush=True)
