@@ -46,7 +46,7 @@ def counted(self, prompts, sampling, seed, policy_version, on_tokens, partials):
 VLLMEngine.generate = counted
 main()
 """
-"""`COUNTS STEP test ...` appends each call's number of tokens to COUNTS and kills itself at a STEP of the second call."""
+"""Arguments COUNTS STEP test ...: append each call's number of tokens to COUNTS; be killed at a STEP of the second."""
 
 
 def config(model: Path, out: Path) -> dict[str, Any]:
