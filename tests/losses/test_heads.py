@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from sdzero.losses import Divergence, Kind, Outside, Support, matmul
-from sdzero.losses.soft_targets import HiddenTargets, TopKTargets, top_k_targets
+from sdzero.losses.soft_targets import HiddenTargets
 from support.loss_cases import DIVERGENCES, FORMS, HEADS, KINDS, OUTSIDES, SUPPORTS, Case, Recorder, name_of
 
 
@@ -37,26 +37,23 @@ def test_heads_equal_the_reference_in_value_and_gradient(divergence: Divergence 
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("top_k", [None, 4])
-def test_metrics_are_full_vocabulary_log_probs_and_the_teachers_mass(top_k: int | None) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_metrics_are_full_vocabulary_log_probs_and_the_teachers_mass(form: dict[str, Any], with_targets: bool) -> None:
+    """The student's log-probabilities need its whole vocabulary, which a renormalised top-k of the teacher does not."""
     case = Case()
-    metrics = case.head(Divergence(top_k=top_k), targets=case.targets, chunk_size=5).metrics
+    metrics = case.head(Divergence(**form), targets=case.targets if with_targets else None, chunk_size=5).metrics
     log_s, log_t = (logits.log_softmax(-1).detach() for logits in case.logits)
     row = torch.arange(len(case.targets))
-    if top_k is None:  # else the student is never projected onto the whole vocabulary
-        torch.testing.assert_close(metrics.pop("student_logprobs"), log_s[row, case.targets])
-    torch.testing.assert_close(metrics.pop("teacher_logprobs"), log_t[row, case.targets])
-    if top_k is not None:
-        torch.testing.assert_close(metrics.pop("top_k_mass"), log_t.topk(top_k).values.exp().sum(-1))
-    assert metrics.keys() == {"divergence"}
-    assert not any(value.requires_grad for value in case.head(Divergence(top_k=top_k)).metrics.values())
-
-
-def test_top_k_mass_is_the_teachers_inside_the_students_support() -> None:
-    case = Case()
-    log_s, log_t = (logits.log_softmax(-1).detach() for logits in case.logits)
-    mass = case.head(Divergence(top_k=3, support="student")).metrics["top_k_mass"]
-    torch.testing.assert_close(mass, log_t.gather(1, log_s.topk(3).indices).exp().sum(-1))
+    expected = {"teacher_logprobs": log_t[row, case.targets]} if with_targets else {}
+    if with_targets and (form.get("support"), form.get("outside")) != ("teacher", "renormalize"):
+        expected["student_logprobs"] = log_s[row, case.targets]
+    if form:
+        chooser = log_t if form["support"] == "teacher" else log_s
+        expected["top_k_mass"] = log_t.gather(1, chooser.topk(4).indices).exp().sum(-1)
+    assert not any(value.requires_grad for value in metrics.values())
+    metrics.pop("divergence")
+    torch.testing.assert_close(metrics, expected)
 
 
 @settings(max_examples=100, deadline=None)
@@ -106,7 +103,7 @@ def test_no_tokens_give_a_zero_that_is_still_attached(divergence: Divergence | N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", [form for form in FORMS if form.get("outside") != "student_full"], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_student_equal_to_its_teacher_is_at_zero_and_stays_there(kind: Kind, form: dict[str, Any]) -> None:
     case = Case(dtype=torch.float32)
     out = case.head(Divergence(kind, **form), HiddenTargets(case.hidden, case.weight))
@@ -128,75 +125,6 @@ def test_a_support_of_the_whole_vocabulary_is_no_support(kind: Kind, support: Su
         stored = case.head(Divergence(kind, top_k=11, outside=outside), case.stored(11))
         torch.testing.assert_close(stored.loss, full.loss)
         torch.testing.assert_close(case.grads(stored.loss), grads)
-
-
-@pytest.mark.parametrize("stored", [4, 6])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("outside", OUTSIDES)
-def test_a_stored_top_k_teacher_equals_the_hidden_one(kind: Kind, outside: Outside, stored: int) -> None:
-    case = Case()
-    divergence = Divergence(kind, top_k=4, outside=outside)
-    hidden = case.head(divergence, chunk_size=3)
-    top_k = case.head(divergence, case.stored(stored), targets=case.targets, chunk_size=3)
-    torch.testing.assert_close(top_k.loss, hidden.loss)
-    torch.testing.assert_close(case.grads(top_k.loss), case.grads(hidden.loss))
-    torch.testing.assert_close(top_k.metrics["top_k_mass"], hidden.metrics["top_k_mass"])
-    student = set() if outside == "renormalize" else {"student_logprobs"}
-    assert top_k.metrics.keys() == {"divergence", "top_k_mass"} | student
-
-
-def kept_teacher(case: Case, top_k: int, chunk_size: int | None = 3) -> TopKTargets:
-    return top_k_targets(case.teacher.hidden, case.teacher.weight, case.targets, top_k, chunk_size)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("outside", OUTSIDES)
-def test_a_teacher_kept_as_its_top_k_is_the_hidden_one_to_the_last_bit(
-    kind: Kind, outside: Outside, dtype: torch.dtype
-) -> None:
-    case = Case(dtype=dtype)
-    divergence = Divergence(kind, top_k=4, outside=outside)
-    hidden = case.head(divergence, targets=case.targets, chunk_size=3)
-    kept = case.head(divergence, kept_teacher(case, 4), targets=case.targets, chunk_size=3)
-    assert torch.equal(kept.metrics["teacher_logprobs"], hidden.metrics["teacher_logprobs"])
-    assert torch.equal(kept.metrics["top_k_mass"], hidden.metrics["top_k_mass"])
-    grads = zip(case.grads(kept.loss), case.grads(hidden.loss), strict=True)
-    if outside == "tail":  # what is left of 1 is known to 1's precision
-        close = 10 * torch.finfo(dtype).eps
-        torch.testing.assert_close(kept.loss, hidden.loss, rtol=close, atol=close)
-        for ours, theirs in grads:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=10 * close)
-    else:
-        assert torch.equal(kept.metrics["divergence"], hidden.metrics["divergence"])
-        assert torch.equal(kept.loss, hidden.loss)
-        assert all(torch.equal(ours, theirs) for ours, theirs in grads)
-
-
-def test_a_kept_teacher_is_made_chunk_by_chunk_without_a_gradient() -> None:
-    case = Case(n=96, vocab=200, hidden=8)
-    teacher = HiddenTargets(case.teacher.hidden.requires_grad_(), case.teacher.weight.requires_grad_())
-    with Recorder() as recorder:
-        kept = top_k_targets(teacher.hidden, teacher.weight, case.targets, 5, 16)
-    assert recorder.largest <= 16 * 200
-    log_probs = case.logits[1].log_softmax(-1).detach()
-    torch.testing.assert_close(kept.logprobs.sort(descending=True).values, log_probs.topk(5).values)
-    torch.testing.assert_close(log_probs.gather(1, kept.ids), kept.logprobs)
-    assert kept.target_logprobs is not None
-    torch.testing.assert_close(kept.target_logprobs, log_probs.gather(1, case.targets[:, None]).squeeze(1))
-    assert not any(tensor.requires_grad for tensor in vars(kept).values())
-
-
-def test_a_kept_teacher_of_no_tokens_and_of_too_many() -> None:
-    case = Case(0)
-    kept = kept_teacher(case, 4, None)
-    out = case.head(Divergence(top_k=4), kept, targets=case.targets)
-    assert out.loss.item() == 0.0
-    assert out.metrics["teacher_logprobs"].shape == (0,)
-    with pytest.raises(ValueError, match="top_k"):
-        kept_teacher(case, 12)
-    with pytest.raises(ValueError, match="chunk_size"):
-        kept_teacher(case, 4, 0)
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
@@ -269,47 +197,27 @@ def test_logits_are_never_held_whole(divergence: Divergence | None) -> None:
         (True, False, False, 2),
         (False, True, True, 2),
     ],
-    ids=["trained", "frozen head", "frozen body", "nothing to train", "no_grad"],
 )
 def test_only_the_wanted_gradients_cost_products(grad: bool, hidden: bool, weight: bool, products: int) -> None:
     case = Case(n=4)
-    case.hidden.requires_grad_(bool(hidden))
-    case.weight.requires_grad_(bool(weight))
+    case.hidden.requires_grad_(hidden)
+    case.weight.requires_grad_(weight)
     with torch.set_grad_enabled(grad), Recorder() as recorder:
         loss = case.head(Divergence()).loss
     assert recorder.products == products
-    assert loss.requires_grad == bool(grad and (hidden or weight))
+    assert loss.requires_grad == (grad and (hidden or weight))
     if loss.requires_grad:
         loss.backward()
-        assert (case.hidden.grad is not None) == hidden
-        assert (case.weight.grad is not None) == weight
+        assert [case.hidden.grad is not None, case.weight.grad is not None] == [hidden, weight]
 
 
-@pytest.mark.parametrize("with_targets", [False, True])
-def test_a_renormalised_support_never_projects_the_student(with_targets: bool) -> None:
+def test_a_renormalised_support_never_projects_the_student() -> None:
     case = Case(n=16, vocab=200, hidden=4)
-    targets = case.targets if with_targets else None
-    stored, hidden = case.stored(4), case.teacher
-    for teacher, expected in ((stored, 0), (hidden, 1)):
+    for teacher, products, rows in ((case.stored(4), 0, 4), (case.teacher, 1, 16)):
         with Recorder() as recorder:
-            out = case.head(Divergence(top_k=4), teacher, targets=targets)
-            out.loss.backward()
-        assert recorder.calls.get("mm", 0) == expected  # the teacher's logits alone
-        assert recorder.largest <= 200 * (4 if teacher is stored else 16)  # the head's gradient, or those logits
-        assert "student_logprobs" not in out.metrics
-        assert ("teacher_logprobs" in out.metrics) == (with_targets and teacher is hidden)
-
-
-@pytest.mark.parametrize("with_targets", [False, True])
-def test_a_support_that_needs_the_whole_student_gives_its_log_probs(with_targets: bool) -> None:
-    case = Case()
-    expected = case.logits[0].log_softmax(-1).gather(1, case.targets[:, None]).squeeze(1).detach()
-    for form in FORMS:
-        metrics = case.head(Divergence(**form), targets=case.targets if with_targets else None).metrics
-        whole = not form or (form["support"], form["outside"]) != ("teacher", "renormalize")
-        assert ("student_logprobs" in metrics) == (with_targets and whole)
-        if "student_logprobs" in metrics:
-            torch.testing.assert_close(metrics["student_logprobs"], expected)
+            case.head(Divergence(top_k=4), teacher, targets=case.targets).loss.backward()
+        assert recorder.calls.get("mm", 0) == products  # the teacher's logits alone
+        assert recorder.largest <= 200 * rows  # the head's gradient, or those logits
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,6 @@ def config_of(tmp_path: Path, path: dict[str, Any]) -> Path:
         ({"config": "extnded"}, f"task.path.config: {OPENR1}: BuilderConfig 'extnded' not found. Available: ['all', "),
         ({"split": "test"}, f"task.path.split: {OPENR1} has no split 'test'; it has ['train']"),
         ({"columns": ["gold"]}, f"{OPENR1} (train) has no column 'gold'; it has ['answer', 'correctness_count', "),
-        ({"data_files": ["none.parquet"]}, f"task.path: {OPENR1} (train) is unavailable at revision "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

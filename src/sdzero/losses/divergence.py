@@ -18,10 +18,7 @@ from sdzero.types import LossOutput
 
 Kind = Literal["reverse", "forward", "mixed", "jsd"]
 Support = Literal["teacher", "student"]
-Outside = Literal["renormalize", "tail", "student_full"]
-
-# Log-probability of a token outside the support under student_full: a KL from a true 0 is infinite.
-LOG_ZERO = -100.0
+Outside = Literal["renormalize", "tail"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,7 @@ class Divergence:
         top_k: number of tokens compared at each position; null compares the whole vocabulary.
         support: model whose likeliest top_k tokens are compared. No gradient flows through the choice.
         outside: treatment of the tokens outside the support. renormalize: both distributions are renormalised
-            inside it (table 6's "zero outside top-K: False"); tail: one more bucket holds the rest of each;
-            student_full: the teacher is renormalised inside and counts as exp(-100) on every token outside, the student
-            is normalised over the whole vocabulary ("True").
+            inside it (table 6's "zero outside top-K: False"); tail: one more bucket holds the rest of each.
     """
 
     kind: Kind = "reverse"
@@ -110,11 +105,8 @@ def divergence_head(
         source = Projection(source.hidden, source.weight, matmul.chunk_size(chunk_size, hidden), dtype)
     elif source.target_logprobs is not None:
         metrics["teacher_logprobs"] = source.target_logprobs.detach().to(dtype)
-    if divergence.top_k is None:
-        assert isinstance(source, Projection)
-        body = _FullBody(divergence, source, targets, metrics)
-    else:
-        body = _TopKBody(divergence, divergence.top_k, source, projects, targets, metrics)
+    comparison = _Comparison(divergence, source, projects, targets, metrics)
+    body = comparison.whole if divergence.top_k is None else comparison.top_k
     loss, values = chunked_head(hidden, weight, token_weights, num_tokens, body, chunk_size)
     return LossOutput(loss, {"divergence": values, **metrics})
 
@@ -136,15 +128,18 @@ def _check_teacher(divergence: Divergence, teacher: SoftTargets, num_rows: int, 
 
 
 @dataclass(frozen=True)
-class _FullBody:
-    """Comparison over the whole vocabulary."""
+class _Comparison:
+    """Divergence of a chunk's positions and its gradient, the body of `chunked_head`; writes their metrics."""
 
     divergence: Divergence
-    teacher: Projection
+    teacher: Projection | TopKTargets
+    projects: bool  # the student onto the whole vocabulary
     targets: Tensor | None
     metrics: dict[str, Tensor]
 
-    def __call__(self, student: Projection, rows: slice, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def whole(self, student: Projection, rows: slice, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compare over the whole vocabulary."""
+        assert isinstance(self.teacher, Projection)
         teacher_logits = self.teacher.logits(rows)
         targets = None if self.targets is None else self.targets[rows]
         kind, share, dtype = self.divergence.kind, self.divergence.weight, student.operands
@@ -155,32 +150,16 @@ class _FullBody:
             self.metrics[name][rows] = logprobs
         return values, grad
 
-
-@dataclass(frozen=True)
-class _TopKBody:
-    """Comparison over top_k tokens per position and, unless renormalised, one bucket of all the others."""
-
-    divergence: Divergence
-    top_k: int
-    teacher: Projection | TopKTargets
-    projects: bool  # the student onto the whole vocabulary
-    targets: Tensor | None
-    metrics: dict[str, Tensor]
-
-    def __call__(
-        self, student: Projection, rows: slice, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | Columns | None]:
+    def top_k(self, student: Projection, rows: slice, scale: Tensor | None) -> tuple[Tensor, Tensor | Columns | None]:
+        """Compare over top_k tokens per position and, for tail, one bucket of all the others."""
         log_s = student.log_probs(rows) if self.projects else None
         if log_s is not None and self.targets is not None:
             self.metrics["student_logprobs"][rows] = row_ops.gather_targets(log_s, self.targets[rows])
         ids, inside_t, rest_t = self._teacher_support(rows, log_s, student.dtype)
         kind, share = self.divergence.kind, self.divergence.weight
-        if log_s is not None and self.divergence.outside != "renormalize":
-            if rest_t is None:
-                buckets_t = torch.nn.functional.pad(inside_t.log_softmax(-1), (0, 1), value=LOG_ZERO)
-            else:
-                buckets_t = torch.cat([inside_t, rest_t], -1).log_softmax(-1)
-            return row_ops.divergence_with_rest(kind, share, log_s, ids, buckets_t, rest_t is None, scale)
+        if log_s is not None and rest_t is not None:
+            buckets_t = torch.cat([inside_t, rest_t], -1).log_softmax(-1)
+            return row_ops.divergence_with_rest(kind, share, log_s, ids, buckets_t, scale)
         inside_s = student.columns(rows, ids) if log_s is None else log_s.gather(1, ids)
         log_s, log_t = inside_s.log_softmax(-1), inside_t.log_softmax(-1)
         values, grad = row_ops.divergence_of_log_probs(kind, share, log_s, log_t, scale is not None)
@@ -190,14 +169,15 @@ class _TopKBody:
         self, rows: slice, log_s: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the support's ids [C, K], the teacher's log-probabilities [C, K] and, for tail, of the rest [C, 1]."""
-        rest = None
+        top_k, is_tail, rest = self.divergence.top_k, self.divergence.outside == "tail", None
+        assert top_k is not None
         if isinstance(self.teacher, TopKTargets):
             ids, inside = self.teacher.ids[rows], self.teacher.logprobs[rows].detach().to(dtype)
-            if ids.shape[1] > self.top_k:
-                inside, order = inside.topk(self.top_k, sorted=False)
+            if ids.shape[1] > top_k:
+                inside, order = inside.topk(top_k, sorted=False)
                 ids = ids.gather(1, order)
             mass = inside.exp().sum(-1, keepdim=True)
-            if self.divergence.outside == "tail":  # a difference from 1 is only known to the precision of 1
+            if is_tail:  # a difference from 1 is only known to the precision of 1
                 rest = (1 - mass).clamp_min(torch.finfo(dtype).eps).log()
         else:
             log_t = self.teacher.log_probs(rows)
@@ -205,10 +185,10 @@ class _TopKBody:
                 self.metrics["teacher_logprobs"][rows] = row_ops.gather_targets(log_t, self.targets[rows])
             chooser = log_t if self.divergence.support == "teacher" else log_s
             assert chooser is not None
-            ids = chooser.topk(self.top_k, sorted=False).indices
+            ids = chooser.topk(top_k, sorted=False).indices
             inside = log_t.gather(1, ids)
             mass = inside.exp().sum(-1, keepdim=True)
-            if self.divergence.outside == "tail":
+            if is_tail:
                 rest = row_ops.split_rest(log_t, ids)
         self.metrics["top_k_mass"][rows] = mass.squeeze(1)
         return ids, inside, rest

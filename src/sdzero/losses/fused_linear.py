@@ -83,8 +83,9 @@ def chunked_head(
     body: Body,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute sum(token_weights * value) / num_tokens, differentiable once in `hidden` and `weight`, and the detached
-    values [N]. `body` computes values and gradients of a chunk; the other arguments are those of `cross_entropy_head`.
+    """Compute sum(token_weights * value) / num_tokens, differentiable once, and the detached values [N].
+
+    `body` computes values and gradients of a chunk; the other arguments are those of `cross_entropy_head`.
     """
     dtype, chunk_size = matmul.result_dtype(hidden, weight), matmul.chunk_size(chunk_size, hidden)
     count = float(num_tokens)
@@ -150,8 +151,7 @@ def _unit(scale: Tensor, operands: torch.dtype) -> Tensor | None:
 def _project_back(
     grad: Tensor | Columns, inputs: Tensor, weight: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
 ) -> None:
-    """Write grad @ weight to `grad_hidden` [C, H] and add grad.T @ inputs to `grad_weight` [V, H], with `grad` rounded
-    to the operands' dtype."""
+    """Write grad @ weight to `grad_hidden` [C, H], add grad.T @ inputs to `grad_weight` [V, H], in weight's dtype."""
     if isinstance(grad, Tensor):
         grad = grad.to(weight.dtype)
         if grad_hidden is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdzero.losses.divergence import LOG_ZERO, Divergence
+from sdzero.losses.divergence import Divergence
 
 
 def surprisal(logits: Tensor, targets: Tensor) -> Tensor:
@@ -100,15 +100,13 @@ def restrict(log_s: Tensor, log_t: Tensor, divergence: Divergence) -> tuple[Tens
     """Restrict both distributions [N, V] to the top-k support of the teacher or the student (table 6).
 
     Returns:
-        Log-probabilities [N, K] (renormalize), [N, K + 1] (tail) or [N, V] (student_full).
+        Log-probabilities [N, K] (renormalize) or [N, K + 1] (tail).
     """
     assert divergence.top_k is not None
     ids = (log_t if divergence.support == "teacher" else log_s.detach()).topk(divergence.top_k).indices
     inside_s, inside_t = log_s.gather(1, ids), log_t.gather(1, ids)
     if divergence.outside == "renormalize":
         return inside_s.log_softmax(-1), inside_t.log_softmax(-1)
-    if divergence.outside == "tail":
-        inside = torch.zeros_like(log_s, dtype=torch.bool).scatter(1, ids, True)
-        rest_s, rest_t = (x.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_s, log_t))
-        return torch.cat([inside_s, rest_s], -1), torch.cat([inside_t, rest_t], -1)
-    return log_s, torch.full_like(log_t, LOG_ZERO).scatter(1, ids, inside_t.log_softmax(-1))
+    inside = torch.zeros_like(log_s, dtype=torch.bool).scatter(1, ids, True)
+    rest_s, rest_t = (x.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True) for x in (log_s, log_t))
+    return torch.cat([inside_s, rest_s], -1), torch.cat([inside_t, rest_t], -1)

@@ -139,7 +139,7 @@ def gather_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def divergence_with_rest(
-    kind: str, share: float, log_s: Tensor, ids: Tensor, buckets_t: Tensor, per_token: bool, scale: Tensor | None
+    kind: str, share: float, log_s: Tensor, ids: Tensor, buckets_t: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the divergence [C] over the columns `ids` and one bucket of the others, and scale times its gradient.
 
@@ -149,27 +149,17 @@ def divergence_with_rest(
         log_s: [C, V], the student's log-probabilities, overwritten by the gradient.
         ids: [C, K].
         buckets_t: [C, K + 1], the teacher's log-probabilities, the bucket of the others last.
-        per_token: the teacher's value of that bucket is the log-probability of EACH token outside, not of their sum.
         scale: [C], or None for no gradient.
-
-    Returns:
-        The divergence and the gradient [C, V].
     """
     inside_s, rest_s = log_s.gather(1, ids), split_rest(log_s, ids)
     buckets_s = torch.cat([inside_s, rest_s], -1).log_softmax(-1)
-    probs_s = buckets_s.exp()
     values, grad = divergence_of_log_probs(kind, share, buckets_s, buckets_t, scale is not None)
-    entropy = slope = torch.zeros_like(rest_s)
-    if per_token and kind in ("reverse", "mixed"):
-        # The bucket's reverse KL lacks the student's own entropy among the tokens outside.
-        entropy = row_entropy(log_s)
-        slope = probs_s[:, -1:] * (1.0 if kind == "reverse" else 1 - share)
-        values -= (slope * entropy).squeeze(1)
     if grad is None or scale is None:
         return values, None
-    grad += slope * entropy * probs_s
-    grad[:, -1:] -= slope * entropy
-    return values, spread_gradient(log_s, ids, grad * scale[:, None], slope * scale[:, None], entropy)
+    grad *= scale[:, None]
+    for block in row_blocks(log_s):  # the others share the gradient of their bucket in proportion to their mass
+        torch.mul(log_s[block].exp(), grad[block, -1:], out=log_s[block])
+    return values, log_s.scatter_(1, ids, grad[:, :-1])
 
 
 def split_rest(log_probs: Tensor, ids: Tensor) -> Tensor:
@@ -181,24 +171,3 @@ def split_rest(log_probs: Tensor, ids: Tensor) -> Tensor:
         rest[block] = log_probs[block].logsumexp(-1, keepdim=True)
         log_probs[block].sub_(rest[block])
     return rest
-
-
-def row_entropy(log_probs: Tensor) -> Tensor:
-    """Compute the entropy of each row, [C, 1]."""
-    entropy = log_probs.new_empty(len(log_probs))
-    for block in row_blocks(log_probs):
-        entropy[block] = -torch.linalg.vecdot(log_probs[block].exp(), log_probs[block])
-    return entropy[:, None]
-
-
-def spread_gradient(log_outside: Tensor, ids: Tensor, grad: Tensor, slope: Tensor, entropy: Tensor) -> Tensor:
-    """Compute the gradient [C, V] of all logits, in place of `log_outside`, from that of top-k and rest [C, K + 1].
-
-    The gradient of the rest is distributed over the tokens outside in proportion to their mass q; that of the entropy
-    is -q * (log q + entropy).
-    """
-    for block in row_blocks(log_outside):
-        log_q = log_outside[block]
-        per_mass = torch.addcmul(grad[block, -1:], slope[block], log_q + entropy[block])
-        torch.mul(log_q.exp(), per_mass, out=log_q)
-    return log_outside.scatter_(1, ids, grad[:, :-1])

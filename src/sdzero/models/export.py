@@ -15,7 +15,7 @@ from sdzero.utils.files import atomic_folder
 
 
 def export(model: nn.Module, builder: PromptBuilder, folder: Path, is_writer: bool, manifest: dict[str, Any]) -> None:
-    """Writes, atomically, a Hugging Face folder that vLLM and transformers load. Collective.
+    """Write, atomically, a Hugging Face folder that vLLM and transformers load. Collective.
 
     Args:
         model: the student, sharded or not.

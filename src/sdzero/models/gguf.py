@@ -14,7 +14,7 @@ PACKAGES = ("gguf", "accelerate")
 
 
 def import_gguf(file: Path, folder: Path) -> None:
-    """Writes weights, config, tokenizer with its chat template, and generation_config, atomically.
+    """Write weights, config, tokenizer with its chat template, and generation_config, atomically.
 
     The weights are float32, which holds de-quantised values exactly and which training needs. The tokenizer is the one
     that transformers builds from the file, which says little about how text is split before merges apply.
@@ -25,14 +25,6 @@ def import_gguf(file: Path, folder: Path) -> None:
         FileExistsError: `folder` exists.
         ValueError: not a GGUF file, or not one of an architecture that transformers reads.
     """
-    _check(file, folder)
-    model, tokenizer = _load(file)
-    with atomic_folder(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-
-
-def _check(file: Path, folder: Path) -> None:
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         message = f'to read a GGUF file, transformers needs {" and ".join(missing)}: pip install "sdzero[gguf]"'
         raise ModuleNotFoundError(message, name=missing[0])
@@ -43,6 +35,10 @@ def _check(file: Path, folder: Path) -> None:
             raise ValueError(f"{file} is not a GGUF file: it does not begin with the letters GGUF")
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: take another FOLDER, or remove it to have it made again")
+    model, tokenizer = _load(file)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def _load(file: Path) -> tuple[Any, Any]:
@@ -65,7 +61,7 @@ def _load(file: Path) -> tuple[Any, Any]:
 
 
 def end_ids(tokenizer: Any) -> list[int]:
-    """Ids that end a turn: the tokenizer's own, and the special token that its chat template puts after an answer."""
+    """Return the ids that end a turn: the tokenizer's, and the special token its chat template puts after an answer."""
     ids = {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:
         answer = "an answer"

@@ -57,15 +57,11 @@ class ModelConfig:
 
     @property
     def packs(self) -> bool:
-        """True if the attention skips other sequences of the same row, so that micro batches are packed."""
+        """Return whether the attention skips other sequences of the same row, so that micro batches are packed."""
         return self.attn_implementation.startswith(PACKING)
 
     def check_path(self) -> None:
-        """Checks a path that looks like a folder.
-
-        Raises:
-            FileNotFoundError: the folder or its config.json does not exist.
-        """
+        """Raise FileNotFoundError if the path looks like a folder and has no config.json."""
         path = Path(self.path)
         looks_local = path.is_absolute() or self.path.startswith(".") or self.path.count("/") != 1 or path.exists()
         if looks_local and not (path / "config.json").is_file():
@@ -75,11 +71,7 @@ class ModelConfig:
             )
 
     def builder(self) -> PromptBuilder:
-        """Prompt builder with the model's tokenizer.
-
-        Raises:
-            FileNotFoundError: the model does not exist, or the hub cannot be reached.
-        """
+        """Return a prompt builder. Raises: FileNotFoundError if there is no model, or the hub cannot be reached."""
         self.check_path()
         try:
             return PromptBuilder.from_pretrained(
@@ -89,12 +81,11 @@ class ModelConfig:
                 chat_template_kwargs=self.chat_template_kwargs,
             )
         except OSError as error:
-            raise FileNotFoundError(
-                f"student.path: {self.path!r} cannot be read: {error}".partition("\n")[0]
-            ) from error
+            message = f"student.path: {self.path!r} cannot be read: {error}"
+            raise FileNotFoundError(message.partition("\n")[0]) from error
 
     def hf_config(self) -> Any:
-        """Hugging Face config of the model."""
+        """Return the model's Hugging Face config."""
         from transformers import AutoConfig
 
         self.check_path()
@@ -102,7 +93,7 @@ class ModelConfig:
 
 
 def max_positions(hf_config: Any) -> int:
-    """Longest sequence of a model in tokens; 2**31 where its config sets no limit."""
+    """Return a model's maximum sequence length in tokens; 2**31 where its config sets no limit."""
     return getattr(hf_config, "max_position_embeddings", None) or 2**31
 
 
@@ -123,7 +114,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, input_ids: Tensor, predicts: Tensor, head: Head[Output], position_ids: Tensor | None = None
     ) -> Output:
-        """Returns `head(hidden [N, H], weight [V, H])` at the N positions where `predicts` [B, T] is true.
+        """Return `head(hidden [N, H], weight [V, H])` at the N positions where `predicts` [B, T] is true.
 
         `position_ids` [1, T] restart at 0 with each sequence of a packed row.
         """
@@ -133,7 +124,7 @@ class LanguageModel(nn.Module):
 
 
 def load(config: ModelConfig, seed: int) -> LanguageModel:
-    """Loads the model of `config` on the CPU, in training mode, with weights of `config.dtype`."""
+    """Load the model of `config` on the CPU, in training mode, with weights of `config.dtype`."""
     from transformers import AutoModelForCausalLM
 
     config.check_path()

@@ -7,7 +7,6 @@ zeros, so the model starts as its base, and with the adapters switched off it st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -40,16 +39,15 @@ class Lora:
 
 
 def check_installed() -> None:
-    """Raises: ModuleNotFoundError if peft is missing; names the extra that installs it."""
+    """Raise ModuleNotFoundError if peft is missing; names the extra that installs it."""
     if find_spec("peft") is None:
         raise ModuleNotFoundError('student.lora needs peft: pip install "sdzero[lora]"', name="peft")
 
 
 def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
-    """Name -> linear layer of a Hugging Face model that gets an adapter. Weights may lie on the meta device.
+    """Return the linear layers of a Hugging Face model that get an adapter, by name; weights may be on `meta`.
 
-    Raises:
-        ValueError: a target is not a linear layer of the model.
+    Raises: ValueError for a target that is not a linear layer of the model.
     """
     head = hf.get_output_embeddings()
     linear = {name: m for name, m in hf.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -64,15 +62,14 @@ def target_layers(hf: Any, lora: Lora) -> dict[str, nn.Linear]:
 
 
 def num_adapter_parameters(hf: Any, lora: Lora) -> int:
-    """Number of trained parameters of a model that has no adapters yet."""
+    """Return the number of trained parameters of a model that has no adapters yet."""
     return sum(lora.rank * (layer.in_features + layer.out_features) for layer in target_layers(hf, lora).values())
 
 
 def add_adapters(hf: Any, lora: Lora) -> None:
-    """Freezes a Hugging Face model and adds float32 adapters, initialised from torch's random state.
+    """Freeze a Hugging Face model and add float32 adapters, initialised from torch's random state.
 
-    Raises:
-        ValueError: a target is not a linear layer of the model.
+    Raises: ValueError for a target that is not a linear layer of the model.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -100,12 +97,12 @@ class Adapter:
     scale: float
 
     def merge(self, weight: Tensor) -> Tensor:
-        """The layer's weight [out, in] plus the adapter's product, in float32, which keeps its small changes."""
+        """Return the layer's weight [out, in] plus the adapter's product, in float32, which keeps small changes."""
         return weight.float() + (self.up @ self.down) * self.scale
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Name of an adapted layer -> its adapter; of a sharded model, its shards."""
+    """Return the adapters by name of their layer; of a sharded model, their shards."""
     return {
         name: Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
         for name, layer in _adapted_layers(model)
@@ -123,20 +120,14 @@ class AdaptersOff:
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
-        """A forward pass in evaluation mode."""
-        with _switched_off(self.model):
+        """Run a forward pass in evaluation mode."""
+        layers, was_training = [layer for _, layer in _adapted_layers(self.model)], self.model.training
+        self.model.eval()
+        try:
+            for layer in layers:  # peft's own switch changes requires_grad too, which sharding does not survive
+                layer._disable_adapters = True
             return self.model(*args)
-
-
-@contextmanager
-def _switched_off(model: nn.Module) -> Iterator[None]:
-    layers, was_training = [layer for _, layer in _adapted_layers(model)], model.training
-    model.eval()
-    try:
-        for layer in layers:  # peft's own switch changes requires_grad too, which sharding does not survive
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-        model.train(was_training)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            self.model.train(was_training)

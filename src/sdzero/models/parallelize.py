@@ -40,25 +40,14 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
 }
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
 def check_parallel(config: ModelConfig, hf_config: Any, strategy: Any, num_members: int) -> None:
-    """Checks a model against the Trainer's strategy, before any weights are read.
-
-    Raises:
-        ValueError: as `check_adapters` and `check_tensor_parallel`.
-    """
+    """Check a model against the Trainer's strategy, before any weights are read. Raises: ValueError as below."""
     check_adapters(config.lora, config.dtype, strategy)
     check_tensor_parallel(hf_config, num_members)
 
 
 def check_adapters(lora: Lora | None, dtype: str, strategy: Any) -> None:
-    """Adapters train on one device and under DDP, FSDP2 and FSDP1.
-
-    Raises:
-        ValueError: the strategy does not support adapters beside weights of that dtype.
-    """
+    """Raise ValueError if the strategy does not support adapters beside weights of that dtype."""
     if lora is None:
         return
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -73,7 +62,7 @@ def check_adapters(lora: Lora | None, dtype: str, strategy: Any) -> None:
 
 
 def check_tensor_parallel(hf_config: Any, size: int) -> None:
-    """Raises: ValueError if a model of this Hugging Face config cannot be split over `size` ranks."""
+    """Raise ValueError if a model of this Hugging Face config cannot be split over `size` ranks."""
     if size == 1:
         return
     subject = f"strategy.tensor_parallel_size={size}: {hf_config.model_type}"
@@ -88,16 +77,13 @@ def check_tensor_parallel(hf_config: Any, size: int) -> None:
 
 
 def _plan(hf_config: Any) -> dict[str, str]:
-    """Module of the decoder -> style. Embedding, final norm and head are replicated: the losses need the full head."""
+    """Return the style by module. Embedding, final norm and head are replicated: the losses need the full head."""
     plan = getattr(hf_config, "base_model_tp_plan", None) or {}
     return {name: style for name, style in plan.items() if name.startswith("layers.")}
 
 
-# --- sharding -------------------------------------------------------------------------------------
-
-
 def shard(model: LanguageModel, config: ModelConfig, strategy: Any, compute_dtype: torch.dtype | None) -> nn.Module:
-    """Wraps a model as the Trainer's strategy requires; unchanged on one device and under DDP.
+    """Wrap a model as the Trainer's strategy requires; unchanged on one device and under DDP.
 
     FSDP wraps the model here, not the LightningModule, which holds a student and a teacher (lightning#19626).
     """
@@ -118,28 +104,19 @@ def _layers(model: LanguageModel, config: ModelConfig) -> list[nn.Module]:
     return layers
 
 
-def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Splits the layers' weights over the ranks of `mesh`, by transformers' own plan; in place.
-
-    Raises:
-        ValueError: as `check_tensor_parallel`.
-    """
-    check_tensor_parallel(model.hf.config, mesh.size())
-    plan = {name: STYLES[style]() for name, style in _plan(model.hf.config).items()}
-    parallelize_module(model.hf.get_decoder(), mesh, plan, src_data_rank=None)  # all ranks loaded the same: no send
-
-
 def shard_fsdp2(
     model: LanguageModel, config: ModelConfig, mesh: DeviceMesh, compute_dtype: torch.dtype | None
 ) -> nn.Module:
-    """FSDP2 of every decoder layer and the root. The root stays gathered after its forward pass, head included.
+    """Shard every decoder layer and the root; the root stays gathered after its forward pass, head included.
 
-    `mesh` is two-dimensional, data_parallel x tensor_parallel. Layers are first split by tensor parallelism and then
-    sharded over the ranks with the same split; the root, which is not split, is sharded over all ranks.
+    `mesh` is two-dimensional, data_parallel x tensor_parallel. Layers are first split by transformers' own plan and
+    then sharded over the ranks with the same split; the root, which is not split, is sharded over all ranks.
     """
     layer_mesh = root_mesh = mesh["data_parallel"]
     if mesh["tensor_parallel"].size() > 1:
-        parallelize(model, mesh["tensor_parallel"])
+        plan = {name: STYLES[style]() for name, style in _plan(model.hf.config).items()}
+        # all ranks loaded the same weights: none are sent
+        parallelize_module(model.hf.get_decoder(), mesh["tensor_parallel"], plan, src_data_rank=None)
         root_mesh = mesh._flatten("all_ranks")
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
@@ -154,7 +131,7 @@ def shard_fsdp2(
 def shard_fsdp1(
     model: LanguageModel, config: ModelConfig, device: torch.device, compute_dtype: torch.dtype | None
 ) -> nn.Module:
-    """FSDP1, full shard: every decoder layer and the root."""
+    """Wrap every decoder layer and the root with FSDP1, full shard."""
     from torch.distributed.fsdp import CPUOffload, MixedPrecision
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -168,14 +145,8 @@ def shard_fsdp1(
     )
 
 
-# --- gradients ------------------------------------------------------------------------------------
-
-
 def gradient_sync(model: nn.Module, strategy: Any, is_last: bool, every_time: bool) -> AbstractContextManager[Any]:
-    """Context of one micro batch's backward pass: gradients are reduced over ranks in the last one only.
-
-    With `every_time` they are reduced in each.
-    """
+    """Return the context of a micro batch's backward pass: the last, or each (`every_time`), reduces over ranks."""
     from lightning.pytorch.strategies import DDPStrategy
 
     reduces = is_last or every_time
@@ -191,7 +162,7 @@ def gradient_sync(model: nn.Module, strategy: Any, is_last: bool, every_time: bo
 
 
 def clip_gradients(model: nn.Module, max_norm: float, share: Share) -> Tensor:
-    """Clips the gradients to `max_norm` over all ranks, and returns the norm before, on the CPU. Collective."""
+    """Clip the gradients to `max_norm` over all ranks, and return the norm before, on the CPU. Collective."""
     if isinstance(model, FSDP1):
         return model.clip_grad_norm_(max_norm).cpu()
     parameters = [*model.parameters()]
@@ -202,7 +173,7 @@ def clip_gradients(model: nn.Module, max_norm: float, share: Share) -> Tensor:
 
 @torch.no_grad()
 def average_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Averages the gradients of the layers' weights that are replicated in a tensor-parallel group. Collective.
+    """Average the gradients of the layers' weights that are replicated in a tensor-parallel group. Collective.
 
     They are equal but for rounding, whose order on a GPU is not fixed. AdamW would turn the differences into steps,
     and the copies would drift apart.
@@ -217,10 +188,9 @@ def average_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup)
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales the gradients to a norm of at most `max_norm` over all ranks, and returns the norm before.
+    """Scale the gradients to a norm of at most `max_norm` over all ranks, and return the norm before. Collective.
 
-    Collective where they are sharded. Under tensor parallelism parameters lie on meshes of several shapes, which torch
-    does not combine into one norm.
+    Under tensor parallelism parameters lie on meshes of several shapes, which torch does not combine into one norm.
     """
     on_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
@@ -235,23 +205,20 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-# --- weights --------------------------------------------------------------------------------------
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard; any other tensor itself. Collective where it is sharded."""
+    """Return the full tensor of a shard; any other tensor itself. Collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unwrap(model: nn.Module) -> LanguageModel:
-    """The language model inside FSDP1's wrapper, or `model` itself."""
+    """Return the language model inside FSDP1's wrapper, or `model` itself."""
     inner = model.module if isinstance(model, FSDP1) else model
     assert isinstance(inner, LanguageModel)
     return inner
 
 
 def gathered(model: nn.Module, writeback: bool) -> AbstractContextManager[Any]:
-    """Context in which FSDP1's parameters are full; nothing for other models. Collective under FSDP1.
+    """Return a context in which FSDP1's parameters are full; nothing for other models. Collective under FSDP1.
 
     FSDP1's root keeps a gathered copy, which would hide an update of its shards: `writeback` keeps changes.
     """
@@ -259,12 +226,12 @@ def gathered(model: nn.Module, writeback: bool) -> AbstractContextManager[Any]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drops gathered FSDP2 copies, which may be stale or in the dtype of the computation."""
+    """Drop gathered FSDP2 copies, which may be stale or in the dtype of the computation."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def can_change_device(model: nn.Module) -> bool:
-    """True if `model.to(device)` moves the weights between steps; FSDP1's flat parameters stay where they are."""
+    """Return whether `model.to(device)` moves the weights between steps; FSDP1's flat parameters stay in place."""
     return not isinstance(model, FSDP1)

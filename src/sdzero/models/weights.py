@@ -15,7 +15,7 @@ from sdzero.models.parallelize import full_tensor, gathered, reshard, unwrap
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full detached tensor) of each weight once, tied ones under their first name.
+    """Yield (Hugging Face name, full detached tensor) of each weight once, tied ones under their first name.
 
     Adapters are merged into the weights beside them, in float32. Collective where the model is sharded: every rank
     must consume the whole iterator.
@@ -34,12 +34,12 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(name: str) -> str:
-    """The parameter's name without the parts added by wrapping."""
+    """Return the parameter's name without the parts added by wrapping."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def lerp_weights(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target += weight * (source - target), shard by shard; 1.0 copies exactly. Collective under FSDP1."""
+    """Compute target += weight * (source - target), shard by shard; 1.0 copies exactly. Collective under FSDP1."""
     reshard(target)
     reshard(source)
     with ExitStack() as stack, torch.no_grad():
@@ -51,7 +51,7 @@ def lerp_weights(target: nn.Module, source: nn.Module, weight: float) -> None:
 
 
 def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over name, dtype, shape and bytes of every weight, sorted by name."""
+    """Compute the sha256 over name, dtype, shape and bytes of every weight, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights, key=lambda item: item[0]):
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -61,7 +61,7 @@ def weights_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """`weights_sha256` of an exported model folder."""
+    """Compute `weights_sha256` of an exported model folder."""
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("*.safetensors"))

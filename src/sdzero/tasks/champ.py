@@ -12,8 +12,6 @@ from sdzero.tasks.hub import Row
 from sdzero.tasks.math import Math
 from sdzero.tasks.rows import SetAside
 from sdzero.tasks.sources import Source, package_file
-from sdzero.tasks.splits import Sizes
-from sdzero.types import Split
 
 FILE = "package:champ_dataset/dataset_files/v0.json"
 
@@ -37,20 +35,16 @@ _LATEX = (  # formulas are plain text: `C(n+1, 2m+1)`, `2^(n-1)`, `sum_(k=1)^n 1
 
 
 class Champ(Math):
-    """CHAMP's problems whose answer is a value, a formula, or Yes or No; without `sizes` all are in split `eval`.
+    """CHAMP's problems whose answer is a value, a formula, or Yes or No; all are in split `eval`.
 
     Answers that are a sentence are set aside: grading them would need a judge model.
-
-    Args:
-        sizes: as in Rows.
 
     Raises:
         ModuleNotFoundError: math-verify, pebble or champ-dataset is not installed; names the extra.
     """
 
-    def __init__(self, sizes: Sizes | None = None, **kwargs: Any) -> None:
-        path: Source | dict[Split, Source] = FILE if sizes is not None else {"eval": FILE}
-        super().__init__(path, "_text", "_raw_answer", id_column="identifier", sizes=sizes, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__({"eval": FILE}, "_text", "_raw_answer", id_column="identifier", sizes=None, **kwargs)
 
     def load_rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
         return [dict(row) for row in _load_problems()]

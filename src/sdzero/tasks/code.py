@@ -42,8 +42,8 @@ class Code(Rows):
     (official_tests_complete) if these are the tests. Interactive problems (interaction_format) are set aside.
 
     Optional columns: language (`cpp` or `python`), time_limit (CPU seconds per test), memory_limit (MiB),
-    generated_checker (a Python program `checker input correct output` that prints 1 for a correct output), input_mode
-    (`stdio`, or `file` for input.txt and output.txt) and starter_code (shown after the question).
+    generated_checker (a Python program `checker input correct output` that prints 1 for a correct output) and
+    input_mode (`stdio`, or `file` for input.txt and output.txt).
 
     Args:
         path: as in Rows.
@@ -83,14 +83,12 @@ class Code(Rows):
         self.tests_column, self.limits, self.allow_assertions = tests_column, limits, allow_assertions
         self._rows: dict[str, Mapping[str, Any]] = {}
         self._submissions: dict[str, Submission] = {}
-        self._sandbox = SandboxClient(
-            backend, num_workers, python
-        )  # now: it must not fork from a process that holds CUDA
+        # now: it must not fork from a process that holds CUDA
+        self._sandbox = SandboxClient(backend, num_workers, python)
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         questions = super().questions(split, num_questions)
-        first_tests = ((q.id, self._submissions[q.id].tests[:1]) for q in questions)
-        forgeable = [id for id, tests in first_tests if any(isinstance(test, AssertTest) for test in tests)]
+        forgeable = [q.id for q in questions if any(isinstance(t, AssertTest) for t in self._submissions[q.id].tests)]
         if forgeable and split != "eval" and not self.allow_assertions:
             raise ValueError(
                 f"{len(forgeable)} questions of split {split!r} of {self.name} are tested by assertions, e.g. "
@@ -107,36 +105,31 @@ class Code(Rows):
         for question, _ in answers:
             if question.id not in self._submissions:
                 raise ValueError(f"{self.name} has no tests for question {question.id}")
-        verdicts: list[Verdict] = []
+        verdicts = [Verdict(0, "unparseable")] * len(answers)
         for batch in self._batches(answers):
-            submissions = [submission for submission in batch if submission is not None]
-            judged = iter(self._sandbox.grade(submissions) if submissions else ())
-            for submission in batch:
-                if submission is None:
-                    verdicts.append(Verdict(0, "unparseable"))
-                else:
-                    verdict = next(judged)
-                    verdicts.append(Verdict(verdict.reward, verdict.reason, submission.source))
+            graded = self._sandbox.grade([*batch.values()])
+            for (place, submission), verdict in zip(batch.items(), graded, strict=True):
+                verdicts[place] = Verdict(verdict.reward, verdict.reason, submission.source)
         return verdicts
 
-    def _batches(self, answers: Sequence[tuple[Question, str]]) -> Iterator[list[Submission | None]]:
-        """Yield submissions in order (None: no program), as many per batch as the size of their tests allows."""
-        batch: list[Submission | None] = []
+    def _batches(self, answers: Sequence[tuple[Question, str]]) -> Iterator[dict[int, Submission]]:
+        """Yield the submissions of answers that hold a program, by place, as many as the size of their tests allows."""
+        batch: dict[int, Submission] = {}
         tests: dict[str, tuple[Test, ...]] = {}  # by question: sent to the sandbox once for all its answers
         size = 0
-        for question, response in answers:
+        for place, (question, response) in enumerate(answers):
             program = self.program(question, response)
             if program is None:
-                batch.append(None)
                 continue
             if question.id not in tests:
                 if size > _MAX_REQUEST:
                     yield batch
-                    batch, tests, size = [], {}, 0
+                    batch, tests, size = {}, {}, 0
                 tests[question.id] = self.tests(question)
                 size += sum(len(test.input + test.output) for test in tests[question.id] if isinstance(test, StdioTest))
-            batch.append(replace(self._submissions[question.id], source=program, tests=tests[question.id]))
-        yield batch
+            batch[place] = replace(self._submissions[question.id], source=program, tests=tests[question.id])
+        if batch:
+            yield batch
 
     def program(self, question: Question, response: str) -> str | None:
         """Extract the program of a response; None if there is none."""
@@ -176,17 +169,14 @@ class Code(Rows):
         if submission.files:
             input_file, output_file = submission.files
             parts.append(f"The program reads its input from {input_file} and writes its output to {output_file}.")
-        if starter := question.meta.get("starter_code"):
-            parts.append(f"Start from this code:\n```{language}\n{str(starter).rstrip()}\n```")
         name = _DISPLAY_NAMES[language]
         parts.append(f"Write the whole program in {name}, in one block fenced by ```{language} and ```.")
         return "\n\n".join(parts)
 
     def _submission(self, question: Question, row: Mapping[str, Any]) -> Submission:
-        """Build the submission template of a question: limits and tests (unless `tests` loads them), no program yet.
+        """Build the submission of a question, without a program, and without tests if `tests` loads them.
 
-        Raises:
-            ValueError: the row is malformed.
+        Raises: ValueError for a malformed row.
         """
         if self.tests_column not in row:
             raise ValueError(f"it has no column {self.tests_column!r}")
@@ -202,25 +192,18 @@ class Code(Rows):
         mode = row.get("input_mode") or "stdio"
         if mode not in ("stdio", "file"):
             raise ValueError(f"input_mode is {mode!r}: it must be stdio or file")
-        time, memory_mb = self._limit(row, "time_limit", "time"), self._limit(row, "memory_limit", "memory_mb")
-        checker = row.get("generated_checker")
-        return Submission(
-            language,
-            "",
-            (),
-            replace(self.limits, time=time, memory_mb=memory_mb),
-            self.compare,
-            Checker("python", str(checker)) if checker else None,
-            _FILES if mode == "file" else None,
-        )
-
-    def _limit(self, row: Mapping[str, Any], column: str, name: str) -> float:
-        limit = row.get(column)
-        if limit is None or limit != limit:  # parquet stores a missing number as NaN
-            return getattr(self.limits, name)
-        if isinstance(limit, bool) or not isinstance(limit, int | float):
-            raise ValueError(f"{column} is {limit!r}: it must be a number")
-        return limit
+        limits: dict[str, Any] = {}
+        for column, name in (("time_limit", "time"), ("memory_limit", "memory_mb")):
+            limit = row.get(column)
+            if limit is None or limit != limit:  # parquet stores a missing number as NaN
+                continue
+            if isinstance(limit, bool) or not isinstance(limit, int | float):
+                raise ValueError(f"{column} is {limit!r}: it must be a number")
+            limits[name] = limit
+        source = row.get("generated_checker")
+        checker = Checker("python", str(source)) if source else None
+        files = _FILES if mode == "file" else None
+        return Submission(language, "", (), replace(self.limits, **limits), self.compare, checker, files)
 
 
 def last_block(text: str, language: Language) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -30,16 +30,7 @@ _COLUMNS = (  # without the editorial, the tags and the contest's name
     *("interaction_format", "note", "examples", "time_limit", "memory_limit", "input_mode", "generated_checker"),
     *("executable", "official_tests", "official_tests_complete", "generated_tests"),
 )
-_CUT = "..."  # end of an official test that the site shows only in part
 _NUM_CACHED = 8  # problems whose tests stay in memory
-
-
-@dataclass(frozen=True)
-class _Tests:
-    """Usable tests of a problem's row and, if they are not all, the repository file of the generated ones."""
-
-    official: Sequence[Mapping[str, Any]]
-    file: str | None
 
 
 class Codeforces(Code):
@@ -86,11 +77,10 @@ class Codeforces(Code):
         self.languages = tuple(languages)
         self._parents: dict[str, str] = {}  # problem -> one of its family with a smaller id
         self._first: dict[str, str] = {}  # statement -> the first problem that has it
-        self._tests: dict[str, _Tests] = {}
-        self._files: dict[str, tuple[Path, frozenset[str]]] = {}  # name -> local path, the problems in it
+        # problem -> usable tests of its row; if they are not all, the repository file of the generated ones
+        self._tests: dict[str, tuple[Sequence[Mapping[str, Any]], str | None]] = {}
+        self._files: dict[str, tuple[Path, set[str]]] = {}  # name -> local path, the problems in it
         self._cached_tests = lru_cache(_NUM_CACHED)(self._read_tests)
-
-    # --- rows ---------------------------------------------------------------------------------
 
     def required_columns(self) -> dict[str, str]:
         return {}
@@ -131,14 +121,14 @@ class Codeforces(Code):
             problem = self._parents[problem]
         return problem
 
-    # --- tests --------------------------------------------------------------------------------
-
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         """Return the questions, downloading the files of generated tests they need."""
         while True:
             questions = self.ungraded_questions(split, num_questions)
-            self._download(file for q in questions if (file := self._tests[q.meta["problem"]].file))
-            lacking = {q.id for q in questions if not self._has_tests(q.meta["problem"])}
+            files = {q.meta["problem"]: file for q in questions if (file := self._tests[q.meta["problem"]][1])}
+            self._download(files.values())
+            missing = {problem for problem, file in files.items() if problem not in self._files[file][1]}
+            lacking = {q.id for q in questions if q.meta["problem"] in missing}
             if not lacking:
                 return questions
             fault = "the file of its contest has no generated tests of it"
@@ -156,10 +146,6 @@ class Codeforces(Code):
         self._tests[row["problem"]] = row["tests"]
         return self._template(row)
 
-    def _has_tests(self, problem: str) -> bool:
-        file = self._tests[problem].file
-        return file is None or problem in self._files[file][1]
-
     def _download(self, files: Iterable[str]) -> None:
         """Download files of tests. Raises: FileNotFoundError if one does not exist or the Hub is unreachable."""
         new = [file for file in dict.fromkeys(files) if file not in self._files]
@@ -169,28 +155,25 @@ class Codeforces(Code):
         repository = source if isinstance(source, HubDataset) else HubDataset(str(Path(source).parent))
         for file, path in zip(new, hub_files(repository, new), strict=True):
             problems = pq.read_table(path, columns=["problem_id"])["problem_id"].unique().to_pylist()
-            self._files[file] = path, frozenset(problems)
+            self._files[file] = path, {*problems}
 
     def _read_tests(self, problem: str) -> tuple[Test, ...]:
         """Read a problem's tests. Raises: ValueError if none is usable, since no program could be graded."""
-        tests = self._tests[problem]
-        rows = [*tests.official]
-        if tests.file is not None:
-            self._download([tests.file])
-            path, _ = self._files[tests.file]
-            table = pq.read_table(path, columns=["input", "output"], filters=[("problem_id", "=", problem)])
+        official, file = self._tests[problem]
+        rows = [*official]
+        if file is not None:
+            self._download([file])
+            table = pq.read_table(
+                self._files[file][0], columns=["input", "output"], filters=[("problem_id", "=", problem)]
+            )
             rows += [row for row in table.to_pylist() if _is_complete(row)]
         if not rows:
-            raise ValueError(f"{tests.file} of {self.name} has no tests of problem {problem}")
+            raise ValueError(f"{file} of {self.name} has no tests of problem {problem}")
         return tuple(StdioTest(_lines(row["input"]), _lines(row["output"])) for row in rows)
 
 
 def format_statement(row: Row) -> str:
-    """Build a problem's statement from its parts; `$$$` around formulas becomes `$`.
-
-    Raises:
-        ValueError: it has no description.
-    """
+    """Build a problem's statement; `$$$` around formulas becomes `$`. Raises: ValueError if it has no description."""
     texts = ("title", "description", "input_format", "output_format", "note")
     cells = {column: _lines(str(row.get(column) or "")).replace("$$$", "$").strip() for column in texts}
     if not cells["description"]:
@@ -207,27 +190,32 @@ def format_statement(row: Row) -> str:
     return "\n\n".join(parts)
 
 
-def _tests(row: Row) -> _Tests:
-    """Return the usable tests of a row. Raises: ValueError if the row says that there are none."""
+def _tests(row: Row) -> tuple[Sequence[Mapping[str, Any]], str | None]:
+    """Return the usable tests of a row and, if they are not all, the repository file of the generated ones.
+
+    Raises: ValueError if the row says that there are none.
+    """
     official = row.get("official_tests") or []
     if row.get("official_tests_complete") and official:
         if incomplete := [number for number, test in enumerate(official, 1) if not _is_complete(test)]:
             raise ValueError(f"test {incomplete[0]} of official_tests lacks its input or its output")
-        return _Tests(official, None)
+        return official, None
     if not row.get("generated_tests"):
         raise ValueError("its official_tests are incomplete (official_tests_complete), and it has no generated_tests")
     if not str(row.get("contest_id")).isdecimal():
         raise ValueError(f"contest_id is {row.get('contest_id')!r}: it must be a number, to find its tests")
-    usable = [test for test in official if _is_complete(test) and not _is_cut(test)]
-    return _Tests(usable, f"generated_tests/test_cases_{int(row['contest_id']):04d}.parquet")
+    uncut = [
+        test for test in official if _is_complete(test) and not (_is_cut(test["input"]) or _is_cut(test["output"]))
+    ]
+    return uncut, f"generated_tests/test_cases_{int(row['contest_id']):04d}.parquet"
 
 
 def _is_complete(test: Mapping[str, Any]) -> bool:
     return isinstance(test.get("input"), str) and isinstance(test.get("output"), str)
 
 
-def _is_cut(test: Mapping[str, Any]) -> bool:
-    return any(test[side].rstrip().endswith(_CUT) for side in ("input", "output"))
+def _is_cut(text: str) -> bool:
+    return text.rstrip().endswith("...")  # the site shows only a part
 
 
 def _lines(text: str) -> str:

@@ -10,10 +10,9 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import cached_property
-from typing import get_args
 
 from sdzero.tasks.base import Task
 from sdzero.tasks.boxed import last_boxed
@@ -23,13 +22,8 @@ from sdzero.types import Question, Split, Verdict
 from sdzero.utils.seeds import derive_seed
 
 MAX_LENGTH = 200  # characters of an expression; bounds the parser's depth
-_SYMBOLS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-}
-_NODES: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_SYMBOLS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_NODES = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _LATEX = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), ("×", "*"), ("÷", "/"), ("−", "-"))
 
 
@@ -58,7 +52,7 @@ def numbers_of(tree: ast.expr) -> list[int]:
 def value_of(tree: ast.expr) -> Fraction:
     """Compute the exact value of a tree from `parse`. Raises: ZeroDivisionError."""
     if isinstance(tree, ast.BinOp):
-        return _SYMBOLS[_NODES[type(tree.op)]](value_of(tree.left), value_of(tree.right))
+        return _NODES[type(tree.op)](value_of(tree.left), value_of(tree.right))
     assert isinstance(tree, ast.Constant) and type(tree.value) is int
     return Fraction(tree.value)
 
@@ -96,13 +90,12 @@ class Countdown(Task):
         while True:
             numbers = [rng.randint(1, self.max_value) for _ in range(rng.randint(self.min_numbers, self.max_numbers))]
             expression, target = _random_expression(numbers, rng)
-            if not 1 <= target <= self.max_value:
-                continue
-            yield _question(numbers, int(target), expression)
+            if 1 <= target <= self.max_value:
+                yield _question(numbers, int(target), expression)
 
     @cached_property
-    def _published(self) -> dict[Split, list[tuple[str, Question]]]:
-        """The distinct questions of `path`, by split. Raises: ValueError naming a row without integers."""
+    def _published(self) -> dict[str, Question]:
+        """The distinct questions of `path` by identity. Raises: ValueError naming a row without integers."""
         assert self.path is not None
         distinct: dict[str, Question] = {}
         for number, row in enumerate(read(self.path, ["target", "nums"]), 1):
@@ -110,20 +103,19 @@ class Countdown(Task):
             if type(target) is not int or not isinstance(nums, list) or {int} != {*map(type, nums)}:
                 raise ValueError(f"{self.path}: row {number}: target and nums must be integers, got {row}")
             distinct.setdefault(*_question(nums, target, ""))
-        splits: dict[Split, list[tuple[str, Question]]] = {split: [] for split in get_args(Split)}
-        for identity, question in distinct.items():
-            splits[split_of(identity)].append((identity, question))
-        return splits
+        return distinct
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         if self.path is None:
             return take(split, num_questions, self._stream(), "countdown")
-        published = self._published[split]
-        num = len(published) if num_questions is None else num_questions
-        return take(split, num, published, f"countdown: {self.path}")
+        num = sum(split_of(id) == split for id in self._published) if num_questions is None else num_questions
+        return take(split, num, self._published.items(), f"countdown: {self.path}")
 
     def verify(self, question: Question, response: str) -> Verdict:
-        expression = _normalize(last_boxed(response) or "")
+        expression = last_boxed(response) or ""
+        for latex, symbol in _LATEX:
+            expression = expression.replace(latex, symbol)
+        expression = expression.partition("=")[0].strip()  # of `(1+2)*8 = 24`
         tree = parse(expression)
         if tree is None:
             return Verdict(0, "unparseable")
@@ -139,13 +131,6 @@ def _question(numbers: list[int], target: int, expression: str) -> tuple[str, Qu
     )
     meta = {"numbers": numbers, "target": target}
     return identity, Question(f"countdown/{identity}", text, expression, meta)
-
-
-def _normalize(boxed: str) -> str:
-    """Replace LaTeX operators, and drop the `= 24` of `(1+2)*8 = 24`."""
-    for latex, symbol in _LATEX:
-        boxed = boxed.replace(latex, symbol)
-    return boxed.partition("=")[0].strip()
 
 
 def _solves(tree: ast.expr, question: Question) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sdzero.utils.files import atomic_write
 
-Result = TypeVar("Result")
 Row = dict[str, Any]
 
 
@@ -27,7 +28,6 @@ class HubDataset:
         config: configuration (`name` of `datasets.load_dataset`); null for the default one.
         revision: commit of the repository, 40 hexadecimal digits; null for the newest, whose commit is printed.
         columns: columns to read in addition to those the task needs; null for all.
-        data_files: files of the repository to read instead of a configuration; glob patterns are allowed.
         streaming: read rows over the network and cache them, without downloading whole files first.
     """
 
@@ -36,13 +36,11 @@ class HubDataset:
     config: str | None = None
     revision: str | None = None
     columns: tuple[str, ...] | None = None
-    data_files: tuple[str, ...] | None = None
     streaming: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("columns", "data_files"):  # a config gives lists, which are not hashable
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
+        if self.columns is not None:  # a config gives a list, which is not hashable
+            object.__setattr__(self, "columns", tuple(self.columns))
 
     def __str__(self) -> str:
         return f"{self.id} ({', '.join(filter(None, (self.config, self.split)))})"
@@ -63,13 +61,19 @@ def read_hub(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], b
     """
     if source.is_local:
         return _load(source, columns, keep)
-    commit = source.revision if _is_commit(source.revision) else _from_hub(source, lambda: _newest_commit(source))
+    commit = source.revision
+    if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+        from huggingface_hub import HfApi
+
+        with _hub_errors(source):
+            commit = HfApi().dataset_info(source.id, revision=source.revision).sha
     cache = _cache_file(source, columns, str(commit)) if source.streaming else None
     if cache is not None and cache.is_file():
         return [json.loads(line) for line in cache.read_bytes().splitlines()]
     if commit != source.revision:
-        _write_stderr(f"{source.id}: the newest revision is {commit}: set task.path.revision to pin it")
-    rows = _from_hub(source, lambda: _load(source, columns, None if cache else keep))
+        print(f"{source.id}: the newest revision is {commit}: set task.path.revision to pin it", file=sys.stderr)
+    with _hub_errors(source):
+        rows = _load(source, columns, None if cache else keep)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache, tag=f".{os.getpid()}") as file:  # ranks may write it at the same time
@@ -77,62 +81,42 @@ def read_hub(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], b
     return rows
 
 
-def hub_files(source: HubDataset, names: Sequence[str]) -> list[Path]:
-    """Return local paths of files of a data set's repository, downloading those not yet cached.
+def _cache_file(source: HubDataset, columns: Sequence[str], commit: str) -> Path:
+    from datasets import config
 
-    Raises:
-        FileNotFoundError: no such file, or the Hub is unreachable.
-    """
-    if source.is_local:
-        paths = [Path(source.id) / name for name in names]
-        if missing := [path for path in paths if not path.is_file()]:
-            raise FileNotFoundError(f"task.path: no file {missing[0]}")
-        return paths
-    return _from_hub(source, lambda: _download(source, names))
-
-
-def _download(source: HubDataset, names: Sequence[str]) -> list[Path]:
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from tqdm import tqdm
-
-    where: dict[str, Any] = {"repo_id": source.id, "repo_type": "dataset", "revision": source.revision}
-    missing = [name for name in names if not isinstance(try_to_load_from_cache(filename=name, **where), str)]
-    num_bytes = 0
-    for start in range(0, len(missing), 500):  # limit of the Hub per request
-        infos = HfApi().get_paths_info(paths=missing[start : start + 500], **where)
-        num_bytes += sum(getattr(info, "size", 0) for info in infos)
-    if missing:
-        _write_stderr(f"downloading {len(missing)} files of {source.id}: {_size(num_bytes)}")
-    progress = tqdm(names, desc=source.id, unit="file", disable=not missing)
-    return [Path(hf_hub_download(filename=name, **where)) for name in progress]
+    identity = [source.config, source.split, source.columns, sorted(columns)]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return Path(config.HF_DATASETS_CACHE) / "sdzero" / f"{source.id.replace('/', '--')}-{commit}-{digest}.jsonl"
 
 
 def _load(source: HubDataset, columns: Sequence[str], keep: Callable[[Row], bool] | None) -> list[Row]:
-    """Load rows with `datasets.load_dataset`; the first time, print the download size."""
+    """Load rows with `datasets.load_dataset`; print the size of a download."""
     import datasets
 
-    options: dict[str, Any] = {"path": source.id, "name": source.config, "data_files": source.data_files}
+    options: dict[str, Any] = {"path": source.id, "name": source.config}
     if not source.is_local:
         options["revision"] = source.revision
     try:
         builder = datasets.load_dataset_builder(**options)
     except ValueError as error:  # how the library reports an unknown configuration
         raise ValueError(f"task.path.config: {source.id}: {_first_line(error)}") from None
-    files, found = _split_files(builder, source), builder.info.features
+    splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
+    if source.split not in splits:
+        raise ValueError(f"task.path.split: {source.id} has no split {source.split!r}; it has {sorted(splits)}")
+    files, found = splits[source.split], builder.info.features
     is_parquet = str(files[0]).endswith(".parquet")
     wanted = None if source.columns is None else [*dict.fromkeys((*columns, *source.columns))]
     if wanted is not None and is_parquet:
         options["columns"] = wanted  # other formats can only be read whole
-    if source.is_local:
-        options["cache_dir"] = _local_cache(files)
-    is_cached = Path(datasets.load_dataset_builder(**options).cache_dir).is_dir()
-    if found is None and is_parquet and not is_cached:
+    is_new = source.is_local or not Path(datasets.load_dataset_builder(**options).cache_dir).is_dir()
+    if found is None and is_parquet and is_new:
         found = _parquet_columns(files[0])
     if found is not None and (missing := [c for c in wanted or columns if c not in found]):
         raise ValueError(f"{source} has no column {missing[0]!r}; it has {sorted(found)}")
-    if not source.is_local and not is_cached:
+    if is_new and not source.is_local:
         _announce_size(source, files, wanted)
-    data = datasets.load_dataset(**options, split=source.split, streaming=source.streaming)
+    # streamed, a folder is read as it is now: the cache of `datasets` is keyed by its name, changed or not
+    data = datasets.load_dataset(**options, split=source.split, streaming=source.streaming or source.is_local)
     if wanted is not None and not is_parquet:
         data = data.select_columns(wanted)
     return check_json([row for row in map(dict, data) if keep is None or keep(row)], str(source))
@@ -151,14 +135,6 @@ def check_json(rows: list[Row], source: str) -> list[Row]:
     return rows
 
 
-def _local_cache(files: Sequence[Any]) -> str:
-    """Cache folder for a local data set's content: `datasets` keys it by folder name, changed or not."""
-    from datasets import config
-
-    stats = [(str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files]
-    return str(Path(config.HF_DATASETS_CACHE) / "sdzero" / hashlib.sha256(repr(stats).encode()).hexdigest()[:16])
-
-
 def _parquet_columns(file: Any) -> list[str]:
     import fsspec
     import pyarrow.parquet
@@ -167,48 +143,51 @@ def _parquet_columns(file: Any) -> list[str]:
         return pyarrow.parquet.read_schema(opened).names
 
 
-def _split_files(builder: Any, source: HubDataset) -> list[Any]:
-    """Return the files of the split. Raises: ValueError if the data set has no such split."""
-    splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-    if source.split not in splits:
-        raise ValueError(f"task.path.split: {source.id} has no split {source.split!r}; it has {sorted(splits)}")
-    return splits[source.split]
-
-
 def _announce_size(source: HubDataset, files: Sequence[Any], columns: Sequence[str] | None) -> None:
     from huggingface_hub import HfFileSystem
 
     system = HfFileSystem()
     size = _size(sum(system.info(str(file))["size"] for file in files))
     part = f", only columns {', '.join(columns)}" if columns and source.streaming else ""
-    _write_stderr(f"{'streaming' if source.streaming else 'downloading'} {source}: {len(files)} files, {size}{part}")
+    verb = "streaming" if source.streaming else "downloading"
+    print(f"{verb} {source}: {len(files)} files, {size}{part}", file=sys.stderr)
 
 
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+def hub_files(source: HubDataset, names: Sequence[str]) -> list[Path]:
+    """Return local paths of files of a data set's repository, downloading those not yet cached.
+
+    Raises:
+        FileNotFoundError: no such file, or the Hub is unreachable.
+    """
+    if source.is_local:
+        paths = [Path(source.id) / name for name in names]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise FileNotFoundError(f"task.path: no file {missing[0]}")
+        return paths
+
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from tqdm import tqdm
+
+    where: dict[str, Any] = {"repo_id": source.id, "repo_type": "dataset", "revision": source.revision}
+    missing = [name for name in names if not isinstance(try_to_load_from_cache(filename=name, **where), str)]
+    num_bytes = 0
+    with _hub_errors(source):
+        for start in range(0, len(missing), 500):  # limit of the Hub per request
+            infos = HfApi().get_paths_info(paths=missing[start : start + 500], **where)
+            num_bytes += sum(getattr(info, "size", 0) for info in infos)
+        if missing:
+            print(f"downloading {len(missing)} files of {source.id}: {_size(num_bytes)}", file=sys.stderr)
+        progress = tqdm(names, desc=source.id, unit="file", disable=not missing)
+        return [Path(hf_hub_download(filename=name, **where)) for name in progress]
 
 
-def _newest_commit(source: HubDataset) -> str:
-    from huggingface_hub import HfApi
-
-    return str(HfApi().dataset_info(source.id, revision=source.revision).sha)
-
-
-def _cache_file(source: HubDataset, columns: Sequence[str], commit: str) -> Path:
-    from datasets import config
-
-    identity = [source.config, source.split, source.data_files, source.columns, sorted(columns)]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    name = f"{source.id.replace('/', '--')}-{commit}-{digest}.jsonl"
-    return Path(config.HF_DATASETS_CACHE) / "sdzero" / name
-
-
-def _from_hub(source: HubDataset, get: Callable[[], Result]) -> Result:
-    """Call `get`, turning Hub errors into a one-line FileNotFoundError."""
+@contextmanager
+def _hub_errors(source: HubDataset) -> Iterator[None]:
+    """Turn the Hub's errors into a one-line FileNotFoundError."""
     from huggingface_hub.utils import HfHubHTTPError, httpx  # its HTTP client, whatever the version
 
     try:
-        return get()
+        yield
     except (OSError, httpx.HTTPError, HfHubHTTPError) as error:  # datasets' own errors are OSErrors
         raise FileNotFoundError(
             f"task.path: {source} is unavailable at revision {source.revision or 'main'}: {_first_line(error)} "
@@ -223,7 +202,3 @@ def _first_line(error: Exception) -> str:
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _write_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

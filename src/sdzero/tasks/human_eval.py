@@ -54,15 +54,9 @@ class HumanEval(Code):
 
     def convert_row(self, row: Row) -> Sequence[Row]:
         """Make its assertions the one test, and keep its `solution` in `meta`."""
-        return [
-            {
-                "task_id": row["task_id"].removeprefix("HumanEval/"),
-                "prompt": row["prompt"],
-                "entry_point": row["entry_point"],
-                "solution": row["canonical_solution"],
-                "tests": [{"program": f"{row['test']}\n\ncheck({row['entry_point']})"}],
-            }
-        ]
+        tests = [{"program": f"{row['test']}\n\ncheck({row['entry_point']})"}]
+        kept = {"prompt": row["prompt"], "entry_point": row["entry_point"], "solution": row["canonical_solution"]}
+        return [{**kept, "task_id": row["task_id"].removeprefix("HumanEval/"), "tests": tests}]
 
     def prompt_text(self, question: Question) -> str:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -66,26 +65,20 @@ class Instructions(Rows):
 
     def convert_row(self, row: Row) -> Sequence[Row]:
         """Remove the nulls a table adds to `kwargs`: its structs have the keys of all instructions."""
-        kwargs = _parse_list(row.get("kwargs"))
-        if not all(isinstance(options, dict) for options in kwargs):
+        kwargs = row.get("kwargs") or []
+        if not isinstance(kwargs, list) or not all(isinstance(options, dict) for options in kwargs):
             raise ValueError(f"column 'kwargs' is not a list of objects: {kwargs!r}")
         return [{**row, "kwargs": [{k: v for k, v in options.items() if v is not None} for options in kwargs]}]
 
     def _job(self, question: Question, response: str | None) -> instructions.Job:
-        ids, kwargs = (_parse_list(question.meta.get(name)) for name in ("instruction_id_list", "kwargs"))
-        return instructions.Job(
-            self.benchmark, question.text, tuple(ids), tuple({**row} for row in kwargs), self.loose, response
-        )
+        ids, kwargs = (tuple(question.meta.get(name) or ()) for name in ("instruction_id_list", "kwargs"))
+        return instructions.Job(self.benchmark, question.text, ids, kwargs, self.loose, response)
 
 
 @cache
 def _shared_pool(num_workers: int, deadline: float) -> GraderPool[instructions.Job, Followed]:
     """Return the pool shared by all tasks of this process, such as IFEval and IFBench."""
     return GraderPool(instructions.work, instructions.WARM_UP, num_workers, deadline)
-
-
-def _parse_list(value: Any) -> list[Any]:
-    return json.loads(value) if isinstance(value, str) else [*(value or [])]
 
 
 def _fault(outcome: Followed | Failed) -> str:

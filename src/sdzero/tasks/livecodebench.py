@@ -24,7 +24,7 @@ LIVECODEBENCH = HubDataset(
     split="test",
     revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505",  # as pinned in public code; not verified
 )
-FILES = ("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl")
+FILES = ("test.jsonl", *(f"test{number}.jsonl" for number in range(2, 7)))
 LIVECODEBENCH_LIMITS = Limits(time=6.0, memory_mb=1024.0)
 
 _TESTS = ("public_test_cases", "private_test_cases", "metadata")
@@ -79,7 +79,7 @@ class LiveCodeBench(Code):
     ) -> None:
         if version is not None and version not in get_args(Version):
             raise ValueError(f"task.version must be one of {[*get_args(Version)]}, or null, got {version!r}")
-        if version and (not isinstance(path, HubDataset) or path.config or path.data_files):
+        if version and (not isinstance(path, HubDataset) or path.config):
             raise ValueError("task.version selects files of the benchmark's own repository: set null for another path")
         self.version: Version | None = version
         self.since, self.until = _date("since", since), _date("until", until)
@@ -98,7 +98,7 @@ class LiveCodeBench(Code):
             **kwargs,
         )
         self._packed: dict[str, tuple[str, str, str]] = {}
-        self._cached_tests = lru_cache(_NUM_CACHED)(self._read_tests)
+        self._cached_tests = lru_cache(_NUM_CACHED)(lambda id: read_tests(*self._packed[id]))
 
     def load_rows(self, source: Source, columns: Sequence[str]) -> list[Row]:
         wanted = [*dict.fromkeys((*columns, *_COLUMNS))]
@@ -145,9 +145,6 @@ class LiveCodeBench(Code):
         check_submission(replace(submission, tests=read_tests(*row["tests"])))
         self._packed[question.id] = row["tests"]
         return submission
-
-    def _read_tests(self, id: str) -> tuple[Test, ...]:
-        return read_tests(*self._packed[id])
 
 
 def _date(name: str, value: str | None) -> date | None:

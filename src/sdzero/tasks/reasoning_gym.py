@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sdzero.graders.errors import require_package
 from sdzero.tasks.base import Task
 from sdzero.tasks.boxed import last_boxed
 from sdzero.tasks.splits import take
@@ -61,12 +62,9 @@ class ReasoningGym(Task):
                 f"task.dataset={dataset!r} is not a reasoning-gym generator with a scorer safe for model text: "
                 + ", ".join(SAFE)
             )
-        try:
-            import reasoning_gym
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'the ReasoningGym task needs the package reasoning-gym: pip install "sdzero[tasks]"', name=error.name
-            ) from error
+        require_package("the ReasoningGym task", "reasoning_gym", "tasks")
+        import reasoning_gym
+
         self.dataset, self.instruction = dataset, instruction
         self._generator = reasoning_gym.create_dataset(dataset, **{**(options or {}), "size": POOL, "seed": seed})
 
@@ -74,9 +72,9 @@ class ReasoningGym(Task):
         for index in range(POOL):
             entry = self._generator[index]
             statement = entry["question"]
-            identity = f"reasoning_gym/{self.dataset}/{hashlib.blake2b(statement.encode(), digest_size=8).hexdigest()}"
-            text = f"{statement}\n\n{self.instruction}"
-            yield identity, Question(identity, text, entry["answer"], entry["metadata"])
+            digest = hashlib.blake2b(statement.encode(), digest_size=8).hexdigest()
+            id = f"reasoning_gym/{self.dataset}/{digest}"
+            yield id, Question(id, f"{statement}\n\n{self.instruction}", entry["answer"], entry["metadata"])
 
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
         return take(split, num_questions, self._stream(), f"reasoning_gym/{self.dataset}")

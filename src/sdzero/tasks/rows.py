@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, get_args
@@ -71,8 +71,6 @@ class Rows(Task):
         """The source or sources, for messages."""
         return ", ".join(map(str, self.path.values())) if isinstance(self.path, Mapping) else str(self.path)
 
-    # --- hooks for subclasses -----------------------------------------------------------------
-
     def required_columns(self) -> dict[str, str]:
         """Return the columns the task needs, by the config key that names each."""
         keys = ("question_column", "answer_column", "id_column")
@@ -85,9 +83,7 @@ class Rows(Task):
     def convert_row(self, row: Row) -> Sequence[Row]:
         """Return the row as the task needs it, or as several questions.
 
-        Raises:
-            ValueError: the row is incomplete or malformed, and is dropped.
-            SetAside: a rule of the task excludes it.
+        Raises: ValueError for an incomplete or malformed row; SetAside for one that a rule of the task excludes.
         """
         return [row]
 
@@ -107,20 +103,17 @@ class Rows(Task):
         """Return the text for the model: the row's text and the instruction, if the task has one."""
         return f"{question.text}\n\n{self.instruction}" if self.instruction else question.text
 
-    # --- questions ----------------------------------------------------------------------------
-
     def questions(self, split: Split, num_questions: int | None) -> list[Question]:
-        available = [question for of, question in self._all if of == split]
-        questions = available[:num_questions]
-        if num_questions is None or len(questions) == num_questions:
-            return questions
-        if self.sizes is not None and num_questions <= self.sizes.of(split):
-            log.warning("split %s of %s has %d questions, not %d", split, self.name, len(available), num_questions)
-            return questions
-        raise ValueError(
-            f"num_questions={num_questions}, but split {split!r} of {self.name} holds only {len(available)}: "
-            "request fewer, or add rows"
-        )
+        questions = [question for of, question in self._all if of == split]
+        if num_questions is None or num_questions <= len(questions):
+            return questions[:num_questions]
+        if self.sizes is None or num_questions > getattr(self.sizes, split):
+            raise ValueError(
+                f"num_questions={num_questions}, but split {split!r} of {self.name} holds only {len(questions)}: "
+                "request fewer, or add rows"
+            )
+        log.warning("split %s of %s has %d questions, not %d", split, self.name, len(questions), num_questions)
+        return questions
 
     def exclusions(self) -> dict[str, Any]:
         """Return `dropped` (location -> fault) and `set_aside` (rule -> number of rows)."""
@@ -136,15 +129,16 @@ class Rows(Task):
         Raises:
             ValueError: two questions share an id, or two sources a question; too many are dropped.
         """
-        given, distinct = self._deduplicate()
-        families = self.families(distinct)
-        questions = [replace(question, family=families.get(question.id, "")) for question in distinct]
+        given = self._deduplicate()
+        families = self.families([question for _, question in given])
+        given = [(split, replace(question, family=families.get(question.id, ""))) for split, question in given]
+        questions = [question for _, question in given]
         assigned: list[tuple[Split, Question]]
         if self.sizes is not None:
             assigned = assign_splits(questions, self.sizes, self._keep_gradable)
         else:
-            kept = self._keep_gradable(questions)
-            assigned = [(given[q.id] or split_of(q.family or q.text), q) for q in kept]
+            kept = {question.id for question in self._keep_gradable(questions)}
+            assigned = [(split or split_of(q.family or q.text), q) for split, q in given if q.id in kept]
         faults = [(self._locations[id], fault) for id, fault in self._faults.items() if fault]
         self._drop(faults, len(self._faults), "questions that cannot be graded")
         self._statements = {question.id: question.text for _, question in assigned}
@@ -156,11 +150,10 @@ class Rows(Task):
         self._faults |= {question.id: faults.get(question.id) for question in new}
         return [question for question in questions if self._faults[question.id] is None]
 
-    def _deduplicate(self) -> tuple[dict[str, Split | None], list[Question]]:
-        """Return the split of each source's questions by id (None: not given), and the distinct questions."""
+    def _deduplicate(self) -> list[tuple[Split | None, Question]]:
+        """Return the distinct questions, each with the split of its source (None: one source for all splits)."""
         first_seen: dict[str, tuple[Split | None, str]] = {}
-        splits: dict[str, Split | None] = {}
-        questions: list[Question] = []
+        questions: list[tuple[Split | None, Question]] = []
         repeats: list[str] = []
         sources: Mapping[Any, Source] = self.path if isinstance(self.path, Mapping) else {None: self.path}
         for split, source in sources.items():
@@ -173,27 +166,24 @@ class Rows(Task):
                 elif (first := self._locations.setdefault(question.id, location)) != location:
                     raise ValueError(f"{location} has the id of {first} ({question.id!r}), but another question")
                 else:
-                    splits[question.id] = split
-                    questions.append(question)
+                    questions.append((split, question))
         if repeats:
             log.warning("left out %d duplicate questions, e.g. %s", len(repeats), repeats[0])
-        return splits, questions
+        return questions
 
-    def _drop(self, dropped: list[tuple[str, str]], num: int, what: str) -> None:
+    def _drop(self, dropped: list[tuple[str, str]], num: int, kind: str) -> None:
         """Record and log dropped rows. Raises: ValueError if they are too many."""
         self.dropped += dropped
         if not dropped:
             return
-        summary = f"{len(dropped)} of {num} {what}, e.g. {': '.join(dropped[0])}"
+        summary = f"{len(dropped)} of {num} {kind}, e.g. {': '.join(dropped[0])}"
         if len(dropped) > self.max_dropped_share * num:
-            raise ValueError(
-                f"{self.name} has {summary}: fix or remove them, or raise "
-                f"task.max_dropped_share={self.max_dropped_share}"
-            )
+            remedy = f"fix or remove them, or raise task.max_dropped_share={self.max_dropped_share}"
+            raise ValueError(f"{self.name} has {summary}: {remedy}")
         log.warning("left out %s", summary)
 
-    def _read_source(self, source: Source) -> Iterator[tuple[str, Question]]:
-        """Yield (location, question) for each row. Raises: ValueError naming the column, or too many bad rows."""
+    def _read_source(self, source: Source) -> list[tuple[str, Question]]:
+        """Return (location, question) of each row. Raises: ValueError naming the column, or too many bad rows."""
         columns = self.required_columns()
         try:
             rows = self.load_rows(source, [*columns.values()])
@@ -211,7 +201,7 @@ class Rows(Task):
             except ValueError as error:
                 dropped.append((location, str(error)))
         self._drop(dropped, len(rows), "incomplete or malformed rows")
-        yield from questions
+        return questions
 
     def _question(self, row: Row) -> Question:
         """Build a question. Raises: ValueError naming the column that has no value."""

@@ -17,10 +17,10 @@ _JSONL = "expected one JSON object per line, or one list of objects"
 
 
 def read(source: Source, columns: Sequence[str], keep: Callable[[Row], bool] | None = None) -> list[Row]:
-    """Return the rows of a source, in order.
+    """Return the rows of a file, of `package:NAME/FILE` or of a Hub data set, in order.
 
     Args:
-        source: path of a file, `package:NAME/FILE`, or a Hub data set.
+        source: path or data set.
         columns: columns that must exist.
         keep: filter for sources too large to hold in memory.
 
@@ -40,11 +40,7 @@ def read(source: Source, columns: Sequence[str], keep: Callable[[Row], bool] | N
 
 
 def package_file(source: str) -> Path:
-    """Return the path of `package:NAME/FILE`, a file shipped in an installed package.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed; names the extra.
-    """
+    """Return the path of `package:NAME/FILE`. Raises: ModuleNotFoundError naming the extra of a missing package."""
     name, _, file = source.removeprefix(_PACKAGE).partition("/")
     if (spec := find_spec(name)) is None:
         remedy = _INSTALL.get(name, 'pip install "sdzero[benchmarks]"')
@@ -64,7 +60,13 @@ def read_file(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"task.path: no file {path} (working directory: {Path.cwd()})")
     if path.suffix == ".parquet":
-        return check_json(_read_parquet(path), str(path))
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return check_json(pyarrow.parquet.read_table(path).to_pylist(), str(path))
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a parquet file: {error}") from None
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # byte-order mark of some editors
     rows: list[Row] = []
     for number, text in [(1, raw)] if raw.lstrip().startswith(b"[") else enumerate(raw.splitlines(), 1):
@@ -79,13 +81,3 @@ def read_file(path: Path) -> list[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}: row {number} is not a JSON object: {_JSONL}")
     return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from None

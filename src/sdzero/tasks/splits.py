@@ -18,13 +18,9 @@ def split_of(identity: str) -> Split:
 
 
 def take(split: Split, num_questions: int | None, stream: Iterable[tuple[str, Question]], name: str) -> list[Question]:
-    """Return the first `num_questions` distinct questions of `split` in a stream of (identity, question).
+    """Return the first `num_questions` distinct questions of `split` in a deterministic stream of task `name`.
 
-    Args:
-        split: phase1, phase2 or eval.
-        num_questions: number of questions; a longer list starts with the shorter ones.
-        stream: deterministic stream; the identity decides the split and what is a duplicate.
-        name: the task's, for the error message.
+    The stream yields (identity, question); the identity decides the split and what is a duplicate.
 
     Raises:
         ValueError: the stream ends, or only repeats itself, before there are enough; `num_questions` is None.
@@ -59,9 +55,9 @@ class Sizes:
     If there are too few questions, phase1 and phase2 shrink in proportion, with a warning.
 
     Args:
-        phase1: questions of phase 1.
-        phase2: questions of phase 2.
-        eval: held-out questions.
+        phase1: number of questions of phase 1.
+        phase2: number of questions of phase 2.
+        eval: number of held-out questions.
         seed: seed of the held-out sample.
     """
 
@@ -75,23 +71,15 @@ class Sizes:
             if getattr(self, name) < 0:
                 raise ValueError(f"task.sizes.{name} must be non-negative, got {getattr(self, name)}")
 
-    def of(self, split: Split) -> int:
-        return getattr(self, split)
-
 
 Gradable = Callable[[Sequence[Question]], list[Question]]
 Families = dict[str, list[Question]]
 
 
 def assign_splits(questions: Sequence[Question], sizes: Sizes, gradable: Gradable) -> list[tuple[Split, Question]]:
-    """Return the questions of all splits, in their order.
+    """Return the questions of all splits, in their order; `gradable` filters few more of them than needed.
 
     The questions of a family stay together, so a split may exceed its size by a few.
-
-    Args:
-        questions: all questions.
-        sizes: requested sizes.
-        gradable: filter that keeps the gradable ones, in order; called on few more questions than needed.
     """
     families: Families = {}
     for question in questions:
