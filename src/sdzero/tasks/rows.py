@@ -131,14 +131,14 @@ class Rows(Task):
         """
         given = self._deduplicate()
         families = self.families([question for _, question in given])
-        given = [(split, replace(question, family=families.get(question.id, ""))) for split, question in given]
-        questions = [question for _, question in given]
+        questions = [replace(question, family=families.get(question.id, "")) for _, question in given]
         assigned: list[tuple[Split, Question]]
         if self.sizes is not None:
             assigned = assign_splits(questions, self.sizes, self._keep_gradable)
         else:
             kept = {question.id for question in self._keep_gradable(questions)}
-            assigned = [(split or split_of(q.family or q.text), q) for split, q in given if q.id in kept]
+            pairs = zip(given, questions, strict=True)
+            assigned = [(split or split_of(q.family or q.text), q) for (split, _), q in pairs if q.id in kept]
         faults = [(self._locations[id], fault) for id, fault in self._faults.items() if fault]
         self._drop(faults, len(self._faults), "questions that cannot be graded")
         self._statements = {question.id: question.text for _, question in assigned}
