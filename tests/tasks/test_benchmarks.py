@@ -39,8 +39,6 @@ SETS = (
 
 
 NEED_NLTK_DATA = ("change_case:capital_word_frequency", "length_constraints:number_sentences")
-
-
 IFBENCH_NEEDS_NLTK_DATA = {
     *("ratio:stop_words", "words:start_verb", "format:sub-bullets", "format:title_case", "words:words_position"),
     "count:person_names",
@@ -73,7 +71,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def working_directory(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hub)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub / "cache")
 
 
 def rewards(task: Rows, questions: list[Question]) -> list[int]:

@@ -16,19 +16,22 @@ def rows_of(num: int, answer: int | str, column: str = "options") -> list[dict[s
     return [{"question": f"q{i}", column: OPTIONS, "answer": answer, "subject": "s"} for i in range(num)]
 
 
+def refusal(path: Path, row: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match="row 1") as error:
+        MultipleChoice(jsonl(path / "q.jsonl", [row])).questions("eval", 1)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     ("response", "letter"),
     [
         (r"\boxed{B}", "B"),
         (r"\boxed{(B)}", "B"),
         (r"\boxed{ B. }", "B"),
-        (r"\boxed{B.}", "B"),
         (r"\boxed{B)}", "B"),
         (r"\boxed{\text{B}}", "B"),
-        (r"\boxed{\text{(B)}}", "B"),
         (r"\boxed{(\text{B})}", "B"),
         (r"\boxed{\textbf{B}}", "B"),
-        (r"\boxed{\mathrm{B}}", "B"),
         (r"\boxed{$B$}", "B"),
         (r"\boxed{B. green}", "B"),
         (r"\boxed{B: green}", "B"),
@@ -41,7 +44,6 @@ def rows_of(num: int, answer: int | str, column: str = "options") -> list[dict[s
         (r"<think>\boxed{A}</think>\boxed{B}", "B"),
         ("The answer is (B).", "B"),
         ("The answer is B.", "B"),
-        ("The answer is B", "B"),
         ("the final answer is: (B)", "B"),
         ("Answer: B", "B"),
         ("**Answer:** B", "B"),
@@ -53,17 +55,14 @@ def rows_of(num: int, answer: int | str, column: str = "options") -> list[dict[s
         (r"\boxed{B, C}", None),
         (r"\boxed{B. C.}", None),
         (r"\boxed{B and C}", None),
-        (r"\boxed{B or C}", None),
         (r"\boxed{(B) or (C)}", None),
         (r"\boxed{green}", None),
-        (r"\boxed{Blue}", None),
         (r"\boxed{1}", None),
         (r"\boxed{}", None),
         (r"\boxed{A} \boxed{}", None),
         (r"\boxed{B", None),
         ("\\boxed{Β}", None),  # a Greek capital
         ("The answer is A dog.", None),
-        ("The answer is green.", None),
         ("The answer is (A) or (B).", None),
         ("The answer is not (A).", None),
         ("I think B.", None),
@@ -103,8 +102,7 @@ def test_an_answer_is_an_index_or_a_letter(tmp_path: Path, answer: int | str, le
 
 @pytest.mark.parametrize("answer", [4, -1, "E", "d", "green", 1.0, True])
 def test_an_answer_beyond_the_options_is_an_error(tmp_path: Path, answer: Any) -> None:
-    with pytest.raises(ValueError, match=r"row 1: the answer '.*' is not one of its 4 options"):
-        MultipleChoice(jsonl(tmp_path / "q.jsonl", rows_of(1, answer))).questions("eval", 1)
+    assert f"the answer '{answer}' is not one of its 4 options" in refusal(tmp_path, rows_of(1, answer)[0])
 
 
 def test_padding_options_are_removed(tmp_path: Path) -> None:
@@ -113,9 +111,7 @@ def test_padding_options_are_removed(tmp_path: Path) -> None:
     _, question = MultipleChoice(jsonl(tmp_path / "q.jsonl", rows))._all[0]
     assert "A. red\nB. green\nC. blue\n\n" in question.text and "N/A" not in question.text
     assert question.answer == "C" and question.meta["options"] == ["red", "green", "blue"]
-    rows[0]["answer"] = 1
-    with pytest.raises(ValueError, match="the answer '1' is not one of its 3 options"):
-        MultipleChoice(jsonl(tmp_path / "q.jsonl", rows)).questions("eval", 1)
+    assert "the answer '1' is not one of its 3 options" in refusal(tmp_path, {**rows[0], "answer": 1})
 
 
 def test_one_question_with_other_options_is_another(tmp_path: Path) -> None:
@@ -126,19 +122,12 @@ def test_one_question_with_other_options_is_another(tmp_path: Path) -> None:
     assert all(q.id.startswith("multiplechoice/") for q in questions)
 
 
-@pytest.mark.parametrize("options", [None, "A. red", {"A": "red"}, [["red"]], [None, "red"]])
-def test_a_column_without_a_list_is_an_error(tmp_path: Path, options: Any) -> None:
-    rows = [{"question": "q", "options": options, "answer": "A"}]
-    with pytest.raises(ValueError, match=r"row 1: column 'options' is not a list of options"):
-        MultipleChoice(jsonl(tmp_path / "q.jsonl", rows)).questions("eval", 1)
-
-
-@pytest.mark.parametrize("options", [[], ["red"], ["red", "N/A"], [str(i) for i in range(27)]])
-def test_too_few_or_many_options_are_an_error(tmp_path: Path, options: list[str]) -> None:
-    with pytest.raises(ValueError, match="is not one of its"):
-        MultipleChoice(jsonl(tmp_path / "q.jsonl", [{"question": "q", "options": options, "answer": "A"}])).questions(
-            "eval", 1
-        )
+def test_invalid_options_are_refused(tmp_path: Path) -> None:
+    for options in (None, "A. red", {"A": "red"}, [["red"]], [None, "red"]):
+        said = refusal(tmp_path, {"question": "q", "options": options, "answer": "A"})
+        assert "column 'options' is not a list of options" in said
+    for options in ([], ["red"], ["red", "N/A"], [str(i) for i in range(27)]):
+        assert "is not one of its" in refusal(tmp_path, {"question": "q", "options": options, "answer": "A"})
 
 
 def test_a_question_without_its_options_cannot_be_graded() -> None:

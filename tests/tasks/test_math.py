@@ -66,14 +66,8 @@ def test_many_answers_are_graded_as_one_by_one(task: Math) -> None:
     question = Question("", "", r"\frac{x}{2}")
     responses = [rf"\boxed{{{answer}}}" for answer in ("x/2", "x", "0.5x", "2", "?", r"\frac12 x", "9^{9^{9}} x")]
     found = task.verify_all([(question, response) for response in responses])
-    assert [verdict.reason for verdict in found[:-1]] == [
-        "correct",
-        "wrong",
-        "correct",
-        "wrong",
-        "unparseable",
-        "correct",
-    ]
+    expected = ["correct", "wrong", "correct", "wrong", "unparseable", "correct"]
+    assert [verdict.reason for verdict in found[:-1]] == expected
     assert found == [task.verify(question, response) for response in responses]
     assert task.verify_all([]) == []
 

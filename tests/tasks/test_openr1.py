@@ -33,11 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make(tmp_path_factory.mktemp("hub"), OPENR1))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-
-
 def task(folder: str, **options: Any) -> OpenR1Math:
     path = HubDataset(folder, columns=("solution",), streaming=True)
     return OpenR1Math(**{"path": path, "sizes": ALL, "max_dropped_share": 0.1, **options})

@@ -117,8 +117,7 @@ def test_files_of_a_repository(hub: FakeHub, tmp_path: Path, capfd: pytest.Captu
         hub_files(source, ["generated_tests/none.parquet"])
 
 
-def test_a_folder_laid_out_like_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_folder_laid_out_like_a_repository(tmp_path: Path) -> None:
     folder = make(tmp_path, OPENR1)
     assert len(read(HubDataset(str(folder)), COLUMNS)) == 40
     assert len(read(HubDataset(str(folder), "extended", "all", columns=()), COLUMNS)) == 21
