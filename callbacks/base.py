@@ -72,23 +72,24 @@ class ResponseTracker(EvaluationReader):
         metrics: sums over the responses of all ranks.
     """
 
-    def __init__(self, **metrics: Metric) -> None:
+    def __init__(self, *metrics: Metric) -> None:
         self.metrics = metrics
 
     @abstractmethod
     def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         """Add a batch's responses to the metrics."""
 
-    @abstractmethod
     def compute(self, evaluates: bool) -> Scalars:
         """Return the values to log; `evaluates` is True after an evaluation, False after a training step.
 
         After a training step, values without data must stay NaN: if they were missing, Lightning would log those of
         the previous step again.
         """
+        values = {name: value for metric in self.metrics for name, value in metric.compute().items()}
+        return drop_nan(values) if evaluates else values
 
     def read(self, trainer: L.Trainer, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
-        for metric in self.metrics.values():
+        for metric in self.metrics:
             metric.to(pl_module.device).process_group = pl_module.share.across
         self.update(pl_module, batch)
 
@@ -98,7 +99,7 @@ class ResponseTracker(EvaluationReader):
     def _log(self, pl_module: Policy, prefix: str) -> None:
         values = self.compute(prefix == "eval")
         pl_module.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=True)
-        for metric in self.metrics.values():
+        for metric in self.metrics:
             metric.reset()
 
     def on_train_batch_end(

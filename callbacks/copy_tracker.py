@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from sdzero.callbacks.base import ResponseTracker, drop_nan
-from sdzero.evaluation.metrics import Ratio, Scalars
+from sdzero.callbacks.base import ResponseTracker
+from sdzero.evaluation.metrics import Ratios, Scalars
 from sdzero.methods import Policy
 from sdzero.prompts import PromptBuilder
 from sdzero.types import EvalBatch, RolloutBatch
@@ -48,30 +48,25 @@ class CopyTracker(ResponseTracker):
 
     def __init__(self) -> None:
         names = ("phrase_leak", "phrase_leak_p0", "phrase_leak_p1", "copy_rate")
-        super().__init__(**{name: Ratio() for name in (*names, *(f"revise_copy_rate{r}" for r in ("", "_r0", "_r1")))})
+        self.ratios = Ratios(*names, *(f"revise_copy_rate{reward}" for reward in ("", "_r0", "_r1")))
+        super().__init__(self.ratios)
 
     def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         builder = pl_module.builder
-        phrases = [builder.control_phrases[r] for r in (0, 1)]
-        found = [[phrase in s.rollout.text for phrase in phrases] for s in batch.scored]
-        for name, leaks in (("", map(any, found)), ("_p0", (f[0] for f in found)), ("_p1", (f[1] for f in found))):
-            self.metrics[f"phrase_leak{name}"].update(sum(leaks), len(found))
-        own = [
-            copied_within(builder, s.rollout.text) for s, flags in zip(batch.scored, found, strict=True) if any(flags)
-        ]
-        self._add("copy_rate", own)
-        requested = [
-            (first.verdict.reward, (num_copied(revision, builder.body(first.rollout.token_ids)), len(revision)))
-            for first, second in (batch.revised if isinstance(batch, EvalBatch) else ())
-            if (revision := builder.body(second.rollout.token_ids))
-        ]
-        self._add("revise_copy_rate", [counts for _, counts in requested])
-        for r in (0, 1):
-            self._add(f"revise_copy_rate_r{r}", [counts for reward, counts in requested if reward == r])
-
-    def _add(self, name: str, counts: list[tuple[int, int]]) -> None:
-        self.metrics[name].update(sum(copied for copied, _ in counts), sum(num for _, num in counts))
+        found = [[builder.control_phrases[r] in s.rollout.text for r in (0, 1)] for s in batch.scored]
+        self.ratios.update(
+            phrase_leak=(sum(map(any, found)), len(found)),
+            phrase_leak_p0=(sum(p0 for p0, _ in found), len(found)),
+            phrase_leak_p1=(sum(p1 for _, p1 in found), len(found)),
+        )
+        for scored, flags in zip(batch.scored, found, strict=True):
+            if any(flags):
+                self.ratios.update(copy_rate=copied_within(builder, scored.rollout.text))
+        for first, second in batch.revised if isinstance(batch, EvalBatch) else ():
+            if revision := builder.body(second.rollout.token_ids):
+                counts = num_copied(revision, builder.body(first.rollout.token_ids)), len(revision)
+                self.ratios.update(revise_copy_rate=counts, **{f"revise_copy_rate_r{first.verdict.reward}": counts})
 
     def compute(self, evaluates: bool) -> Scalars:
-        values = {name: m.compute() for name, m in self.metrics.items() if evaluates or "revise" not in name}
-        return drop_nan(values) if evaluates else values
+        values = super().compute(evaluates)
+        return {name: value for name, value in values.items() if evaluates or "revise" not in name}

@@ -7,9 +7,9 @@ from torchmetrics import SumMetric
 
 from sdzero.callbacks.base import ResponseTracker
 from sdzero.data.base import StepDataModule
-from sdzero.evaluation.metrics import CorrectionRate, Ratio, Scalars
+from sdzero.evaluation.metrics import CorrectionRate, Ratios, Scalars
 from sdzero.methods import Policy
-from sdzero.types import EvalBatch, RolloutBatch, ScoredRollout
+from sdzero.types import EvalBatch, RolloutBatch
 
 
 class GenerateThenRevise(ResponseTracker):
@@ -20,9 +20,9 @@ class GenerateThenRevise(ResponseTracker):
     """
 
     def __init__(self) -> None:
-        super().__init__(
-            revise=CorrectionRate(), resample=CorrectionRate(), tokens1=Ratio(), tokens2=Ratio(), dropped=SumMetric()
-        )
+        self.rates = {"revise": CorrectionRate(), "resample": CorrectionRate()}
+        self.tokens, self.dropped = Ratios("revise_tokens1", "revise_tokens2"), SumMetric()
+        super().__init__(*self.rates.values(), self.tokens, self.dropped)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -33,21 +33,18 @@ class GenerateThenRevise(ResponseTracker):
         if isinstance(batch, RolloutBatch):
             return
         neighbours = [pair for g in batch.groups if len(g) > 1 for pair in zip(g, [*g[1:], g[0]], strict=True)]
-        self._update("revise", batch.revised)
-        self._update("resample", neighbours)
-        for i, name in enumerate(("tokens1", "tokens2")):
-            self.metrics[name].update(sum(len(pair[i].rollout.token_ids) for pair in batch.revised), len(batch.revised))
-        self.metrics["dropped"].update(batch.num_unrevised)
-
-    def _update(self, name: str, pairs: list[tuple[ScoredRollout, ScoredRollout]]) -> None:
-        first, second = [a.verdict.reward for a, _ in pairs], [b.verdict.reward for _, b in pairs]
-        self.metrics[name].update(first, second, [a.rollout.prompt.question.id for a, _ in pairs])
+        for name, pairs in (("revise", batch.revised), ("resample", neighbours)):
+            first, second = [a.verdict.reward for a, _ in pairs], [b.verdict.reward for _, b in pairs]
+            self.rates[name].update(first, second, [a.rollout.prompt.question.id for a, _ in pairs])
+        lengths = [[len(s.rollout.token_ids) for s in pair] for pair in batch.revised]
+        self.tokens.update(
+            revise_tokens1=(sum(first for first, _ in lengths), len(lengths)),
+            revise_tokens2=(sum(second for _, second in lengths), len(lengths)),
+        )
+        self.dropped.update(batch.num_unrevised)
 
     def compute(self, evaluates: bool) -> Scalars:
         if not evaluates:
             return {}
-        values = {f"{kind}_{k}": v for kind in ("revise", "resample") for k, v in self.metrics[kind].compute().items()}
-        for name in ("tokens1", "tokens2"):
-            values[f"revise_{name}"] = self.metrics[name].compute()
-        values["revise_dropped"] = self.metrics["dropped"].compute()
-        return values
+        rates = {f"{kind}_{name}": v for kind, metric in self.rates.items() for name, v in metric.compute().items()}
+        return {**rates, **self.tokens.compute(), "revise_dropped": self.dropped.compute()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sdzero.callbacks.base import ResponseTracker, drop_nan
-from sdzero.evaluation.metrics import LengthDistribution, Ratio, Scalars
+from sdzero.callbacks.base import ResponseTracker
+from sdzero.evaluation.metrics import LengthDistribution, Ratios, Scalars
 from sdzero.methods import Policy
 from sdzero.types import EvalBatch, RolloutBatch
 
@@ -16,19 +16,17 @@ class LengthTracker(ResponseTracker):
     (`length_think`)."""
 
     def __init__(self) -> None:
-        super().__init__(length=LengthDistribution(), think=Ratio())
+        self.lengths, self.thoughts = LengthDistribution(), Ratios("length_think")
         self.thinks = False
+        super().__init__(self.lengths, self.thoughts)
 
     def update(self, pl_module: Policy, batch: RolloutBatch | EvalBatch) -> None:
         responses = [s.rollout.token_ids for s in batch.scored]
-        self.metrics["length"].update([len(ids) for ids in responses], [s.verdict.reward for s in batch.scored])
+        self.lengths.update([len(ids) for ids in responses], [s.verdict.reward for s in batch.scored])
         end = pl_module.builder.tokenizer.get_vocab().get(END_OF_THOUGHT)
         self.thinks = end is not None
-        thoughts = [ids.index(end) + 1 for ids in responses if end in ids]
-        self.metrics["think"].update(sum(thoughts), len(responses))
+        self.thoughts.update(length_think=(sum(ids.index(end) + 1 for ids in responses if end in ids), len(responses)))
 
     def compute(self, evaluates: bool) -> Scalars:
-        values = self.metrics["length"].compute()
-        if self.thinks:
-            values["length_think"] = self.metrics["think"].compute()
-        return drop_nan(values) if evaluates else values
+        values = super().compute(evaluates)
+        return values if self.thinks else {name: v for name, v in values.items() if name != "length_think"}

@@ -50,7 +50,7 @@ class Preemption(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._is_active = True
-        self._install({signum: self._handle for signum in SIGNALS})  # Lightning restores these after training
+        self._install(dict.fromkeys(SIGNALS, self._handle))  # Lightning restores these after training
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install(self._before)
@@ -85,7 +85,7 @@ class Preemption(L.Callback):
     # --- step boundaries ----------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._install({signum: self._handle for signum in SIGNALS})
+        self._install(dict.fromkeys(SIGNALS, self._handle))
         if signum := self._received_signal(trainer):
             self._stop(trainer, signum)  # nothing new to save
 
@@ -102,16 +102,12 @@ class Preemption(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
-            return self._install(self._before)
-        if not trainer.sanity_checking and (signum := self._received_signal(trainer)):
-            self._end(trainer, signum)
+            self._install(self._before)
+        self.on_validation_batch_end(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if (
-            trainer.state.fn == TrainerFn.FITTING
-            and not trainer.sanity_checking
-            and (signum := self._received_signal(trainer))
-        ):
+        is_fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if is_fitting and (signum := self._received_signal(trainer)):
             self._end(trainer, signum)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,12 +146,9 @@ class Preemption(L.Callback):
             requeue(signum)
         trainer.strategy.barrier()  # a launcher may kill rank 0 once another rank has exited
         # Lightning's launcher kills rank 0 if another rank exits with an error status
-        is_follower = isinstance(_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        is_follower = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         raise Stopped(0 if is_follower else exit_status(signum))
-
-
-def _environment(trainer: L.Trainer) -> Any:
-    return getattr(trainer.strategy, "cluster_environment", None)
 
 
 def _validates_next(trainer: L.Trainer) -> bool:

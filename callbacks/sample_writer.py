@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 from textwrap import indent
 from typing import Any
 
@@ -38,7 +37,7 @@ class SampleWriter(EvaluationReader):
             raise ValueError("SampleWriter: every_n_steps and num_samples must be at least 1 (num_samples: or null)")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
-        self._file: RowFile | None = None  # of the current evaluation
+        self._file: SampleFile | None = None  # of the current evaluation
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -47,18 +46,18 @@ class SampleWriter(EvaluationReader):
         writes, step = share_of(trainer).member == 0, pl_module.policy_version
         if writes and isinstance(batch, RolloutBatch) and step % self.every_n_steps == 0:
             seen: Counter[str] = Counter()
-            file = RowFile(_path(trainer, "train", step))
+            file = SampleFile(trainer, "train", step)
             for scored in batch.scored[: self.num_samples]:
                 question = scored.rollout.prompt.question.id
                 file.add(_row(scored, batch.policy_version, seen[question]))
                 seen[question] += 1
-            self._finish(trainer, "train", step, file)
+            file.close()
 
     def read(self, trainer: L.Trainer, pl_module: Policy, batch: EvalBatch) -> None:
         if share_of(trainer).member:
             return
         if self._file is None:
-            self._file = RowFile(_path(trainer, "eval", batch.policy_version))
+            self._file = SampleFile(trainer, "eval", batch.policy_version)
         revisions = {id(first): revision for first, revision in batch.revised}
         for group in batch.groups:
             for i, scored in enumerate(group if self.num_samples is None else group[:1]):
@@ -67,41 +66,35 @@ class SampleWriter(EvaluationReader):
 
     def finish(self, trainer: L.Trainer, pl_module: Policy) -> None:
         if self._file is not None:
-            self._finish(trainer, "eval", pl_module.policy_version, self._file)
+            self._file.close()
             self._file = None
 
-    def _finish(self, trainer: L.Trainer, kind: str, step: int, file: RowFile) -> None:
-        file.close()
-        shown = "\n\n---\n\n".join(map(_as_text, file.first))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text(f"samples/{kind}", shown, step)
 
+class SampleFile:
+    """Atomic JSONL file that is written row by row, since all rows may not fit into memory; TensorBoard gets a few."""
 
-class RowFile:
-    """Atomic JSONL file that is written row by row, since all rows may not fit into memory. `first` keeps a few."""
+    NUM_SHOWN = 16
 
-    NUM_FIRST = 16
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, trainer: L.Trainer, kind: str, step: int) -> None:
+        path = rank_file(trainer, f"samples/{kind}-{step:06d}", "jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.trainer, self.tag, self.step = trainer, f"samples/{kind}", step
         self._stack = ExitStack()
-        self.file = self._stack.enter_context(atomic_write(path))
+        self._file = self._stack.enter_context(atomic_write(path))
         self.num_rows = 0
-        self.first: list[Row] = []
+        self._shown: list[str] = []
 
     def add(self, row: Row) -> None:
-        self.file.write(f"{json.dumps(row)}\n".encode())
+        self._file.write(f"{json.dumps(row)}\n".encode())
         self.num_rows += 1
-        if len(self.first) < self.NUM_FIRST:
-            self.first.append(row)
+        if len(self._shown) < self.NUM_SHOWN:
+            self._shown.append(_as_text(row))
 
     def close(self) -> None:
         self._stack.close()
-
-
-def _path(trainer: L.Trainer, kind: str, step: int) -> Path:
-    return rank_file(trainer, f"samples/{kind}-{step:06d}", "jsonl")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
+                logger.experiment.add_text(self.tag, "\n\n---\n\n".join(self._shown), self.step)
 
 
 def _row(scored: ScoredRollout, step: int, sample: int, revision: ScoredRollout | None = None) -> Row:
@@ -131,8 +124,10 @@ def _judged(scored: ScoredRollout) -> Row:
 
 def _as_text(row: Row) -> str:
     """Format a response as Markdown. Foreign text is indented as code, so that it is never rendered."""
-    parts = [("Question", f"{row['text']}\n(answer: {row['answer']})")]
-    parts.append((f"**{row['reason']}**, {row['num_tokens']} tokens", row["response"]))
+    parts = [
+        ("Question", f"{row['text']}\n(answer: {row['answer']})"),
+        (f"**{row['reason']}**, {row['num_tokens']} tokens", row["response"]),
+    ]
     if row["revision"]:
         parts.append((f"revised: **{row['revision']['reason']}**", row["revision"]["response"]))
     return "\n\n".join(f"{title}\n\n{indent(text or ' ', ' ' * 4, lambda _: True)}" for title, text in parts)

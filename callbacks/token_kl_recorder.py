@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdzero.callbacks.base import EvaluationReader, drop_nan, rank_file
-from sdzero.evaluation.metrics import Ratio
+from sdzero.evaluation.metrics import Ratios
 from sdzero.evaluation.statistics import top_share
 from sdzero.losses import Divergence, divergence_head
 from sdzero.losses.soft_targets import HiddenTargets, hidden_targets, top_k_targets
@@ -48,7 +47,7 @@ class TokenKLRecorder(EvaluationReader):
         self.num_responses = num_responses
         self.top_k = top_k
         self.rows: list[Row] = []
-        self.shares = (Ratio(), Ratio())
+        self.shares = Ratios("kl_top10_share_r0", "kl_top10_share_r1")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -64,10 +63,8 @@ class TokenKLRecorder(EvaluationReader):
 
     def _record(self, method: Policy, chosen: Sequence[ScoredRollout], siblings: Sequence[ScoredRollout]) -> None:
         rows = score_tokens(method, chosen, siblings, self.top_k)
-        for reward, share in enumerate(self.shares):
-            share.process_group = method.share.across
-            shares = [top_share(row["kl"]) for row in rows if row["reward"] == reward]
-            share.update(sum(shares), len(shares))
+        for row in rows:
+            self.shares.update(**{f"kl_top10_share_r{row['reward']}": (top_share(row["kl"]), 1)})
         self.rows += rows
 
     def finish(self, trainer: L.Trainer, pl_module: Policy) -> None:
@@ -76,12 +73,16 @@ class TokenKLRecorder(EvaluationReader):
     def _write(self, trainer: L.Trainer, pl_module: Policy, kind: str) -> None:
         path = rank_file(trainer, f"token_kl/{kind}-{pl_module.policy_version:06d}", "parquet")
         if self.rows and pl_module.share.member == 0:
-            _write_parquet(path, self.rows)
+            import pyarrow as pa
+            from pyarrow import parquet
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                parquet.write_table(pa.Table.from_pylist(self.rows), file)
         self.rows = []
-        values = [share.to(pl_module.device).compute() for share in self.shares]
-        shares = drop_nan({f"kl_top10_share_r{reward}": value for reward, value in enumerate(values)})
-        for share in self.shares:
-            share.reset()
+        self.shares.to(pl_module.device).process_group = pl_module.share.across
+        shares = drop_nan(self.shares.compute())
+        self.shares.reset()
         if kind == "eval":
             pl_module.log_dict({f"eval/{name}": value for name, value in shares.items()}, rank_zero_only=True)
         else:  # not by Lightning's own log, which would repeat the values at the steps in between
@@ -124,7 +125,7 @@ def score_tokens(
 
 
 def _forward(method: Policy, examples: Sequence[Example], top_k: int) -> list[Row]:
-    """Compute the per-token values of each example."""
+    """Compute the columns with one entry per token, of each example."""
     targets, pad = [e.target for e in examples], method.builder.pad_id
     student_batch = collate([e.context for e in examples], targets, pad).to(method.device)
     teacher_batch = collate([e.teacher_context for e in examples], targets, pad).to(method.device)
@@ -144,23 +145,25 @@ def _forward(method: Policy, examples: Sequence[Example], top_k: int) -> list[Ro
         values = method.student(student_batch.input_ids, student_batch.predicts, head)
     lengths = [len(target) for target in targets]
     columns = {name: [part.tolist() for part in value.cpu().split(lengths)] for name, value in values.items()}
-    return [_row(method, {name: column[i] for name, column in columns.items()}) for i in range(len(examples))]
+    rows: list[Row] = []
+    for i in range(len(examples)):
+        of_one = {name: column[i] for name, column in columns.items()}
+        student, teacher = of_one["student_logprobs"], of_one["teacher_logprobs"]
+        row: Row = {
+            "kl": of_one["divergence"],
+            "token_kl_reward": [s - t for s, t in zip(student, teacher, strict=True)],
+            "student_logprob": student,
+            "teacher_logprob": teacher,
+        }
+        for model in ("student", "teacher"):
+            row[f"{model}_top"] = [_pieces(method, ids) for ids in of_one[f"{model}_top_ids"]]
+            row[f"{model}_top_prob"] = of_one[f"{model}_top_probs"]
+        rows.append(row)
+    return rows
 
 
-def _row(method: Policy, values: dict[str, list[Any]]) -> Row:
-    """Return the columns of one response that have one entry per token."""
-    decode = method.builder.tokenizer.decode
-    pairs = zip(values["student_logprobs"], values["teacher_logprobs"], strict=True)
-    row: Row = {
-        "kl": values["divergence"],
-        "token_kl_reward": [student - teacher for student, teacher in pairs],
-        "student_logprob": values["student_logprobs"],
-        "teacher_logprob": values["teacher_logprobs"],
-    }
-    for who in ("student", "teacher"):
-        row[f"{who}_top"] = [[decode([i]) for i in ids] for ids in values[f"{who}_top_ids"]]
-        row[f"{who}_top_prob"] = values[f"{who}_top_probs"]
-    return row
+def _pieces(method: Policy, ids: Sequence[int]) -> list[str]:
+    return [method.builder.tokenizer.decode([i]) for i in ids]
 
 
 def _about(method: Policy, scored: ScoredRollout) -> Row:
@@ -174,15 +177,5 @@ def _about(method: Policy, scored: ScoredRollout) -> Row:
         "reward": scored.verdict.reward,
         "reason": scored.verdict.reason,
         "token_ids": list(rollout.token_ids),
-        "tokens": [method.builder.tokenizer.decode([i]) for i in rollout.token_ids],
+        "tokens": _pieces(method, rollout.token_ids),
     }
-
-
-def _write_parquet(path: Path, rows: list[Row]) -> None:
-    """Write the rows atomically."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        parquet.write_table(pa.Table.from_pylist(rows), file)

@@ -21,7 +21,7 @@ HEADINGS = re.findall(r"^#+ (.*)$", PAGE, flags=re.M)
 
 
 def test_every_key_has_a_line_in_a_docstring() -> None:
-    bare = [f"{cls.__name__}.{key.name}" for cls in CLASSES for key in keys(cls) if not key.meaning]
+    bare = [f"{cls.__name__}.{key.name}" for cls in CLASSES for key in keys(cls) if not key.doc]
     assert not bare, f"add a line to the `Args:` of the class's docstring for {bare}"
     assert not re.findall(r"\| as in \w+\.? \|", PAGE), "a reference to another class is put in full"
 

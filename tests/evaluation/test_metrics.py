@@ -15,23 +15,19 @@ from hypothesis import strategies as st
 from torchmetrics import Metric
 
 from sdzero.evaluation.metrics import (
-    AvgAtK,
+    AccuracyAtK,
+    BenchmarkMetrics,
     CorrectionRate,
-    KeywordRate,
     LengthDistribution,
-    PassAtK,
-    Ratio,
-    ReasonShares,
-    ResponseLength,
+    Ratios,
     average_benchmarks,
 )
-from sdzero.types import Reason
+from sdzero.types import Prompt, Question, Reason, Rollout, ScoredRollout, Verdict
 
 rewards = st.integers(0, 1)
-groups_of = st.lists(st.lists(rewards, min_size=3, max_size=8), min_size=2, max_size=12)
 
 
-def floats(metric: Metric) -> dict[str, float]:
+def floats(metric: Metric | BenchmarkMetrics) -> dict[str, float]:
     return {name: value.item() for name, value in metric.compute().items()}
 
 
@@ -39,48 +35,39 @@ def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-@given(groups_of)
-def test_avg_at_k(groups: list[list[int]]) -> None:
-    metric = AvgAtK()
-    metric.update(groups)
+@given(st.lists(st.lists(rewards, min_size=3, max_size=8), min_size=2, max_size=12))
+def test_accuracy(groups: list[list[int]]) -> None:
     means = [statistics.fmean(group) for group in groups]
-    assert floats(metric) == pytest.approx(
-        {"avg_at_k": statistics.fmean(means), "avg_at_k_se": standard_error(means)}, abs=1e-7
-    )
-
-
-@given(groups_of)
-def test_pass_at_1_is_avg_and_pass_at_3_has_its_error(groups: list[list[int]]) -> None:
-    one, three, avg = PassAtK(1), PassAtK(3), AvgAtK()
-    for metric in (one, three, avg):
+    best = [statistics.fmean(map(max, itertools.combinations(group, 3))) for group in groups]
+    for k, passed in ((1, means), (3, best)):
+        metric = AccuracyAtK(k)
         metric.update(groups)
-    assert list(floats(one).values()) == pytest.approx(list(floats(avg).values()), abs=1e-7)
-    values = [statistics.fmean(map(max, itertools.combinations(group, 3))) for group in groups]
-    assert floats(three) == pytest.approx(
-        {"pass_at_3": statistics.fmean(values), "pass_at_3_se": standard_error(values)}, abs=1e-7
-    )
+        expected = {"avg_at_k": statistics.fmean(means), "avg_at_k_se": standard_error(means)}
+        expected |= {f"pass_at_{k}": statistics.fmean(passed), f"pass_at_{k}_se": standard_error(passed)}
+        assert floats(metric) == pytest.approx(expected, abs=1e-7)
 
 
 def test_too_few_responses_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"pass@3 needs 3 .* got 2"):
-        PassAtK(3).update([[1, 1, 1], [0, 1]])
-    with pytest.raises(ValueError, match="without rewards"):
-        AvgAtK().update([[1], []])
+    for groups in ([[1, 1, 1], [0, 1]], [[0, 1]]):
+        with pytest.raises(ValueError, match=r"pass@3 needs 3 .* got 2"):
+            AccuracyAtK(3).update(groups)
+    with pytest.raises(ValueError, match="pass@1 needs 1 .* got 0"):
+        AccuracyAtK(1).update([[1], []])
     with pytest.raises(ValueError, match="at least 1"):
-        PassAtK(0)
+        AccuracyAtK(0)
 
 
 def test_errors_of_a_single_question_are_undefined() -> None:
-    avg, correction = AvgAtK(), CorrectionRate()
-    avg.update([[1, 0]])
+    accuracy, correction = AccuracyAtK(1), CorrectionRate()
+    accuracy.update([[1, 0]])
     correction.update([0, 1], [1, 1], ["a", "a"])
-    assert floats(avg)["avg_at_k"] == 0.5
-    assert math.isnan(floats(avg)["avg_at_k_se"])
+    assert floats(accuracy)["avg_at_k"] == 0.5
+    assert math.isnan(floats(accuracy)["avg_at_k_se"])
     assert math.isnan(floats(correction)["acc2_se"])
 
 
 def test_a_rank_without_questions_measures_nan_and_adds_nothing() -> None:
-    empty, some = AvgAtK(), AvgAtK()
+    empty, some = AccuracyAtK(2), AccuracyAtK(2)
     empty.update([])
     some.update([[1, 0], [1, 1]])
     assert all(map(math.isnan, floats(empty).values()))
@@ -92,48 +79,38 @@ def test_a_rank_without_questions_measures_nan_and_adds_nothing() -> None:
     assert math.isnan(floats(nothing)["acc1"])
 
 
-@pytest.mark.parametrize(
-    ("metric", "updates", "expected"),
-    [
-        (ResponseLength(), [([10, 20],), ([60],)], {"response_tokens": 30.0}),
-        (
-            ReasonShares(),
-            [(["correct", "truncated", "correct"],), (["timeout"],)],
-            dict.fromkeys(get_args(Reason), 0.0) | {"correct": 0.5, "truncated": 0.25, "timeout": 0.25},
-        ),
-        (
-            KeywordRate(),
-            [(["Wait, wait.", "fine"], [30, 20]), (["oops"], [50])],
-            {"keywords_per_response": 1.0, "keywords_per_1k_tokens": 30.0},
-        ),
-    ],
-    ids=["length", "reasons", "keywords"],
-)
-def test_two_updates_by_hand(metric: Metric, updates: list[tuple], expected: dict[str, float]) -> None:
-    for update in updates:
-        metric.update(*update)
-    assert floats(metric) == pytest.approx(expected)
+def test_metrics_of_a_benchmark_by_hand() -> None:
+    prompt = Prompt(Question("q", "?", "1"), (1,))
+
+    def response(text: str, num_tokens: int, reason: Reason) -> ScoredRollout:
+        rollout = Rollout(prompt, (1,) * num_tokens, (0.0,) * num_tokens, text, "stop", 0)
+        return ScoredRollout(rollout, Verdict(1, reason) if reason == "correct" else Verdict(0, reason))
+
+    metrics = BenchmarkMetrics(2)
+    metrics.update([[response("Wait, wait.", 10, "correct"), response("fine", 20, "truncated")]])
+    metrics.update([[response("oops", 60, "correct"), response("", 10, "timeout")]])
+    shares = dict.fromkeys(get_args(Reason), 0.0) | {"correct": 0.5, "truncated": 0.25, "timeout": 0.25}
+    expected = {"avg_at_k": 0.5, "avg_at_k_se": 0.0, "pass_at_2": 1.0, "pass_at_2_se": 0.0, "response_tokens": 25.0}
+    expected |= {"keywords_per_response": 0.75, "keywords_per_1k_tokens": 30.0, **shares}
+    assert floats(metrics) == pytest.approx(expected)
 
 
 def test_averaged_over_benchmarks_by_hand() -> None:
-    one, two = AvgAtK(), AvgAtK()
+    one, two = AccuracyAtK(2), AccuracyAtK(2)
     one.update([[1, 1], [0, 0], [1, 1], [1, 1]])  # 0.75, error 0.25
-    two.update([[1, 0], [0, 0]])  # 0.25, error 0.25
+    two.update([[1, 0], [0, 0]])  # 0.25, error 0.25; pass@2 0.5, error 0.5
     averages = {name: float(value) for name, value in average_benchmarks([one.compute(), two.compute()]).items()}
-    assert averages == pytest.approx({"avg_at_k": 0.5, "avg_at_k_se": math.sqrt(0.25**2 + 0.25**2) / 2})
+    expected = {"avg_at_k": 0.5, "avg_at_k_se": math.hypot(0.25, 0.25) / 2}
+    assert averages == pytest.approx({**expected, "pass_at_2": 0.625, "pass_at_2_se": math.hypot(0.25, 0.5) / 2})
 
 
 def test_correction_rate_by_hand() -> None:
     metric = CorrectionRate()
     metric.update([0, 0, 0, 1], [1, 1, 0, 0])
     metric.update([1, 0], [1, 0])
-    values = floats(metric)
-    assert values["acc1"] == pytest.approx(2 / 6)
-    assert values["acc2"] == pytest.approx(3 / 6)
-    assert (values["wrong_to_right"], values["right_to_wrong"]) == (2, 1)
-    assert values["wrong_to_right_rate"] == pytest.approx(2 / 4)
-    assert values["right_to_wrong_rate"] == pytest.approx(1 / 2)
-    assert values["correction_rate"] == pytest.approx((3 / 6 - 2 / 6) / (1 - 2 / 6))
+    expected = {"acc1": 2 / 6, "acc2": 3 / 6, "wrong_to_right": 2, "right_to_wrong": 1, "wrong_to_right_rate": 2 / 4}
+    expected |= {"right_to_wrong_rate": 1 / 2, "correction_rate": (3 / 6 - 2 / 6) / (1 - 2 / 6)}
+    assert {name: floats(metric)[name] for name in expected} == pytest.approx(expected)
 
 
 def test_correction_rates_without_a_denominator() -> None:
@@ -169,32 +146,26 @@ def test_errors_of_correction_against_the_definition(questions: list[list[tuple[
         assert values["correction_rate_se"] == pytest.approx(error(gain, wrong), abs=1e-6)
 
 
-def updates(rng: random.Random) -> list[tuple[Metric, tuple]]:
-    groups = [[rng.randint(0, 1) for _ in range(5)] for _ in range(rng.randint(0, 6))]
-    first, second = ([rng.randint(0, 1) for _ in groups] for _ in range(2))
-    lengths = [rng.randint(1, 99) for _ in groups]
-    texts = [rng.choice(["wait", "so", "oops, wait a minute"]) for _ in groups]
+def updates(rng: random.Random) -> list[tuple[Metric, tuple[list[int], ...] | dict[str, tuple[float, float]]]]:
+    num = rng.randint(0, 6)
+    first, second, lengths = ([rng.randint(0, top) for _ in range(num)] for top in (1, 1, 99))
     return [
-        (AvgAtK(), (groups,)),
-        (PassAtK(2), (groups,)),
-        (ResponseLength(), (lengths,)),
-        (ReasonShares(), (rng.choices(get_args(Reason), k=len(groups)),)),
-        (KeywordRate(), (texts, lengths)),
+        (AccuracyAtK(2), ([[rng.randint(0, 1) for _ in range(5)] for _ in range(num)],)),
+        (Ratios("a", "b"), {"a": (rng.randint(0, 9), num), "b": (rng.random(), 0)}),
         (CorrectionRate(), (first, second)),
+        (LengthDistribution(), (lengths, first)),
     ]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("seed", range(4))
 def test_two_halves_reduce_to_the_whole(index: int, seed: int) -> None:
     """`merge_state` reduces by dist_reduce_fx, as a sync over ranks does."""
     rng = random.Random(seed)
     (left, one), (right, two) = updates(rng)[index], updates(rng)[index]
     whole = copy.deepcopy(left)
-    left.update(*one)
-    right.update(*two)
-    whole.update(*one)
-    whole.update(*two)
+    for metric, part in ((left, one), (right, two), (whole, one), (whole, two)):
+        metric.update(**part) if isinstance(part, dict) else metric.update(*part)
     left.merge_state(right)
     assert floats(left) == pytest.approx(floats(whole), rel=1e-12, nan_ok=True)
 
@@ -221,11 +192,8 @@ def test_longest_lengths_share_a_place() -> None:
     assert floats(metric)["length_max"] == metric.MAX_LENGTH
 
 
-def test_ratio() -> None:
-    ratio = Ratio()
-    ratio.update(1, 2)
-    ratio.update(2, 2)
-    assert ratio.compute() == 3 / 4
-    empty = Ratio()
-    empty.update(0, 0)
-    assert empty.compute().isnan()
+def test_ratios() -> None:
+    ratios = Ratios("some", "none")
+    ratios.update(some=(1, 2), none=(0, 0))
+    ratios.update(some=(2, 2))
+    assert ratios.compute()["some"] == 3 / 4 and ratios.compute()["none"].isnan()

@@ -9,7 +9,7 @@ import pytest
 
 from sdzero.cli.lightning import SDZeroCLI
 from sdzero.data import Evaluation, EvaluationDataModule
-from sdzero.evaluation.benchmark import BenchmarkMetrics
+from sdzero.evaluation.metrics import BenchmarkMetrics
 from sdzero.methods import Policy
 from sdzero.models.language_model import ModelConfig
 from sdzero.tasks import Suite
@@ -32,7 +32,7 @@ def test_a_first_batch_without_questions_knows_k_and_the_benchmarks(path: Path) 
     method.validation_step(EvalBatch([group], 0, 1, 3, names), 1)
     a, b = method.eval_metrics
     assert isinstance(a, BenchmarkMetrics) and isinstance(b, BenchmarkMetrics)
-    assert float(b.passed.compute()["pass_at_3"]) == 1 and math.isnan(a.passed.compute()["pass_at_3"])
+    assert float(b.accuracy.compute()["pass_at_3"]) == 1 and math.isnan(a.accuracy.compute()["pass_at_3"])
     assert a.compute().keys() == b.compute().keys()
     assert method.eval_rewards == {"b/q": [0, 1, 0]}
 

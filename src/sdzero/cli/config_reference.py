@@ -13,15 +13,14 @@ import pkgutil
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import docstring_parser
 import lightning as L
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse._parameter_resolvers import ParamData, get_signature_parameters
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import Strategy
 
@@ -70,35 +69,11 @@ refused by name. On the command line a `null` two levels deep needs braces: `--d
 """
 
 
-@dataclass(frozen=True)
-class Key:
-    """A configuration key.
-
-    Args:
-        name: as in YAML.
-        hint: type.
-        default: `inspect.Parameter.empty` for a required key.
-        meaning: its `Args:` line; empty if there is none.
-    """
-
-    name: str
-    hint: Any
-    default: Any
-    meaning: str
-
-
 # --- contents --------------------------------------------------------------------------------------
 
 
-def import_all() -> None:
-    """Import every module of the package, which registers each class with its base class."""
-    for module in pkgutil.walk_packages(sdzero.__path__, "sdzero."):
-        if not module.name.endswith("__main__"):
-            import_module(module.name)
-
-
 def class_path(cls: type) -> str:
-    """The shortest dotted path that imports a class."""
+    """Return the shortest dotted path that imports a class."""
     parts = cls.__module__.split(".")
     packages = (".".join(parts[:n]) for n in range(1, len(parts)))
     package = next((p for p in packages if getattr(import_module(p), cls.__name__, None) is cls), cls.__module__)
@@ -106,7 +81,7 @@ def class_path(cls: type) -> str:
 
 
 def classes(base: type) -> list[type]:
-    """Classes that a config can name: subclasses, and the base itself if its package exports it."""
+    """Return the classes that a config can name: subclasses, and the base itself if its package exports it."""
     found, todo = set[type](), [base]
     while todo:
         found |= {*(new := todo.pop().__subclasses__())}
@@ -116,47 +91,23 @@ def classes(base: type) -> list[type]:
     return sorted((cls for cls in ours if keys(cls) or not inspect.isabstract(cls)), key=class_path)
 
 
-def keys(cls: type) -> list[Key]:
-    """Return the keys of the constructor and, if it passes `**kwargs` on, of the base constructors."""
-    found: dict[str, Key] = {}
-    settable = [name.split(".")[1] for name in ArgumentParser().add_class_arguments(cls, "cls", fail_untyped=False)]
-    documented = [(owner.__name__, meanings(owner)) for owner in cls.__mro__]
-    for owner in cls.__mro__:
-        if "__init__" not in vars(owner):
-            continue
-        if not owner.__module__.startswith("sdzero."):
-            break
-        init = vars(owner)["__init__"]
-        hints, parameters = get_type_hints(init), [*inspect.signature(init).parameters.values()][1:]
-        for p in parameters:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found and p.name in settable:
-                found[p.name] = Key(p.name, hints[p.name], _default(owner, p), _meaning(p.name, documented))
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            break
-    required = [key for key in found.values() if key.default is inspect.Parameter.empty]
-    return required + [key for key in found.values() if key not in required]
+def keys(cls: type) -> list[ParamData]:
+    """Return the keys that jsonargparse accepts for a class and its base classes in sdzero, required ones first.
 
-
-def _default(owner: type, parameter: inspect.Parameter) -> Any:
-    """Default of a parameter; a dataclass hides one that a factory makes."""
-    if dataclasses.is_dataclass(owner):
-        field = next(field for field in dataclasses.fields(owner) if field.name == parameter.name)
-        if field.default_factory is not dataclasses.MISSING:
-            return field.default_factory()
-    return parameter.default
-
-
-def meanings(cls: type) -> dict[str, str]:
-    """The `Args:` section of a class's own docstring."""
-    doc = docstring_parser.parse(vars(cls).get("__doc__") or "", docstring_parser.DocstringStyle.GOOGLE)
-    return {param.arg_name: " ".join((param.description or "").split()) for param in doc.params}
-
-
-def _meaning(name: str, documented: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """Docstring line of the nearest class that has one; `as in X` is resolved."""
-    line = next((args[name] for _, args in documented if name in args), "")
-    refers = re.fullmatch(r"as in (\w+)\.?", line)
-    return dict(documented)[refers[1]][name] if refers else line
+    The documentation `as in X` is replaced by that of the base class X.
+    """
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    found = []
+    for key in get_signature_parameters(cls):
+        if not str(getattr(key.component, "__module__", None)).startswith("sdzero."):
+            continue  # a key of Lightning's constructor
+        meaning = " ".join((key.doc or "").split())
+        if refers := re.fullmatch(r"as in (\w+)\.?", meaning):
+            (owner,) = (base for base in cls.__mro__ if base.__name__ == refers[1])
+            meaning = next(str(other.doc) for other in keys(owner) if other.name == key.name)
+        found.append(dataclasses.replace(key, default=made.get(key.name, key.default), doc=meaning))
+    return sorted(found, key=lambda key: key.default is not inspect.Parameter.empty)
 
 
 def nested(hint: Any) -> Iterator[type]:
@@ -164,7 +115,7 @@ def nested(hint: Any) -> Iterator[type]:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         yield hint
         for key in keys(hint):
-            yield from nested(key.hint)
+            yield from nested(key.annotation)
     for part in get_args(hint):
         yield from nested(part)
 
@@ -214,6 +165,8 @@ def _yaml(value: Any) -> str:
         return _yaml({key.name: now[key.name] for key in keys(type(value)) if now[key.name] != key.default})
     if inspect.isfunction(value):  # makes an optimizer from parameters
         return _yaml_optimizer(value([torch.nn.Parameter(torch.zeros(1))]))
+    if isinstance(value, dict) and {*value} == {"class_path"}:
+        return value["class_path"]
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_yaml(item)}" for name, item in value.items()) + "}"
     if value is None or isinstance(value, str | bool | int | float | list | tuple):
@@ -230,28 +183,26 @@ def _yaml_optimizer(optimizer: torch.optim.Optimizer) -> str:
 def section(cls: type, heading: str) -> str:
     doc = docstring_parser.parse(cls.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
     parts = [f"### {heading}", *(" ".join(p.split()) for p in (doc.description or "").split("\n\n"))]
-    cells = [(f"`{k.name}`", type_name(k.hint), default_text(k.default), k.meaning) for k in keys(cls)]
+    cells = [(f"`{k.name}`", type_name(k.annotation), default_text(k.default), str(k.doc)) for k in keys(cls)]
     rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
     head = ["| key | type | default | meaning |", "|---|---|---|---|"]
     return "\n\n".join([*parts, "\n".join([*head, *rows]) if rows else "No keys."])
 
 
 def documented_classes() -> dict[str, list[tuple[str, type]]]:
-    """Heading of the page -> (heading, class) of the sections under it."""
-    import_all()
+    """Return, by heading of the page, (heading, class) of the sections under it."""
+    for module in pkgutil.walk_packages(sdzero.__path__, "sdzero."):  # registers each class with its base class
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
     groups = {title: [(f"`{class_path(cls)}`", cls) for cls in classes(base)] for base, (title, _) in GROUPS.items()}
     shown = [Collect, *(cls for group in groups.values() for _, cls in group)]
-    inner = {part for cls in shown for key in keys(cls) for part in nested(key.hint)}
+    inner = {part for cls in shown for key in keys(cls) for part in nested(key.annotation)}
     values = [(cls.__name__, cls) for cls in sorted(inner, key=lambda cls: cls.__name__)]
     return {"Collection": [("Collect", Collect)], **groups, VALUES: values}
 
 
 def page() -> str:
-    about = {title: text for title, text in GROUPS.values()}
-    about |= {
-        "Collection": "`collect.yaml`.",
-        VALUES: "Mappings, without a class path.",
-    }
+    about = {**dict(GROUPS.values()), "Collection": "`collect.yaml`.", VALUES: "Mappings, without a class path."}
     parts = [HEAD.rstrip()]
     for title, sections in documented_classes().items():
         parts += [f"## {title}", about[title], *(section(cls, heading) for heading, cls in sections)]

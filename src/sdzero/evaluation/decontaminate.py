@@ -97,7 +97,7 @@ def report(benchmarks: Mapping[str, Texts], training: Mapping[str, Texts]) -> di
     return {"n": N, "training": {phase: len(texts) for phase, texts in training.items()}, "benchmarks": rows}
 
 
-def read_recipe(recipe: Path) -> tuple[dict[str, Texts], dict[str, Texts]]:
+def read_recipe(recipe: Path) -> tuple[Mapping[str, Texts], Mapping[str, Texts]]:
     """Read the questions that a recipe evaluates, by benchmark, and those that it trains on, by split.
 
     Raises:
@@ -105,26 +105,30 @@ def read_recipe(recipe: Path) -> tuple[dict[str, Texts], dict[str, Texts]]:
         ValueError: a stage names no task.
     """
     loaded = load_recipe(recipe)
-    configs = [_Config(loaded, entry) for entry in loaded.entries if entry.trains]
-    phases: dict[str, Texts] = {}
+    phases: dict[str, dict[str, str]] = {}
     tasks: list[tuple[Any, Task]] = []  # stages that train on one task read it once
-    for config in configs:
-        if config.value("num_questions") is None:
+    for entry in (entry for entry in loaded.entries if entry.trains):
+        data, key = _data(loaded, entry)
+        if data.get("num_questions") is None:
             continue  # it trains on the traces of another stage
-        task = next((task for given, task in tasks if given == config.value("task")), None) or config.task()
-        tasks.append((config.value("task"), task))
-        split = config.value("split") or ("phase1" if config.prefix == "" else "phase2")
-        texts = _texts(task, task.ungraded_questions(split, config.value("num_questions")))
-        phases[split] = {**phases.get(split, {}), **texts}
-    evaluation = _Config(loaded, None)
-    held_out = evaluation.task()
-    questions = held_out.ungraded_questions("eval", evaluation.value("evaluation.num_questions"))
-    names = dict.fromkeys(question.benchmark for question in questions)
-    return {name: _texts(held_out, [q for q in questions if q.benchmark == name]) for name in names}, phases
+        task = next((task for config, task in tasks if config == data.get("task")), None) or _task(data, key)
+        tasks.append((data.get("task"), task))
+        split = data.get("split") or ("phase1" if entry.command == "collect" else "phase2")
+        phases.setdefault(split, {}).update(_texts(task, task.ungraded_questions(split, data["num_questions"])))
+    data, key = _data(loaded, None)
+    held_out = _task(data, key)
+    by_benchmark: dict[str, list[Question]] = {}
+    for question in held_out.ungraded_questions("eval", get_value(data, "evaluation.num_questions")):
+        by_benchmark.setdefault(question.benchmark, []).append(question)
+    return {name: _texts(held_out, questions) for name, questions in by_benchmark.items()}, phases
 
 
-def _texts(task: Task, questions: Sequence[Question]) -> Texts:
-    return {question.id: task.statement(question) for question in questions}
+def _data(recipe: Recipe, entry: StageEntry | None) -> tuple[dict[str, Any], str]:
+    """Return the keys of the data of a stage, or of the evaluation (None), and the place of its task."""
+    values, sources = recipe.compose(entry)
+    if entry is not None and entry.command == "collect":
+        return values, f"{sources[-1]}: task"
+    return get_value(values, "data.init_args") or {}, f"{sources[-1]}: data.init_args.task"
 
 
 @dataclass
@@ -132,30 +136,23 @@ class _Tasks:
     task: Task
 
 
-class _Config:
-    """Config of a stage of a recipe, or of the evaluation (None)."""
+def _task(data: Mapping[str, Any], key: str) -> Task:
+    """Instantiate a task from the config of its stage.
 
-    def __init__(self, recipe: Recipe, entry: StageEntry | None) -> None:
-        self.values, self.sources = recipe.compose(entry)
-        self.prefix = "" if entry and entry.command == "collect" else "data.init_args."
+    Raises:
+        ValueError: there is none.
+    """
+    from jsonargparse import ArgumentParser
 
-    def value(self, key: str) -> Any:
-        """Return the value under a dotted key of the stage's data; None without one."""
-        return get_value(self.values, f"{self.prefix}{key}")
+    if data.get("task") is None:
+        raise ValueError(f"{key} is missing: there are no questions to compare")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(_Tasks, sub_configs=True)
+    return parser.instantiate(parser.parse_object({"task": data["task"]})).task
 
-    def task(self) -> Task:
-        """Instantiate the stage's task.
 
-        Raises:
-            ValueError: the stage has none.
-        """
-        from jsonargparse import ArgumentParser
-
-        if self.value("task") is None:
-            raise ValueError(f"{self.sources[-1]}: {self.prefix}task is missing: there are no questions to compare")
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(_Tasks, sub_configs=True)
-        return parser.instantiate(parser.parse_object({"task": self.value("task")})).task
+def _texts(task: Task, questions: Sequence[Question]) -> dict[str, str]:
+    return {question.id: task.statement(question) for question in questions}
 
 
 def main(arguments: list[str]) -> None:

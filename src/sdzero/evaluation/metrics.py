@@ -6,16 +6,18 @@ Standard errors are over questions; they are nan where a single question (or non
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from sdzero.evaluation.keywords import count_keywords
 from sdzero.evaluation.statistics import average, pass_at_k
-from sdzero.types import Reason
+from sdzero.types import Reason, ScoredRollout
 
 Scalars = dict[str, Tensor]
 
@@ -36,61 +38,29 @@ def average_benchmarks(metrics: Sequence[Scalars]) -> Scalars:
     return averages
 
 
-class _QuestionMean(Metric):
-    """Mean and standard error of one value per question. States: sums in float64."""
+class AccuracyAtK(Metric):
+    """avg@k, the mean reward of a question's responses, and the unbiased pass@k, 1 - C(n-c, k) / C(n, k), as means over
+    questions.
 
-    full_state_update = False
-    count: Tensor
-    total: Tensor
-    squares: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for state in ("count", "total", "squares"):
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _add(self, values: Sequence[float]) -> None:
-        self.count += len(values)
-        self.total += math.fsum(values)
-        self.squares += math.fsum(value * value for value in values)
-
-    def _named(self, name: str) -> Scalars:
-        mean = self.total / self.count
-        variance = (self.squares - self.total * mean).clamp(min=0) / (self.count - 1)
-        error = torch.where(self.count > 1, (variance / self.count).sqrt(), torch.nan)
-        return {name: mean, f"{name}_se": error}
-
-
-class AvgAtK(_QuestionMean):
-    """avg@k: mean over questions of the mean reward of a question's k responses.
-
-    `compute` returns `avg_at_k` and `avg_at_k_se`.
-    """
-
-    def update(self, groups: Sequence[Sequence[int]]) -> None:
-        """Add one list of rewards per question."""
-        if not all(groups):
-            raise ValueError("groups holds a question without rewards: every question needs at least one response")
-        self._add([sum(group) / len(group) for group in groups])
-
-    def compute(self) -> Scalars:
-        return self._named("avg_at_k")
-
-
-class PassAtK(_QuestionMean):
-    """pass@k by the unbiased estimator 1 - C(n-c, k) / C(n, k), averaged over questions.
-
-    `compute` returns `pass_at_{k}` and `pass_at_{k}_se`.
+    `compute` returns `avg_at_k` and `pass_at_{k}`, each with its `_se`.
 
     Args:
         k: number of attempts; every question needs at least as many responses.
     """
+
+    full_state_update = False
+    count: Tensor  # number of questions
+    totals: Tensor  # [2], sums of both values over questions
+    squares: Tensor  # [2], sums of their squares
 
     def __init__(self, k: int) -> None:
         super().__init__()
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         self.k = k
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for state in ("totals", "squares"):
+            self.add_state(state, torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, groups: Sequence[Sequence[int]]) -> None:
         """Add one list of rewards per question."""
@@ -99,66 +69,79 @@ class PassAtK(_QuestionMean):
             raise ValueError(
                 f"pass@{self.k} needs {self.k} responses per question, got {fewest}: sample more or lower k"
             )
-        self._add([pass_at_k(len(group), sum(group), self.k) for group in groups])
+        averages = [sum(group) / len(group) for group in groups]
+        passed = [pass_at_k(len(group), sum(group), self.k) for group in groups]
+        self.count += len(groups)
+        for i, values in enumerate((averages, passed)):
+            self.totals[i] += math.fsum(values)
+            self.squares[i] += math.fsum(value * value for value in values)
 
     def compute(self) -> Scalars:
-        return self._named(f"pass_at_{self.k}")
+        means = self.totals / self.count
+        variances = (self.squares - self.totals * means).clamp(min=0) / (self.count - 1)
+        errors = torch.where(self.count > 1, (variances / self.count).sqrt(), torch.nan)
+        names = ("avg_at_k", f"pass_at_{self.k}")
+        return {key: v[i] for i, name in enumerate(names) for key, v in ((name, means), (f"{name}_se", errors))}
 
 
-class _Sums(Metric):
-    """Named sums in float64, added up over ranks."""
+class Ratios(Metric):
+    """Quotients of two sums, by name; nan where nothing was counted.
+
+    Args:
+        names: their names.
+    """
 
     full_state_update = False
-    sums: Tensor
+    sums: Tensor  # [names, 2], numerators and denominators
 
-    def __init__(self, num_sums: int) -> None:
+    def __init__(self, *names: str) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(num_sums, dtype=torch.float64), dist_reduce_fx="sum")
+        self.names = names
+        self.add_state("sums", torch.zeros(len(names), 2, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _add(self, *values: float) -> None:
-        self.sums += torch.tensor(values, dtype=self.sums.dtype, device=self.sums.device)
-
-
-class ResponseLength(_Sums):
-    """Mean number of tokens of a response: `response_tokens`."""
-
-    def __init__(self) -> None:
-        super().__init__(2)
-
-    def update(self, lengths: Sequence[int]) -> None:
-        """Add responses by their number of tokens."""
-        self._add(len(lengths), sum(lengths))
+    def update(self, **parts: tuple[float, float]) -> None:
+        """Add to the numerator and the denominator of quotients."""
+        for name, part in parts.items():
+            self.sums[self.names.index(name)] += torch.tensor(part, dtype=self.sums.dtype, device=self.sums.device)
 
     def compute(self) -> Scalars:
-        count, tokens = self.sums
-        return {"response_tokens": tokens / count}
+        return dict(zip(self.names, self.sums[:, 0] / self.sums[:, 1], strict=True))
 
 
-class ReasonShares(_Sums):
-    """Share of responses with each `Reason`, under the reason's name; the shares add up to 1."""
+class BenchmarkMetrics(nn.Module):
+    """Accuracy, response length, keywords (figure 6) and reasons of the verdicts of one benchmark's responses.
 
-    def __init__(self) -> None:
-        super().__init__(len(get_args(Reason)))
+    `compute` returns those of `AccuracyAtK`, `response_tokens`, `keywords_per_response`, `keywords_per_1k_tokens` and,
+    under its name, the share of responses with each `Reason`.
 
-    def update(self, reasons: Sequence[Reason]) -> None:
-        """Add responses by the reason of their verdict."""
-        self._add(*(reasons.count(reason) for reason in get_args(Reason)))
+    Args:
+        k: responses to each question.
+    """
 
-    def compute(self) -> Scalars:
-        return dict(zip(get_args(Reason), self.sums / self.sums.sum(), strict=True))
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.accuracy = AccuracyAtK(k)
+        names = ("response_tokens", "keywords_per_response", "keywords_per_1k_tokens", *get_args(Reason))
+        self.ratios = Ratios(*names)
 
+    def update(self, groups: Sequence[Sequence[ScoredRollout]]) -> None:
+        """Add questions, each with its k responses."""
+        scored = [s for group in groups for s in group]
+        num_tokens = sum(len(s.rollout.token_ids) for s in scored)
+        keywords = sum(count_keywords(s.rollout.text) for s in scored)
+        reasons = Counter(s.verdict.reason for s in scored)
+        self.accuracy.update([[s.verdict.reward for s in group] for group in groups])
+        self.ratios.update(
+            response_tokens=(num_tokens, len(scored)),
+            keywords_per_response=(keywords, len(scored)),
+            keywords_per_1k_tokens=(1000 * keywords, num_tokens),
+            **{reason: (reasons[reason], len(scored)) for reason in get_args(Reason)},
+        )
 
-class Ratio(_Sums):
-    """Quotient of two sums; nan where nothing was counted."""
-
-    def __init__(self) -> None:
-        super().__init__(2)
-
-    def update(self, numerator: float, denominator: float) -> None:
-        self._add(numerator, denominator)
-
-    def compute(self) -> Tensor:
-        return self.sums[0] / self.sums[1]
+    def compute(self, across: ProcessGroup | None = None) -> Scalars:
+        """Compute all metrics over the ranks of a process group; None: over all ranks. Collective."""
+        self.accuracy.process_group = self.ratios.process_group = across
+        return {**self.accuracy.compute(), **self.ratios.compute()}
 
 
 class LengthDistribution(Metric):
@@ -189,22 +172,6 @@ class LengthDistribution(Metric):
         least = [torch.searchsorted(seen, torch.ceil(share * seen[-1]).long()) for share in (0.5, 0.9, 1.0)]
         quantiles = dict(zip(("length_p50", "length_p90", "length_max"), least, strict=True))
         return {"length_r0": means[0], "length_r1": means[1], **{k: v.double() for k, v in quantiles.items()}}
-
-
-class KeywordRate(_Sums):
-    """Frequency of revision keywords (figure 6): `keywords_per_response` and `keywords_per_1k_tokens`."""
-
-    def __init__(self) -> None:
-        super().__init__(3)
-
-    def update(self, texts: Sequence[str], lengths: Sequence[int]) -> None:
-        """Add responses by text and number of tokens."""
-        assert len(texts) == len(lengths)
-        self._add(len(texts), sum(lengths), sum(map(count_keywords, texts)))
-
-    def compute(self) -> Scalars:
-        count, tokens, keywords = self.sums
-        return {"keywords_per_response": keywords / count, "keywords_per_1k_tokens": 1000 * keywords / tokens}
 
 
 class CorrectionRate(Metric):

@@ -9,8 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from sdzero.evaluation.benchmark import BenchmarkMetrics
-from sdzero.evaluation.metrics import average_benchmarks
+from sdzero.evaluation.metrics import BenchmarkMetrics, average_benchmarks
 from sdzero.losses import cross_entropy_head
 from sdzero.methods.batching import collate, filler_example
 from sdzero.methods.contexts import Context, Revision

