@@ -22,11 +22,6 @@ from support.helpers import fit, make_trace
 from support.tiny_model import write_tiny_model
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def train(path: Path, root: Path, *callbacks: L.Callback, num_steps: int = 2) -> SRT:
     method = SRT(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     traces = [make_trace(method.builder, "q", "1+1=3", "1+1=2", reward=0)]

@@ -18,50 +18,30 @@ from sdzero.types import Prompt, Sampling
 from support.helpers import Notes, Toy, encode, make_trainer
 from support.tiny_model import write_tiny_model
 
+P0 = "Wait, this response is not correct, let me start over."
+P1 = "Let me rephrase the above solution."
 NUM_QUESTIONS, NUM_SAMPLES, NUM_ATTEMPTS = 3, 3, 2
 FIRST = ["1", "?", "1"], ["?", "??", "2"], ["3", "so 3", "3"]  # the gold answers are 1, 2 and 3
 REVISED = ["so 1", "1"], ["?", "2"], ["oops", "3"]
+METRICS = (
+    *("acc1", "acc2", "wrong_to_right", "right_to_wrong"),
+    *("correction_rate", "wrong_to_right_rate", "right_to_wrong_rate"),
+)
 # rewards of the pairs: (1, 1) (0, 1) | (0, 0) (0, 1) | (1, 0) (1, 1)
-REVISE = {
-    "acc1": 3 / 6,
-    "acc2": 4 / 6,
-    "wrong_to_right": 2,
-    "right_to_wrong": 1,
-    "correction_rate": (4 / 6 - 3 / 6) / (1 - 3 / 6),
-    "wrong_to_right_rate": 2 / 3,
-    "right_to_wrong_rate": 1 / 3,
-}
+REVISE = dict(zip(METRICS, (3 / 6, 4 / 6, 2, 1, (4 / 6 - 3 / 6) / (1 - 3 / 6), 2 / 3, 1 / 3), strict=True))
 # rewards 1 0 1 | 0 0 1 | 1 1 1, each with the next one: (1, 0) (0, 1) (1, 1) | (0, 0) (0, 1) (1, 0) | three of (1, 1)
-RESAMPLE = {
-    "acc1": 6 / 9,
-    "acc2": 6 / 9,
-    "wrong_to_right": 2,
-    "right_to_wrong": 2,
-    "correction_rate": 0,
-    "wrong_to_right_rate": 2 / 3,
-    "right_to_wrong_rate": 2 / 6,
-}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1, hidden_size=32)
-
-
-@pytest.fixture(scope="module")
-def builder(path: Path) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(path)
+RESAMPLE = dict(zip(METRICS, (6 / 9, 6 / 9, 2, 2, 0, 2 / 3, 2 / 6), strict=True))
 
 
 class Script(Notes):
-    """Says the next line of a question's part; revisions have a part of their own."""
+    """Responds with the next line of a question's part; revisions have a part of their own."""
 
     def __init__(self, builder: PromptBuilder) -> None:
-        super().__init__(self.say)
+        super().__init__(self.respond)
         self.plain = builder.prompt
         self.lines: dict[tuple[str, bool], Iterator[str]] = {}
 
-    def say(self, prompt: Prompt, seed: int) -> str:
+    def respond(self, prompt: Prompt, seed: int) -> str:
         revises = prompt.token_ids != self.plain(prompt.question).token_ids
         if not prompt.question.id.startswith("eval"):
             return "?"
@@ -75,22 +55,17 @@ class Script(Notes):
 
 
 def metrics(trainer: L.Trainer, kind: str) -> dict[str, float]:
-    return {name: float(trainer.callback_metrics[f"eval/{kind}_{name}"]) for name in REVISE}
+    return {name: float(trainer.callback_metrics[f"eval/{kind}_{name}"]) for name in METRICS}
 
 
 def evaluation(call_size: int) -> Evaluation:
     sampling = Sampling(temperature=0.7, max_new_tokens=6)
-    return Evaluation(
-        num_questions=NUM_QUESTIONS,
-        num_samples=NUM_SAMPLES,
-        num_revised=NUM_ATTEMPTS,
-        sampling=sampling,
-        call_size=call_size,
-    )
+    return Evaluation(NUM_QUESTIONS, NUM_SAMPLES, sampling, call_size, NUM_ATTEMPTS)
 
 
-@pytest.mark.parametrize("stage", ["validate", "test"])
-@pytest.mark.parametrize("call_size", [NUM_SAMPLES, 2 * NUM_SAMPLES, 512])
+@pytest.mark.parametrize(
+    ("stage", "call_size"), [("validate", 512), *(("test", size) for size in (NUM_SAMPLES, 2 * NUM_SAMPLES, 512))]
+)
 def test_the_metrics_are_those_counted_by_hand(
     path: Path, builder: PromptBuilder, tmp_path: Path, stage: str, call_size: int
 ) -> None:
@@ -121,11 +96,7 @@ def test_revisions_are_asked_for_as_in_collection(path: Path, builder: PromptBui
     for i, (question, part) in enumerate(zip(Toy().questions("eval", NUM_QUESTIONS), FIRST, strict=True)):
         for text in part[:NUM_ATTEMPTS]:
             right = text.endswith(str(i + 1))
-            phrase = (
-                "Let me rephrase the above solution."
-                if right
-                else ("Wait, this response is not correct, let me start over.")
-            )
+            phrase = P1 if right else P0
             expected.append(builder.prompt(question).token_ids + encode(builder, f"{text}\n\n{phrase}\n\n"))
     assert [prompt.token_ids for prompt in revisions] == expected
 
@@ -137,14 +108,9 @@ def test_it_revises_the_validations_of_a_training_run(path: Path, builder: Promp
         def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             seen.append(metrics(trainer, "revise"))
 
+    sampling = Sampling(max_new_tokens=4)
     data = RolloutDataModule(
-        Toy(),
-        Script(builder),
-        2,
-        1,
-        sampling=Sampling(max_new_tokens=4),
-        evaluation=evaluation(512),
-        max_logprob_gap=99,
+        Toy(), Script(builder), 2, 1, sampling=sampling, evaluation=evaluation(512), max_logprob_gap=99
     )
     trainer = make_trainer(tmp_path, GenerateThenRevise(), Watch(), val_check_interval=1)
     trainer.fit(method := SelfDistill(ModelConfig(str(path))), datamodule=data)
@@ -170,7 +136,7 @@ def test_what_would_not_fit_is_dropped_and_counted(builder: PromptBuilder, tmp_p
         assert metrics(trainer, "resample") == pytest.approx(RESAMPLE)
 
 
-def test_it_says_which_key_gives_it_something_to_read(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
+def test_an_evaluation_without_revisions_is_refused(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     data = EvaluationDataModule(Toy(), Script(builder), replace(evaluation(512), num_revised=0), max_logprob_gap=99)
     with pytest.raises(ValueError, match=r"data\.evaluation\.num_revised"):
         make_trainer(tmp_path, GenerateThenRevise()).test(Policy(ModelConfig(str(path))), data, verbose=False)

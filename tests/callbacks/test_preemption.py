@@ -22,15 +22,9 @@ from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.types import Prompt, Rollout, Sampling
 from sdzero.utils.process import Stopped, handle_signals
 from support.helpers import Curves, Toy, make_trainer, same, weights_of
-from support.tiny_model import write_tiny_model
 
 NUM_STEPS, VALIDATED = 6, 2  # two epochs of three steps; after every second step a validation of two calls
 CALLS_PER_ROUND = 2 + 2  # two steps' rollouts and a validation's calls
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1, hidden_size=32)
 
 
 class Signalled(TransformersEngine):
@@ -81,7 +75,7 @@ class Fit:
                 self.code = stopped.code
             for signum in preemption.SIGNALS:
                 signal.raise_signal(signum)
-        assert came == [*preemption.SIGNALS], "whoever handled signals before does so after"
+        assert came == [*preemption.SIGNALS], "earlier handlers are installed again"
         self.step = trainer.global_step
 
     @property
@@ -140,12 +134,12 @@ def test_after_the_last_step_the_run_ends_as_it_would(path: Path, tmp_path: Path
 
 
 def test_before_the_first_step_there_is_nothing_to_save(path: Path, tmp_path: Path) -> None:
-    class Told(Preemption):
+    class SignalledFirst(Preemption):
         def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             super().on_fit_start(trainer, pl_module)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    fit = Fit(path, tmp_path, {}, Told())
+    fit = Fit(path, tmp_path, {}, SignalledFirst())
     assert (fit.code, fit.step, fit.engine.num_calls) == (143, 0, 0)
     assert not (tmp_path / "checkpoints").exists()
 

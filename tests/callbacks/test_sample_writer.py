@@ -21,12 +21,6 @@ from sdzero.types import Prompt, Question, Sampling
 from sdzero.utils.files import PARTIAL
 from support.helpers import Notes, Toy, fit, make_batch, make_scored, make_trainer
 from support.runs import rows
-from support.tiny_model import write_tiny_model
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1, hidden_size=32)
 
 
 def text_of(folder: Path, tag: str) -> list[tuple[int, str]]:
@@ -35,8 +29,7 @@ def text_of(folder: Path, tag: str) -> list[tuple[int, str]]:
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events]
 
 
-def test_training_steps(path: Path, tmp_path: Path) -> None:
-    builder = PromptBuilder.from_pretrained(path)
+def test_training_steps(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     texts = [("so 2", 1, False), ("# <b>no</b>\n\n1", 0, False), ("never", 0, True)]
     scored = [make_scored(builder, Question(f"q{i}", f"{i}+1=", "2"), t, r, c) for i, (t, r, c) in enumerate(texts)]
     logger = TensorBoardLogger(tmp_path, name="", version="")
@@ -44,23 +37,12 @@ def test_training_steps(path: Path, tmp_path: Path) -> None:
     fit(SelfDistill(ModelConfig(str(path))), batches, tmp_path, SampleWriter(3, num_samples=2), logger=logger)
     files = sorted((tmp_path / "samples").iterdir())
     assert [file.name for file in files] == ["train-000000-rank0.jsonl", "train-000003-rank0.jsonl"]
-    expected: list[dict[str, Any]] = [
-        {
-            "step": 3,
-            "question": f"q{i}",
-            "sample": 0,
-            "text": f"{i}+1=",
-            "answer": "2",
-            "response": text,
-            "reward": reward,
-            "reason": "correct" if reward else "wrong",
-            "num_tokens": len(one.rollout.token_ids),
-            "parsed": None,
-            "finish_reason": "stop",
-            "revision": None,
-        }
-        for i, ((text, reward, _), one) in enumerate(zip(texts[:2], scored, strict=False))
-    ]
+    same = {"step": 3, "sample": 0, "answer": "2", "parsed": None, "finish_reason": "stop", "revision": None}
+    expected: list[dict[str, Any]] = []
+    for i, (text, reward, _) in enumerate(texts[:2]):
+        verdict = {"reward": reward, "reason": "correct" if reward else "wrong"}
+        about = {"question": f"q{i}", "text": f"{i}+1=", "num_tokens": len(scored[i].rollout.token_ids)}
+        expected.append({**same, **about, "response": text, **verdict})
     assert rows(files[1]) == expected
     (first, shown), (second, _) = text_of(tmp_path, "samples/train")
     assert (first, second) == (0, 3)
@@ -70,18 +52,16 @@ def test_training_steps(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call_size", [2, 4, 512])
-def test_evaluations(path: Path, tmp_path: Path, call_size: int) -> None:
+def test_evaluations(path: Path, builder: PromptBuilder, tmp_path: Path, call_size: int) -> None:
     """The first answers to the first questions with their revisions, whatever the size of a call."""
-    builder = PromptBuilder.from_pretrained(path)
 
-    def say(prompt: Prompt, seed: int) -> str:
+    def respond(prompt: Prompt, seed: int) -> str:
         revises = prompt.token_ids != builder.prompt(prompt.question).token_ids
         return f"so {prompt.question.answer}" if revises else "no"
 
-    settings = Evaluation(
-        num_questions=5, num_samples=2, num_revised=1, sampling=Sampling(max_new_tokens=9), call_size=call_size
-    )
-    data = EvaluationDataModule(Toy(), Notes(say), settings, max_logprob_gap=99)
+    sampling = Sampling(max_new_tokens=9)
+    settings = Evaluation(num_questions=5, num_samples=2, num_revised=1, sampling=sampling, call_size=call_size)
+    data = EvaluationDataModule(Toy(), Notes(respond), settings, max_logprob_gap=99)
     trainer = make_trainer(tmp_path, SampleWriter(num_samples=3))
     for _ in range(2):  # nothing is left from the evaluation before
         trainer.test(Policy(ModelConfig(str(path))), datamodule=data, verbose=False)
@@ -94,15 +74,15 @@ def test_evaluations(path: Path, tmp_path: Path, call_size: int) -> None:
 
 def test_all_answers_are_kept_as_they_come(path: Path, tmp_path: Path) -> None:
     """Every answer once, with its number among the question's; the file has its name only once it is whole."""
-    folder, on_the_way, said = tmp_path / "samples", list[str](), count()
+    folder, on_the_way, numbers = tmp_path / "samples", list[str](), count()
 
-    def say(prompt: Prompt, seed: int) -> str:
+    def respond(prompt: Prompt, seed: int) -> str:
         if folder.exists():
             on_the_way.extend(file.name for file in folder.iterdir())
-        return f"so {next(said)}"
+        return f"so {next(numbers)}"
 
     settings = Evaluation(num_questions=20, num_samples=3, sampling=Sampling(max_new_tokens=40), call_size=9)
-    data = EvaluationDataModule(Toy(), Notes(say), settings, max_logprob_gap=99)
+    data = EvaluationDataModule(Toy(), Notes(respond), settings, max_logprob_gap=99)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer = make_trainer(tmp_path, SampleWriter(num_samples=None), logger=logger)
     trainer.test(Policy(ModelConfig(str(path))), datamodule=data, verbose=False)
@@ -115,8 +95,7 @@ def test_all_answers_are_kept_as_they_come(path: Path, tmp_path: Path) -> None:
     assert shown.count("(answer: ") == 16
 
 
-def test_training_steps_keep_all_and_tell_the_responses_to_a_question_apart(path: Path, tmp_path: Path) -> None:
-    builder = PromptBuilder.from_pretrained(path)
+def test_training_steps_keep_all_responses_to_a_question(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     scored = [make_scored(builder, Question(f"q{i % 2}", "1+1=", "2"), f"so {i}", 0) for i in range(20)]
     fit(SelfDistill(ModelConfig(str(path))), [make_batch(scored)], tmp_path, SampleWriter(num_samples=None))
     written = rows(tmp_path / "samples/train-000000-rank0.jsonl")
@@ -143,8 +122,9 @@ def test_refuses_what_makes_no_sense() -> None:
         SampleWriter(num_samples=0)
 
 
-def test_a_restart_on_fewer_ranks_leaves_nothing_of_the_others_at_its_steps(path: Path, tmp_path: Path) -> None:
-    builder = PromptBuilder.from_pretrained(path)
+def test_a_restart_on_fewer_ranks_leaves_nothing_of_the_others_at_its_steps(
+    path: Path, builder: PromptBuilder, tmp_path: Path
+) -> None:
     scored = [make_scored(builder, Question("q", "1+1=", "2"), "so 2", 1)]
     (tmp_path / "samples").mkdir()
     before = [f"{name}.jsonl" for name in ("train-000000-rank1", "train-000001-rank1", "eval-000001-rank1")]

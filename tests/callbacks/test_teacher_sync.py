@@ -24,16 +24,6 @@ from support.helpers import Notes, Toy, fit, make_batch, make_scored, make_trace
 from support.tiny_model import write_tiny_model
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1, hidden_size=32)
-
-
-@pytest.fixture(scope="module")
-def builder(path: Path) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(path)
-
-
 def stored(builder: PromptBuilder, num_steps: int, skipped: Sequence[int] = ()) -> list[RolloutBatch]:
     """Batches of one response; those at `skipped` hold none."""
     scored = make_scored(builder, Question("q", "1+1=", "2"), "2", reward=1)

@@ -36,18 +36,8 @@ TOP_K = 3
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("other"), seed=1, num_hidden_layers=1, hidden_size=32)
-
-
-@pytest.fixture(scope="module")
-def builder(path: Path) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(path)
 
 
 @pytest.fixture(scope="module")

@@ -31,16 +31,6 @@ RESPONSES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1, hidden_size=32)
-
-
-@pytest.fixture(scope="module")
-def builder(path: Path) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(path)
-
-
 def scored(builder: PromptBuilder) -> list[ScoredRollout]:
     return [make_scored(builder, Question(f"q{i}", f"{i}=", "0"), text, r) for i, (r, text) in enumerate(RESPONSES)]
 
@@ -69,7 +59,7 @@ def test_lengths(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     assert metrics["length_r0"] == pytest.approx((lengths[1] + lengths[2]) / 2)
     assert (metrics["length_p50"], metrics["length_p90"]) == (sorted(lengths)[1], max(lengths))
     assert metrics["length_max"] == max(lengths)
-    assert "length_think" not in metrics  # its tokenizer knows no thought
+    assert "length_think" not in metrics  # its tokenizer has no such token
 
 
 def test_thought_is_counted_apart(tmp_path: Path) -> None:
@@ -92,26 +82,23 @@ def test_copies_and_leaks(path: Path, builder: PromptBuilder, tmp_path: Path) ->
 
 def test_a_rate_without_anything_to_count_is_nan(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     right = [s for s in scored(builder) if s.verdict.reward][:1]
-    for tracker, name in (
-        (KeywordTracker(), "keywords_r0"),
-        (CopyTracker(), "copy_rate"),
-        (LengthTracker(), "length_r0"),
-    ):
+    trackers = {"keywords_r0": KeywordTracker(), "copy_rate": CopyTracker(), "length_r0": LengthTracker()}
+    for name, tracker in trackers.items():
         assert math.isnan(step(path, right, tracker, tmp_path)[name])
 
 
-def test_evaluations_tell_what_is_copied_from_a_first_attempt(
+def test_evaluations_count_what_is_copied_from_a_first_attempt(
     path: Path, builder: PromptBuilder, tmp_path: Path
 ) -> None:
     """Two questions, the first answered right; both revisions begin like their attempt."""
 
-    def say(prompt: Prompt, seed: int) -> str:
+    def respond(prompt: Prompt, seed: int) -> str:
         revises = prompt.token_ids != builder.prompt(prompt.question).token_ids
         first = "0+1=1" if prompt.question.id == "eval-0" else "1+1=3"
         return first + " so" if revises else first
 
     settings = Evaluation(num_questions=2, num_samples=2, num_revised=1, sampling=Sampling(max_new_tokens=20))
-    data = EvaluationDataModule(Toy(), Notes(say), settings, max_logprob_gap=99)
+    data = EvaluationDataModule(Toy(), Notes(respond), settings, max_logprob_gap=99)
     for trackers in ([CopyTracker()], [KeywordTracker(), LengthTracker(), CopyTracker()]):
         trainer = make_trainer(tmp_path, *trackers)
         for _ in range(2):  # nothing is left from the evaluation before

@@ -35,8 +35,8 @@ def test_installed_parts_are_found_without_importing_torch_or_lightning() -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     real = [Row(**row) for row in json.loads(done.stdout)]
     rows = {row.name: row for row in real}
-    asked = [packaging.requirements.Requirement(line) for line in metadata.requires("sdzero") or ()]
-    names = [r.name for r in asked if r.marker is None]
+    required = [packaging.requirements.Requirement(line) for line in metadata.requires("sdzero") or ()]
+    names = [r.name for r in required if r.marker is None]
     assert len(names) > 10 and all(f"{name} {metadata.version(name)}" in rows["dependencies"].found for name in names)
     assert rows["dependencies"].status == rows["imports"].status == "ok"
     assert str(ROOT / "src/sdzero") in rows["sdzero"].found

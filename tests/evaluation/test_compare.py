@@ -69,9 +69,8 @@ def test_runs_stages_and_evaluations_are_found(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     run = Path("run")
     assert [*find_evaluations(run).items()] == [("run/base", base), ("run/srt", srt)]
-    assert find_evaluations(run / "srt") == {"run/srt": srt} and find_evaluations(run / "srt/eval") == {
-        "run/srt/eval": srt
-    }
+    for folder in ("run/srt", "run/srt/eval"):
+        assert find_evaluations(Path(folder)) == {folder: srt}
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +103,7 @@ def test_other_questions_other_folders_and_the_same_one_twice_are_refused(
     write_json(tmp_path / "a/rewards.json", {"x/1": [1], "x/2": [0], "x/3": [0]})
     write_json(tmp_path / "b/rewards.json", {"x/1": [1], "x/4": [0]})
     a, b = tmp_path / "a", tmp_path / "b"
-    said = refusal(capsys, monkeypatch, "compare", a, b)
-    assert f"1 questions are only in {b} and 2 only in {a}" in said
+    message = refusal(capsys, monkeypatch, "compare", a, b)
+    assert f"1 questions are only in {b} and 2 only in {a}" in message
     assert "has no rewards.json" in refusal(capsys, monkeypatch, "compare", a, tmp_path)
     assert "is named twice" in refusal(capsys, monkeypatch, "compare", a, a)

@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdzero.evaluation.decontaminate import N, Overlap, letters, overlaps, passages, report
+from support.made_up_run import write_json
+from support.rows import jsonl
 from support.runs import ROOT, exit_code, refusal
 
 WORDS = ("one", "Two", "three,")
@@ -75,9 +77,8 @@ def test_the_metrics_of_a_benchmark() -> None:
     training = {"phase1": {"t1": long, "t2": "SHORT ONE"}, "phase2": {"t3": f"{long} more"}}
     metrics = report({"made": benchmark, "none": {}}, training)
     row = metrics["benchmarks"]["made"]
-    assert {key: value for key, value in row.items() if key != "pairs"} == {
-        **{"questions": 4, "short": 2, "exact": 2, "passages": 2, "overlapping": 3, "share": 0.75}
-    }
+    counts = {"questions": 4, "short": 2, "exact": 2, "passages": 2, "overlapping": 3, "share": 0.75}
+    assert {key: value for key, value in row.items() if key != "pairs"} == counts
     assert [(pair["benchmark"], pair["training"], pair["exact"], pair["passages"]) for pair in row["pairs"]] == [
         ("b1", "t1", True, 8),
         ("b4", "t1", False, 8),
@@ -105,43 +106,38 @@ LONG = "How many ways are there to put seven made up stones into three made up b
 def recipe(tmp_path: Path) -> Path:
     """A recipe whose two benchmarks hold one training question of phase 1 word for word, and one of phase 2 in part."""
 
-    def write(name: str, questions: list[str]) -> str:
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"question": text, "answer": "1"}) + "\n" for text in questions))
-        return str(path)
+    def task(name: str, **questions: list[str]) -> dict[str, Any]:
+        """A task of these questions by split."""
+        files = {
+            split: jsonl(tmp_path / f"{name}-{split}.jsonl", [{"question": text, "answer": "1"} for text in texts])
+            for split, texts in questions.items()
+        }
+        return {"class_path": "sdzero.tasks.Math", "init_args": {"path": files, "question_column": "question"}}
 
-    paths = {
-        "phase1": write("phase1", ["Made up: 1 + 1?", "Made up: 2 + 2?", "Made up: 3 + 3?"]),
-        "phase2": write("phase2", [f"{LONG}, and then out?", "Made up: 4 + 4?"]),
-    }
-
-    def task(path: dict[str, str]) -> dict[str, Any]:
-        return {"class_path": "sdzero.tasks.Math", "init_args": {"path": path, "question_column": "question"}}
-
-    (tmp_path / "task.yaml").write_text(json.dumps(task(paths)))
-    for name, questions in {"first": ["made up: 2 + 2", "Made up: 9 + 9?"], "second": [f"{LONG}?"]}.items():
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(task({"eval": write(name, questions)})))
+    phase1, phase2 = (f"Made up: {n} + {n}?" for n in (1, 2, 3)), [f"{LONG}, and then out?", "Made up: 4 + 4?"]
     benchmarks = {"first": "first.yaml", "second": "second.yaml"}
-    (tmp_path / "suite.yaml").write_text(
-        json.dumps({"class_path": "sdzero.tasks.Suite", "init_args": {"benchmarks": benchmarks}})
-    )
-    folder = tmp_path / "recipe"
-    folder.mkdir()
-    (folder / "collect.yaml").write_text(json.dumps({"task": "../task.yaml", "num_questions": 3}))
-    data = {"task": "../task.yaml", "num_questions": 2}
-    (folder / "self_distill.yaml").write_text(json.dumps({"data": {"init_args": data}}))
-    stages = {"base": {"trains": False}, "collect": {"command": "collect"}, "self_distill": {}}
-    (folder / "recipe.yaml").write_text(json.dumps({"stages": stages}))
-    held_out = {"task": "../suite.yaml", "evaluation": {"num_questions": None}}
-    (folder / "eval.yaml").write_text(json.dumps({"data": {"init_args": held_out}}))
-    return folder
+    files = {
+        "task.yaml": task("trained", phase1=[*phase1], phase2=phase2),
+        "first.yaml": task("first", eval=["made up: 2 + 2", "Made up: 9 + 9?"]),
+        "second.yaml": task("second", eval=[f"{LONG}?"]),
+        "suite.yaml": {"class_path": "sdzero.tasks.Suite", "init_args": {"benchmarks": benchmarks}},
+        "recipe/recipe.yaml": {
+            "stages": {"base": {"trains": False}, "collect": {"command": "collect"}, "self_distill": {}}
+        },
+        "recipe/collect.yaml": {"task": "../task.yaml", "num_questions": 3},
+        "recipe/self_distill.yaml": {"data": {"init_args": {"task": "../task.yaml", "num_questions": 2}}},
+        "recipe/eval.yaml": {"data": {"init_args": {"task": "../suite.yaml", "evaluation": {"num_questions": None}}}},
+    }
+    for name, content in files.items():
+        write_json(tmp_path / name, content)
+    return tmp_path / "recipe"
 
 
 def test_a_recipes_report(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert exit_code(monkeypatch, "decontaminate", recipe, "--json", recipe / "overlap.json") == 0
-    said = capsys.readouterr().out
-    assert "3 of phase1 and 2 of phase2" in said and "compared as a whole only" in said
-    lines = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
+    shown = capsys.readouterr().out
+    assert "3 of phase1 and 2 of phase2" in shown and "compared as a whole only" in shown
+    lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
     assert "50.0%" in lines["first"] and "100.0%" in lines["second"]
     metrics = json.loads((recipe / "overlap.json").read_text())
     assert metrics["training"] == {"phase1": 3, "phase2": 2}
@@ -163,8 +159,8 @@ def test_what_is_no_recipe_is_refused(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (recipe / "eval.yaml").write_text("{}")
-    said = refusal(capsys, monkeypatch, "decontaminate", recipe)
-    assert "eval.yaml: data.init_args.task is missing" in said
+    message = refusal(capsys, monkeypatch, "decontaminate", recipe)
+    assert "eval.yaml: data.init_args.task is missing" in message
     (recipe / "eval.yaml").unlink()
     assert "evaluation: there is no" in refusal(capsys, monkeypatch, "decontaminate", recipe)
 

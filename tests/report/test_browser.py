@@ -19,15 +19,8 @@ from support.made_up_run import HOSTILE, token_kl_row, write_evaluation, write_l
 
 pytestmark = pytest.mark.browser
 
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+FLAGS = [f"--{flag}" for flag in ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync")]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
 
 CONTRASTS = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
@@ -61,7 +54,7 @@ def browser(browser_path: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=browser_path, args=list(FLAGS))
+        launched = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
         yield launched
         launched.close()
 
@@ -171,14 +164,8 @@ def _assert_shown(tab: Tab, row: dict[str, Any], place: int) -> None:
     assert float(words[1]) == pytest.approx(row["kl"][place], abs=6e-4, rel=6e-4)
     reward = row["token_kl_reward"][place]
     assert float(words[6].rstrip(":")) == pytest.approx(reward, abs=6e-4, rel=6e-4)
-    bounds = (
-        (math.log(2), "less than half as likely"),
-        (0.05, "less likely"),
-        (-0.05, "the teacher agrees"),
-        (-math.inf, "more likely"),
-    )
-    meaning = next(words for bound, words in bounds if reward > bound)
-    assert meaning in values
+    bounds = {math.log(2): "less than half as likely", 0.05: "less likely", -0.05: "the teacher agrees"}
+    assert next((words for bound, words in bounds.items() if reward > bound), "more likely") in values
     for model in ("student", "teacher"):
         assert tab.text(f"#{model}-own") == probability(float(f"{math.exp(row[f'{model}_logprob'][place]):.4g}"))
         lines = [line.split("\n") for line in tab.page.locator(f"#{model} li").all_inner_texts()]

@@ -94,9 +94,7 @@ def frame():
         [
             row(rng, wrong, 0, 4),  # hit
             row(rng, wrong, 0, 15),  # a hit in the attempt; largest of all is its end
-            row(
-                rng, f"{wrong}\n\n{P0}\n\n6+3=8*9=2-4=8A8", 0, 20
-            ),  # a hit in the first attempt; largest of all in a later one
+            row(rng, f"{wrong}\n\n{P0}\n\n{wrong}", 0, 20),  # a hit in the attempt; largest of all in a later one
             row(rng, "6+3=9*9=1-4=5A5", 0, 0),  # a miss
             row(rng, "6+3=9*9=1-4=7", 0, 13),  # wrong only in that it ends early: no attempt to point into
             row(rng, "6+3=9*9=1-4=7A7", 0, 3),  # wrong reward, right first attempt: not counted

@@ -29,9 +29,7 @@ def run(tmp_path):
 
 def test_a_curve_counts_the_updates_behind_each_evaluated_model(run):
     curve = phases.over_phases(run, "response_tokens", "length")
-    of_kind = {
-        kind: list(zip(*(g[c] for c in ("model", "step", "value")), strict=True)) for kind, g in curve.groupby("kind")
-    }
+    of_kind = {kind: [*zip(g["model"], g["step"], g["value"], strict=True)] for kind, g in curve.groupby("kind")}
     assert of_kind["evaluation"] == [("base", 0, 10.0), ("srt", 3, 30.0), ("self_distill", 4, 15.0)]
     assert of_kind["validation"] == [("srt", 2, 20.0), ("self_distill", 2, 24.0), ("self_distill", 4, 15.5)]
     assert of_kind["rollout"] == [("self_distill", step, value) for step, value in enumerate([30.0, 25.0, 20.0, 16.0])]

@@ -18,14 +18,7 @@ from sdzero.report import RunFolder, first_wrong, localization, plots
 from sdzero.report.page import PALETTE
 from sdzero.report.plot_style import INK, MODEL_COLORS, REWARD_COLORS, label, new_figure
 from sdzero.report.svg import inline_svg
-from support.made_up_run import (
-    MODELS,
-    THREE_METHODS,
-    token_kl_row,
-    write_curves,
-    write_evaluation,
-    write_lineage,
-)
+from support.made_up_run import MODELS, THREE_METHODS, token_kl_row, write_curves, write_evaluation, write_lineage
 
 FLIPS = ("acc1", "acc2", "wrong_to_right_rate", "right_to_wrong_rate")
 
@@ -79,7 +72,7 @@ def svg(figure: Figure) -> str:
 
 @pytest.fixture(scope="module")
 def figures(run, frame):
-    """Every plot, with its SVG and matplotlib's settings before and after."""
+    """Every plot with its SVG. Plotting leaves matplotlib's settings as they are."""
     before = dict(matplotlib.rcParams)
     plotted = {name: (figure, svg(figure)) for name, figure in plot_all(run, frame).items()}
     assert dict(matplotlib.rcParams) == before
@@ -110,10 +103,8 @@ def test_the_bucket_curve_is_figure_4s(frame):
     for line, reward in zip(axes.get_lines(), (0, 1), strict=True):
         np.testing.assert_allclose(line.get_ydata(), curve[curve["reward"] == reward]["mean"])
         assert line.get_color() == REWARD_COLORS[reward]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "r=0 (wrong), 4 responses",
-        "r=1 (right), 2 responses",
-    ]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["r=0 (wrong), 4 responses", "r=1 (right), 2 responses"]
 
 
 def test_the_bars_are_the_hits_and_what_chance_gives(frame):
@@ -170,8 +161,9 @@ def test_an_inline_svg_has_the_colours_of_the_page_and_keeps_its_text() -> None:
         label(axes, "a < b & c")
         return figure
 
-    first = inline_svg(plot(), "one", "Title", {INK: "currentColor", MODEL_COLORS[1]: "var(--model-1)"})
-    assert first == inline_svg(plot(), "one", "Title", {INK: "currentColor", MODEL_COLORS[1]: "var(--model-1)"})
+    colors = {INK: "currentColor", MODEL_COLORS[1]: "var(--model-1)"}
+    first, again = (inline_svg(plot(), "one", "Title", colors) for _ in range(2))
+    assert first == again
     assert "a &lt; b &amp; c" in first and "var(--model-1)" in first and "currentColor" in first
     assert not re.search(f"{INK}|{MODEL_COLORS[1]}|<metadata|<style|DejaVu|xmlns", first)
     assert set(re.findall(r' id="(\w+?)-', first)) == {"one"}

@@ -12,11 +12,7 @@ from sdzero.report.results import Evaluated, headline
     [
         (0.1, 0.02, "SRT: avg@8 rose from 0.500 to 0.600 (+0.100 ±\xa00.020)"),
         (-0.1, 0.02, "SRT: avg@8 fell from 0.500 to 0.400 (−0.100 ±\xa00.020)"),
-        (
-            0.039,
-            0.02,
-            "SRT: no clear change of avg@8, from 0.500 to 0.539 (+0.039 ±\xa00.020, within two standard errors)",
-        ),
+        (0.039, 0.02, "SRT: no clear change of avg@8, from 0.500 to 0.539 (+0.039 ±\xa00.020, within two standard err"),
         (0.1, None, "SRT: avg@8 changed from 0.500 to 0.600 (+0.100, without an error"),
     ],
 )

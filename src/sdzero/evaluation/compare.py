@@ -55,11 +55,8 @@ def find_evaluations(folder: Path) -> dict[str, Rewards]:
     for name in ("rewards.json", "eval/rewards.json"):
         if (folder / name).is_file():
             return {str(folder): json.loads((folder / name).read_text())}
-    found = {
-        str(folder / model.name): json.loads(file.read_text())
-        for model in read_lineage(folder).models
-        if (file := folder / model.evaluation / "rewards.json").is_file()
-    }
+    files = {model.name: folder / model.evaluation / "rewards.json" for model in read_lineage(folder).models}
+    found = {str(folder / name): json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     if not found:
         raise FileNotFoundError(
             f"{folder} has no rewards.json and is not a run with an evaluated model: `sdzero test` and `sdzero run` "

@@ -29,7 +29,7 @@ def revision_metrics(run: RunFolder) -> pd.DataFrame:
     `acc1` and `acc2`: accuracy of first and second attempts; `tokens1` and `tokens2`: their mean lengths;
     `correction_rate` = (acc2 - acc1) / (1 - acc1); `wrong_to_right_rate` of the wrong and `right_to_wrong_rate` of the
     right first attempts; `_se`: standard errors. Resampling's acc1 and acc2 average all samples and are equal by
-    construction, so its correction rate is 0: only the last two rates tell revising from resampling.
+    construction, so its correction rate is 0: only the last two rates distinguish revising from resampling.
     """
     names = ("acc1", "acc2", "correction_rate", *(f"{flip}_rate" for flip in FLIPS))
     with_error = [f"{kind}_{name}{suffix}" for kind in KINDS for name in names for suffix in ("", "_se")]

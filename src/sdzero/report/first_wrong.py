@@ -60,11 +60,11 @@ def first_attempt(question: str, text: str, response: str, tokens: Sequence[str]
         response: the response's text.
         tokens: texts of its tokens, including special ones.
     """
-    asked = QUESTION.fullmatch(text)
+    match = QUESTION.fullmatch(text)
     attempt, written = response.partition("\n\n")[0], "".join(tokens)
-    if not question.startswith("chains/") or asked is None or not written.startswith(attempt):
+    if not question.startswith("chains/") or match is None or not written.startswith(attempt):
         return None
-    first, steps = int(asked[1]), [(step[0], int(step[1])) for step in re.findall(r"[-+*]\d", asked[2])]
+    first, steps = int(match[1]), [(step[0], int(step[1])) for step in re.findall(r"[-+*]\d", match[2])]
     token_of = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))  # index of the token that holds a character
     gold = working(first, steps, solve(first, steps))
     leaves = next((i for i, (a, b) in enumerate(zip_longest(attempt, gold)) if a != b), len(gold))
@@ -115,22 +115,18 @@ def hits(frame: pd.DataFrame) -> pd.DataFrame:
         of a random step's result; `responses`. No rows without such responses.
     """
     wrong = [(row, a) for row, a in wrong_responses(frame) if (a.first_wrong or 0) < a.num_tokens]
+    if not wrong:
+        return pd.DataFrame()
+    chance = np.mean([1 / a.num_tokens for _, a in wrong])
+    chance_result = np.mean([(a.first_wrong in a.results) / max(1, len(a.results)) for _, a in wrong])
     rows = []
-    for name, signal in SIGNALS.items() if wrong else ():
+    for name, signal in SIGNALS.items():
         values = [(signal(row), attempt) for row, attempt in wrong]
         hit, error = mean_and_error([float(np.argmax(v[: a.num_tokens]) == a.first_wrong) for v, a in values])
-        rows.append(
-            {
-                "signal": name,
-                "hit": hit,
-                "hit_se": error,
-                "hit_anywhere": np.mean([np.argmax(v) == a.first_wrong for v, a in values]),
-                "chance": np.mean([1 / a.num_tokens for _, a in wrong]),
-                "chance_result": np.mean([(a.first_wrong in a.results) / max(1, len(a.results)) for _, a in wrong]),
-                "responses": len(wrong),
-            }
-        )
-    return pd.DataFrame(rows)
+        anywhere = np.mean([np.argmax(v) == a.first_wrong for v, a in values])
+        rows.append((name, hit, error, anywhere, chance, chance_result, len(wrong)))
+    columns = ["signal", "hit", "hit_se", "hit_anywhere", "chance", "chance_result", "responses"]
+    return pd.DataFrame(rows, columns=pd.Index(columns))
 
 
 def by_kind(frame: pd.DataFrame) -> pd.DataFrame:

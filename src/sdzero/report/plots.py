@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -39,24 +39,23 @@ def model_colors(run: RunFolder) -> dict[str, str]:
 
 def bucket_curve(frame: pd.DataFrame) -> Figure:
     """Plot figure 4, left: mean KL in 20 equal buckets of each response's tokens, the largest first."""
-    figure, (axes,) = new_figure(width=6)
-    label(axes, "KL of a response's tokens, sorted", "tokens, largest KL first (%)", "KL (nats)")
-    _plot_by_reward(axes, stats.bucket_curve(frame))
-    return figure
+    return _plot_by_reward(
+        stats.bucket_curve(frame), "KL of a response's tokens, sorted", "tokens, largest KL first (%)"
+    )
 
 
 def kl_by_position(frame: pd.DataFrame) -> Figure:
     """Plot the mean KL from the beginning of a response to its end."""
-    figure, (axes,) = new_figure(width=6)
-    label(axes, "KL along a response", "position in the response (%)", "KL (nats)")
-    _plot_by_reward(axes, stats.position_curve(frame))
-    return figure
+    return _plot_by_reward(stats.position_curve(frame), "KL along a response", "position in the response (%)")
 
 
-def _plot_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
+def _plot_by_reward(curve: pd.DataFrame, title: str, x_label: str) -> Figure:
     """Plot a line for each reward, with a band of one standard error."""
+    figure, (axes,) = new_figure(width=6)
+    label(axes, title, x_label, "KL (nats)")
     if not len(curve):
-        return mark_empty(axes, NO_KL)
+        mark_empty(axes, NO_KL)
+        return figure
     for reward in curve["reward"].unique():
         group = curve.query(f"reward == {reward}")
         x, name = 100 * (group["bucket"] - 0.5) / stats.NUM_BUCKETS, f"{REWARDS[reward]}, {group['responses'].iloc[0]}"
@@ -64,9 +63,10 @@ def _plot_by_reward(axes: Axes, curve: pd.DataFrame) -> None:
     axes.set_xlim(0, 100)
     axes.set_ylim(bottom=0)
     legend(axes)
+    return figure
 
 
-def _plot_with_band(axes: Axes, x: pd.Series, mean: pd.Series, error: pd.Series, color: str, name: str) -> None:
+def _plot_with_band(axes: Axes, x: Any, mean: Any, error: Any, color: str, name: str) -> None:
     """Plot a line with a band of one standard error."""
     axes.plot(x, mean, color=color, marker="o", markersize=3, label=name)
     error = error.fillna(0)
@@ -215,16 +215,6 @@ def _both(rate: str) -> tuple[str, str]:
     return f"resample_{rate}", f"revise_{rate}"
 
 
-class Line(NamedTuple):
-    """A curve of a stage."""
-
-    stage: str
-    tag: str
-    name: str
-    color: str
-    style: str = "-"
-
-
 def training_curves(run: RunFolder) -> Figure:
     """Plot the losses of each training, and reward, gradient norm, learning rate and log-probability gap of all."""
     panels = _training_panels(run)
@@ -234,35 +224,33 @@ def training_curves(run: RunFolder) -> Figure:
         axes.set_axis_off()
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         label(axes, title, "step")
-        logged = [(line, points) for line in lines if (points := run.scalars(line.stage, line.tag))]
+        logged = [(line, points) for line in lines if (points := run.scalars(*line[:2]))]
         if not logged:
             mark_empty(axes, NOT_LOGGED)
-        for line, points in logged:
+        for (_, tag, name, color, style), points in logged:
             curve = pd.Series(dict(points))
-            window = 1 if line.tag == "train/lr" else 1 + len(curve) // 25
-            axes.plot(curve, color=line.color, alpha=0.25, linewidth=0.8)  # noisy values, below their running mean
+            window = 1 if tag == "train/lr" else 1 + len(curve) // 25
+            axes.plot(curve, color=color, alpha=0.25, linewidth=0.8)  # noisy values, below their running mean
             mean = curve.rolling(window, center=True, min_periods=1).mean()
-            axes.plot(mean, color=line.color, linestyle=line.style, label=line.name)
+            axes.plot(mean, color=color, linestyle=style, label=name)
         if len(logged) > 1:
             legend(axes)
     return figure
 
 
-def _training_panels(run: RunFolder) -> dict[str, list[Line]]:
-    """List the lines of each panel: the losses of every model that started from another, then what all share."""
+def _training_panels(run: RunFolder) -> dict[str, list[tuple[str, str, str, str, str]]]:
+    """List the lines of each panel as stage, tag, name, colour and style: the losses of every model that started from
+    another, then metrics of all."""
     trained = [model for model in run.models if run.parent(model)]
     colors = model_colors(run)
-    panels: dict[str, list[Line]] = {}
+    panels: dict[str, list[tuple[str, str, str, str, str]]] = {}
     for model in trained:
         name, color = model.name, colors[model.name]
         terms = [tag for tag in run.tags(name) if tag.startswith("train/loss_")]
         panels[f"{model.label}: loss"] = [
-            Line(name, "train/loss", "loss", color),
-            *(
-                Line(name, tag, tag.removeprefix("train/loss_"), color, ("--", ":")[i % 2])
-                for i, tag in enumerate(terms)
-            ),
-            *(Line(name, f"teacher/kl_r{r}", f"KL, {REWARDS[r]}", REWARD_COLORS[r]) for r in REWARDS),
+            (name, "train/loss", "loss", color, "-"),
+            *((name, tag, tag.removeprefix("train/loss_"), color, ("--", ":")[i % 2]) for i, tag in enumerate(terms)),
+            *((name, f"teacher/kl_r{r}", f"KL, {REWARDS[r]}", REWARD_COLORS[r], "-") for r in REWARDS),
         ]
     for title, tag in (
         ("Reward of rollouts", "rollout/reward"),
@@ -270,5 +258,5 @@ def _training_panels(run: RunFolder) -> dict[str, list[Line]]:
         ("Learning rate", "train/lr"),
         ("Log-prob. gap of engine and trainer", "rollout/logprob_gap"),
     ):
-        panels[title] = [Line(model.name, tag, model.label, colors[model.name]) for model in trained]
+        panels[title] = [(model.name, tag, model.label, colors[model.name], "-") for model in trained]
     return panels

@@ -29,7 +29,7 @@ PURPOSES = {
     "gguf": "reading models from GGUF files",
     "dev": "the tests and linters",
 }
-"""Purpose of an extra whose name does not tell."""
+"""Purposes of the extras."""
 NO_FINDING = Finding(fault="not tried")
 TRANSFORMERS_ENGINE = "or sample with transformers: sdzero run RECIPE --engine transformers"
 
@@ -86,10 +86,8 @@ def _faults(wanted: Iterable[Requirement]) -> dict[Requirement, str]:
     return faults
 
 
-# --- versions, without importing any of the packages ------------------------------------------------
-
-
 def package_rows() -> Iterator[Row]:
+    """Yield the rows of sdzero, its dependencies and its extras, without importing any of them."""
     here = Path(__file__).parents[2]
     if version_of("sdzero") is None:
         yield Row("sdzero", "warning", f"{__version__} in {here}, not installed", "pip install -e . in its folder")
@@ -120,9 +118,6 @@ def _extra_rows(extra: str) -> Iterator[Row]:
     status = "warning" if any(version_of(requirement.name) for requirement in faults) else "missing"
     purpose = f" (for {PURPOSES[extra]})" if extra in PURPOSES else ""
     yield Row(f"extra [{extra}]", status, f"{'; '.join(faults.values())}{purpose}", pip_install(extra))
-
-
-# --- findings of the probe --------------------------------------------------------------------------
 
 
 def import_rows(findings: Mapping[str, Finding]) -> Iterator[Row]:

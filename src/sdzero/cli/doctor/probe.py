@@ -1,6 +1,6 @@
 """Imports of torch and its companions in a child process, where a failure, a crash or a hang is a finding.
 
-The child announces each check before it runs it, so that the parent knows at which one it died or hung.
+The child announces each check before it runs it: the last one announced is the one at which it died or hung.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class Probe:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", "from sdzero.cli.doctor.probe import run_checks; run_checks()"]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._child = subprocess.Popen(command, **pipes)
+        null = subprocess.DEVNULL
+        self._child = subprocess.Popen(command, stdin=null, stdout=subprocess.PIPE, stderr=null)
         self._deadline = time.monotonic() + SECONDS
 
     def findings(self) -> dict[str, Finding]:
