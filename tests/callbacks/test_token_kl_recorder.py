@@ -58,11 +58,8 @@ def check(
 ) -> None:
     """Every column of a row, with `read` as what the teacher reads before y."""
     rollout, y = one.rollout, torch.tensor(one.rollout.token_ids)
-    assert (row["question"], row["response"], row["reward"]) == (
-        rollout.prompt.question.id,
-        rollout.text,
-        one.verdict.reward,
-    )
+    expected = (rollout.prompt.question.id, rollout.text, one.verdict.reward)
+    assert (row["question"], row["response"], row["reward"]) == expected
     assert row["token_ids"].tolist() == y.tolist() and "".join(row["tokens"]) == f"{rollout.text}<|im_end|>"
     log_s = plain_logprobs(student, rollout.prompt.token_ids, rollout.token_ids)
     log_t = plain_logprobs(teacher, read, rollout.token_ids)
@@ -98,16 +95,11 @@ def test_against_plain_forward_passes(
         assert curves.points[0][f"teacher/kl_top10_share_r{r}"] == pytest.approx(sum(shares) / len(shares))
 
 
-def test_the_teacher_reads_what_its_context_says(
+def test_the_teacher_reads_its_context(
     path: Path, builder: PromptBuilder, scored: list[ScoredRollout], tmp_path: Path
 ) -> None:
-    context = Demonstration("{question} {demonstration}")
-    fit(
-        SelfDistill(ModelConfig(str(path)), context=context),
-        [make_batch(scored)],
-        tmp_path,
-        TokenKLRecorder(1, 9, TOP_K),
-    )
+    method = SelfDistill(ModelConfig(str(path)), context=Demonstration("{question} {demonstration}"))
+    fit(method, [make_batch(scored)], tmp_path, TokenKLRecorder(1, 9, TOP_K))
     model = plain_model(path)
     for row, one in zip(recorded(tmp_path, "train"), scored, strict=True):
         check(builder, row, one, builder.chat(f"{one.rollout.prompt.question.text} one and one is 2"), model, model)
@@ -139,9 +131,8 @@ def test_every_nth_step_and_what_cannot_be_scored(
         fit(SelfDistill(ModelConfig(str(path))), batches, tmp_path, TokenKLRecorder(2))
     files = sorted(file.name for file in (tmp_path / "token_kl").iterdir())
     assert files == [f"train-{step:06d}-rank0.parquet" for step in (0, 2, 4)]
-    assert [row["response"] for row in recorded(tmp_path, "train", 2)] == [
-        one.rollout.text for one in scored if one.rollout.text != "Wait, wait, it is"
-    ]
+    texts = [one.rollout.text for one in scored if one.rollout.text != "Wait, wait, it is"]
+    assert [row["response"] for row in recorded(tmp_path, "train", 2)] == texts
     assert "left out 1 responses" in caplog.text
     with pytest.raises(ValueError, match="at least 1"):
         TokenKLRecorder(every_n_steps=0)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard.writer import SummaryWriter
 
 from sdzero.utils.lineage import Lineage, Outline
 from sdzero.utils.recipe import StageEntry
@@ -55,12 +53,10 @@ def write_lineage(run: Path, stages: Sequence[StageEntry] = PAPER, records: Mapp
 
 def write_curves(folder: Path, curves: Mapping[str, list[float] | dict[int, float]]) -> None:
     """TensorBoard curves of a stage by tag: one value per step, or values by step."""
-    writer = EventFileWriter(str(folder))
-    for tag, values in curves.items():
-        for step, value in values.items() if isinstance(values, dict) else enumerate(values):
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            writer.add_event(Event(wall_time=step, step=step, summary=summary))
-    writer.close()
+    with SummaryWriter(folder) as writer:
+        for tag, values in curves.items():
+            for step, value in values.items() if isinstance(values, dict) else enumerate(values):
+                writer.add_scalar(tag, value, step)
 
 
 def token_kl_row(

@@ -90,48 +90,20 @@ def collections(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def curves(run: RunFolder, token_kl: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return title, caption and SVG of the plots that the run has data for, in order."""
+    """Return name, title and SVG of the plots that the run has data for, in order."""
     trained = [model for model in run.models if run.parent(model) and run.tags(model.name)]
-    last = {model.name for model in plots.last_models(run)}
-    plotted = [
-        (
-            plots.dynamics(run) if trained else None,
-            "dynamics",
-            "Length and revision phrases",
-            "In the paper's figure 6, answers grow in SRT, which trains the model to revise in its answer, and shrink "
-            "again in SelfDistill, which trains the first attempt on the reviser's distribution.",
-        ),
-        (
-            plots.evolution(run) if any(model.name in last for model in trained) else None,
-            "evolution",
-            "Accuracy during training",
-            "Diamonds are the evaluations of the table. The line is validation during training, on fewer questions, "
-            "with its standard error; the thin line is the reward of the training rollouts, on other questions "
-            "(figure 5).",
-        ),
-        (
-            None if token_kl.empty else plots.bucket_curve(token_kl),
-            "buckets",
-            "Concentration of the KL on few tokens",
-            "Each response's tokens sorted by KL, the largest first, in 20 buckets: mean and standard error over "
-            "responses (figure 4).",
-        ),
-        (
-            plots.revision_bars(run) if any(map(run.results, run.models)) else None,
-            "revisions",
-            "First attempts and their revisions",
-            "Each model answers, is prompted with the verdict, and revises once (figure 3).",
-        ),
-        (
-            plots.training_curves(run) if trained else None,
-            "training",
-            "Training",
-            "The gap between the engine's and the trainer's log-probabilities must stay near zero.",
-        ),
-    ]
+    last = {model.name for model in plots.last_models(run)} & {model.name for model in trained}
+    has_results = any(map(run.results, run.models))
+    figures = {
+        ("dynamics", "Length and revision phrases"): plots.dynamics(run) if trained else None,
+        ("evolution", "Accuracy during training"): plots.evolution(run) if last else None,
+        ("buckets", "Concentration of the KL on few tokens"): None if token_kl.empty else plots.bucket_curve(token_kl),
+        ("revisions", "First attempts and their revisions"): plots.revision_bars(run) if has_results else None,
+        ("training", "Training"): plots.training_curves(run) if trained else None,
+    }
     return [
-        {"title": title, "caption": caption, "svg": inline_svg(figure, name, title, PALETTE)}
-        for figure, name, title, caption in plotted
+        {"name": name, "title": title, "svg": inline_svg(figure, name, title, PALETTE)}
+        for (name, title), figure in figures.items()
         if figure is not None
     ]
 
