@@ -59,8 +59,8 @@ def metrics(trainer: L.Trainer, kind: str) -> dict[str, float]:
 
 
 def evaluation(call_size: int) -> Evaluation:
-    sampling = Sampling(temperature=0.7, max_new_tokens=6)
-    return Evaluation(NUM_QUESTIONS, NUM_SAMPLES, sampling, call_size, NUM_ATTEMPTS)
+    numbers = {"num_questions": NUM_QUESTIONS, "num_samples": NUM_SAMPLES, "num_revised": NUM_ATTEMPTS}
+    return Evaluation(**numbers, sampling=Sampling(temperature=0.7, max_new_tokens=6), call_size=call_size)
 
 
 @pytest.mark.parametrize(

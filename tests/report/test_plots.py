@@ -142,12 +142,6 @@ def test_methods_that_start_from_one_model_share_a_phase(tmp_path):
     assert list(teacher.get_xdata()) == [2, 2] and teacher.get_color() == MODEL_COLORS[3]
 
 
-def test_evolution_marks_the_new_teacher(run):
-    (axes,) = panels(plots.evolution(run))
-    (teacher,) = [line for line in axes.get_lines() if line.get_label() == "new teacher"]
-    assert list(teacher.get_xdata()) == [2, 2]
-
-
 def test_revision_bars_stand_beside_their_baselines(run):
     accuracy, tokens, corrected, _ = panels(plots.revision_bars(run))
     heights = [[patch.get_height() for patch in axes.patches] for axes in (accuracy, tokens, corrected)]

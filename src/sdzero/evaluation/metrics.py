@@ -80,8 +80,10 @@ class AccuracyAtK(Metric):
         means = self.totals / self.count
         variances = (self.squares - self.totals * means).clamp(min=0) / (self.count - 1)
         errors = torch.where(self.count > 1, (variances / self.count).sqrt(), torch.nan)
-        names = ("avg_at_k", f"pass_at_{self.k}")
-        return {key: v[i] for i, name in enumerate(names) for key, v in ((name, means), (f"{name}_se", errors))}
+        scalars: Scalars = {}
+        for i, name in enumerate(("avg_at_k", f"pass_at_{self.k}")):
+            scalars[name], scalars[f"{name}_se"] = means[i], errors[i]
+        return scalars
 
 
 class Ratios(Metric):
