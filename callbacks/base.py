@@ -43,7 +43,13 @@ class EvaluationReader(L.Callback, ABC):
         """Log or write the evaluation's result, and reset."""
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(pl_module, Policy)
         self.read(trainer, pl_module, batch)

@@ -59,8 +59,9 @@ def metrics(trainer: L.Trainer, kind: str) -> dict[str, float]:
 
 
 def evaluation(call_size: int) -> Evaluation:
-    numbers = {"num_questions": NUM_QUESTIONS, "num_samples": NUM_SAMPLES, "num_revised": NUM_ATTEMPTS}
-    return Evaluation(**numbers, sampling=Sampling(temperature=0.7, max_new_tokens=6), call_size=call_size)
+    sampling = Sampling(temperature=0.7, max_new_tokens=6)
+    whole = Evaluation(num_questions=NUM_QUESTIONS, num_samples=NUM_SAMPLES, num_revised=NUM_ATTEMPTS)
+    return replace(whole, sampling=sampling, call_size=call_size)
 
 
 @pytest.mark.parametrize(
