@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +6,7 @@ from sdzero.tasks import AMOBench
 from sdzero.tasks.hub import HubDataset
 from support.fixtures.make import make
 from support.fixtures.mathematics import AMO, AMO_ODD, AMO_TYPES
+from support.rows import jsonl
 
 DESCRIPTION = "its answer is a description, which needs a judge model"
 
@@ -38,9 +38,7 @@ def test_prompts_contain_the_answer_format(task: AMOBench) -> None:
 def test_unknown_answer_type_is_dropped(tmp_path: Path) -> None:
     kinds = {1: "number", 2: "number", 3: "riddle"}
     rows = [{"question_id": n, "prompt": f"q{n}", "answer": n, "answer_type": kind} for n, kind in kinds.items()]
-    path = tmp_path / "q.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = AMOBench({"eval": str(path)}, max_dropped_share=0.5)
+    task = AMOBench({"eval": jsonl(tmp_path / "q.jsonl", rows)}, max_dropped_share=0.5)
     assert len(task.questions("eval", None)) == 2
     assert task.dropped[0][1] == (
         "column 'answer_type' is 'riddle', expected 'description' or one of ('number', 'set', 'variable')"

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sdzero.tasks import Chains
 from sdzero.tasks.chains import solve, working
@@ -27,6 +24,9 @@ def test_answers_against_python_integers() -> None:
         assert 4 <= len(steps) <= 8
         expression = "(" * len(steps) + first + "".join(f"{step})" for step in steps)
         assert question.answer == str(eval(expression) % 10)
+        pairs = [(step[0], int(step[1])) for step in steps]
+        answer = working(int(first), pairs, solve(int(first), pairs))
+        assert Chains().verify(question, answer).reward == 1
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,3 @@ def test_too_few_distinct_questions() -> None:
 def test_lengths_are_checked(low: int, high: int) -> None:
     with pytest.raises(ValueError, match="min_ops"):
         Chains(min_ops=low, max_ops=high)
-
-
-@given(st.integers(0, 2**32))
-def test_working_ends_in_the_answer(seed: int) -> None:
-    rng = random.Random(seed)
-    first, steps = rng.randrange(10), [(rng.choice("+-*"), rng.randrange(10)) for _ in range(rng.randint(1, 8))]
-    results = solve(first, steps)
-    question = Question("q", "", str(results[-1]))
-    assert Chains().verify(question, working(first, steps, results)).reward == 1

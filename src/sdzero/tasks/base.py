@@ -21,8 +21,7 @@ class Task(ABC):
 
         Splits share no question identity and no text. An id starts with the task's name and a slash.
 
-        Raises:
-            ValueError: the split has fewer questions than requested, or is endless and all were requested.
+        Raises: ValueError if the split has fewer questions than requested, or is endless and all were requested.
         """
 
     def ungraded_questions(self, split: Split, num_questions: int | None) -> list[Question]:
@@ -57,6 +56,5 @@ class TraceSource(ABC):
     def traces(self, builder: PromptBuilder) -> Sequence[Trace]:
         """Return all traces, always the same ones in the same order.
 
-        Raises:
-            FileNotFoundError, ValueError: there are none; the message names the key and the remedy.
+        Raises: FileNotFoundError or ValueError if there are none; the message names the key and the remedy.
         """

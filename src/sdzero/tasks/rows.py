@@ -124,11 +124,7 @@ class Rows(Task):
 
     @cached_property
     def _all(self) -> list[tuple[Split, Question]]:
-        """The distinct, gradable questions of all sources, each with its split.
-
-        Raises:
-            ValueError: two questions share an id, or two sources a question; too many are dropped.
-        """
+        """The distinct, gradable questions of all sources, each with its split. Raises: ValueError naming the rows."""
         given = self._deduplicate()
         families = self.families([question for _, question in given])
         questions = [replace(question, family=families.get(question.id, "")) for _, question in given]

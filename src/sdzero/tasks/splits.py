@@ -22,8 +22,7 @@ def take(split: Split, num_questions: int | None, stream: Iterable[tuple[str, Qu
 
     The stream yields (identity, question); the identity decides the split and what is a duplicate.
 
-    Raises:
-        ValueError: the stream ends, or only repeats itself, before there are enough; `num_questions` is None.
+    Raises: ValueError if the stream ends, or only repeats itself, before there are enough; or if all are requested.
     """
     if num_questions is None:
         raise ValueError(f"task {name!r} generates questions endlessly: set num_questions")
