@@ -186,13 +186,13 @@ class Step:
 def test_peak_of_a_real_step(bf16: bool, with_teacher: bool, checkpointing: bool, lora: bool) -> None:
     """The parts that a training keeps equal real tensors; the largest peak is near that of all live tensors, over
     weights small beside them."""
-    step = Step(512, bf16, with_teacher, checkpointing, lora)
+    step = Step(256, bf16, with_teacher, checkpointing, lora)
     step.run()
     at, bytes_of_teacher = Machine(False, 1, 1, 2 if bf16 else 4), 0 if lora else 4
     student: dict[str, Any] = {"gradient_checkpointing": checkpointing, "dtype": "float32"}
     if lora:
         student |= {"lora": LORA, "dtype": "bfloat16" if bf16 else "float32"}
-    found = peaks(step.sizes, bytes_of_teacher if with_teacher else None, at, 512, student=student)
+    found = peaks(step.sizes, bytes_of_teacher if with_teacher else None, at, 256, student=student)
     assert 0.95 * step.live.peak <= max(peak.total for peak in found) <= 1.15 * step.live.peak
     _, backward, update = found
     moments = [step.optimizer.state[p][name] for p in step.trained for name in ("exp_avg", "exp_avg_sq")]

@@ -37,11 +37,7 @@ class Plain(ParallelStrategy):
 
 
 class Lone(AtomicFolders, Plain):
-    folders = True
-
-    @property
-    def writes_folders(self) -> bool:
-        return self.folders
+    """`Plain` with atomic checkpoints."""
 
 
 def save(folder: Path, step: int, name: str | None = None) -> Path:

@@ -60,7 +60,7 @@ def test_folders_and_files_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_one_file_is_saved_by_the_checkpoint_io(tmp_path: Path) -> None:
     strategy = Lone(checkpoint_io=AtomicCheckpointIO())
-    strategy.folders = False
+    strategy.writes_folders = False
     strategy.save_checkpoint({"global_step": 7}, tmp_path / "a.ckpt")
     assert newest_checkpoint(tmp_path) == tmp_path / "a.ckpt" and manifest_path(tmp_path / "a.ckpt").is_file()
 

@@ -1,4 +1,4 @@
-"""`sdzero init NAME`: copies a shipped recipe into the current folder, to be run and edited there.
+"""`sdzero init NAME`: copy a shipped recipe into the current folder, to be run and edited there.
 
 The recipes travel in the wheel: src/sdzero/configs is a link to /configs, and setuptools copies what it points to.
 """
@@ -17,20 +17,20 @@ PARTS = ("paper", "tiny_model", "trainer", "tasks", "engines", "ablations", "scr
 
 
 def recipes() -> dict[str, str]:
-    """Name -> purpose: the first comment of its recipe.yaml."""
+    """Return the recipes' purposes by name: the first comments of their recipe.yaml."""
     files = sorted((SHIPPED / "recipes").glob(f"*/{RECIPE}"))
     return {file.parent.name: file.read_text().splitlines()[0].removeprefix("# ") for file in files}
 
 
 def in_order(name: str) -> list[str]:
-    """The recipe, after the one whose model it starts from."""
+    """Return the recipe, after the one whose model it starts from."""
     path = Path(load_recipe(SHIPPED / "recipes" / name).student_path()).parts
     before = path[1] if path[0] == RUNS.name else name
     return [*([before] if before != name and before in recipes() else []), name]
 
 
 def write(name: str, root: Path) -> list[Path]:
-    """Copies a recipe, the one it starts from, and the parts to `root`/configs; returns the files that were missing.
+    """Copy a recipe, the one it starts from, and the parts to `root`/configs; returns the files that were missing.
 
     Raises:
         ValueError: there is no such recipe, or a file exists with other content. Nothing is written then.
@@ -38,7 +38,8 @@ def write(name: str, root: Path) -> list[Path]:
     if name not in recipes():
         raise ValueError(f"there is no recipe {name!r}; there are {', '.join(recipes())}")
     folders = [*(SHIPPED / "recipes" / each for each in in_order(name)), *(SHIPPED / part for part in PARTS)]
-    sources = [file for folder in folders for file in sorted(folder.rglob("*")) if _is_config(file)]
+    found = [file for folder in folders for file in sorted(folder.rglob("*"))]
+    sources = [file for file in found if file.is_file() and "__pycache__" not in file.parts]
     targets = {root / "configs" / source.relative_to(SHIPPED): source for source in sources}
     edited = [t for t, source in targets.items() if t.exists() and t.read_bytes() != source.read_bytes()]
     if edited:
@@ -50,10 +51,6 @@ def write(name: str, root: Path) -> list[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(targets[target].read_bytes())
     return missing
-
-
-def _is_config(file: Path) -> bool:
-    return file.is_file() and "__pycache__" not in file.parts
 
 
 def main(arguments: list[str]) -> None:

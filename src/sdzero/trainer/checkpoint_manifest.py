@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sdzero.utils.files import PARTIAL, atomic_write, delete, file_sha256, sync
+from sdzero.utils.files import PARTIAL, atomic_write, delete, file_sha256
 from sdzero.utils.row_checksum import dumps_with_checksum, verify_checksum
 
 log = logging.getLogger(__name__)
@@ -106,15 +106,6 @@ def write_manifest(path: Path, listed: Iterable[Content | FolderContent]) -> Non
     rows = ",\n ".join(dumps_with_checksum(asdict(content)) for content in listed)
     with atomic_write(manifest_path(path)) as file:
         file.write(f"[{rows}]\n".encode())
-
-
-def put_in_place(folder: Path, path: Path) -> None:
-    """Rename a finished folder to `path`. The one that was there remains a checkpoint until then."""
-    old = set_aside(path) if path.exists() else None
-    os.replace(folder, path)
-    sync(path.parent)
-    if old is not None:
-        remove(old)
 
 
 def set_aside(path: Path) -> Path:

@@ -11,8 +11,8 @@ All ranks must see the same file system.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,9 +29,9 @@ from sdzero.trainer.checkpoint_manifest import (
     FolderContent,
     clean_up,
     damaged,
-    put_in_place,
     read_manifest,
     remove,
+    set_aside,
     warn_unverified,
     write_manifest,
 )
@@ -46,10 +46,8 @@ Files = dict[str, tuple[str, int]]
 class AtomicFolders(ParallelStrategy):
     """Mixin that makes a Lightning strategy's sharded checkpoints atomic. List it before the Lightning class."""
 
-    @property
-    @abstractmethod
-    def writes_folders(self) -> bool:
-        """True if each rank writes its shard; False if rank 0 gathers all into one file."""
+    writes_folders = True
+    """Each rank writes its shard; otherwise rank 0 gathers all into one file."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -187,7 +185,11 @@ def _finish(partial: Path, path: Path, content: FolderContent) -> None:
                 f"{name} is not in {partial} as its rank wrote it: all ranks must share that folder"
             )
     write_manifest(partial, [content])
-    put_in_place(partial, path)
+    old = set_aside(path) if path.exists() else None  # remains a checkpoint until the folder is renamed
+    os.replace(partial, path)
+    sync(path.parent)
+    if old is not None:
+        remove(old)
 
 
 def _summarize(error: BaseException) -> str:

@@ -37,10 +37,7 @@ class FullShard(AtomicFolders, ModelParallelStrategy):
         timeout: Any = timedelta(minutes=timeout_minutes)
         super().__init__(1, tensor_parallel_size, save_distributed_checkpoint, timeout=timeout)
         self.tensor_parallel_size = tensor_parallel_size
-
-    @property
-    def writes_folders(self) -> bool:
-        return self._save_distributed_checkpoint
+        self.writes_folders = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
         num_processes = self.num_nodes * self.num_processes
@@ -81,10 +78,6 @@ class FSDP(AtomicFolders, FSDPStrategy):
     def __init__(self, timeout_minutes: float = 120.0) -> None:
         timeout = timedelta(minutes=timeout_minutes)
         super().__init__(timeout=timeout, sharding_strategy="FULL_SHARD", state_dict_type="sharded")
-
-    @property
-    def writes_folders(self) -> bool:
-        return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))

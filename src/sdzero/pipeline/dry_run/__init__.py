@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sdzero.pipeline.dry_run.assumptions import ASSUMPTIONS, load_architecture, load_assumptions
-from sdzero.pipeline.dry_run.budget import Budget, budgets, one_epoch
+from sdzero.pipeline.dry_run.budget import Budget, budgets, dry_stages, one_epoch
 from sdzero.pipeline.dry_run.checks import Memory, MemoryCheck, unreachable_lengths
 from sdzero.pipeline.dry_run.memory import GIB
-from sdzero.pipeline.dry_run.stage import Config, dry_stages
 from sdzero.pipeline.dry_run.tables import print_budgets, print_peaks
 from sdzero.utils.recipe import Recipe
+from sdzero.utils.yaml_config import Config
 
 __all__ = ["Estimate", "dry_run", "estimate"]
 

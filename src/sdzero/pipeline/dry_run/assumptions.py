@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from sdzero.pipeline.dry_run.stage import Config
 from sdzero.utils.recipe import Recipe
-from sdzero.utils.yaml_config import load_config, merge
+from sdzero.utils.yaml_config import Config, load_config, merge
 
 ASSUMPTIONS = "dry_run.yaml"
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdzero.pipeline.dry_run.assumptions import ASSUMPTIONS, Architecture, Assumptions, load_architecture
-from sdzero.pipeline.dry_run.budget import num_traces
+from sdzero.pipeline.dry_run.budget import DryStage, num_traces
 from sdzero.pipeline.dry_run.memory import FLOAT32, GIB, Machine, MemoryPeak, machine
 from sdzero.pipeline.dry_run.sampling import engine, rollout_peak
-from sdzero.pipeline.dry_run.stage import DryStage
 from sdzero.pipeline.dry_run.training import resident, training_peaks
 
 
@@ -53,11 +52,8 @@ class MemoryCheck:
 
     def _check_processes(self, stage: DryStage, at: Machine) -> None:
         key = "devices" if stage.kind == "collection" else "trainer.devices"
-        if self.assumptions and at.on_gpu and at.world_size > self.assumptions.num_gpus:
-            self.found.refusals.append(
-                f"{stage.file}: {key} asks for {at.world_size} GPUs; num_gpus of {ASSUMPTIONS} is "
-                f"{self.assumptions.num_gpus}"
-            )
+        if self.assumptions and at.on_gpu and at.world_size > (num_gpus := self.assumptions.num_gpus):
+            self._refuse(stage, f"{key} asks for {at.world_size} GPUs; num_gpus of {ASSUMPTIONS} is {num_gpus}")
         spec = stage.data.get("engine") or {}
         for key, size in {
             "trainer.strategy.data_parallel_size": at.num_shards,
@@ -65,16 +61,12 @@ class MemoryCheck:
             "engine.tensor_parallel_size": spec.get("init_args", {}).get("tensor_parallel_size", 1),
         }.items():
             if at.world_size % size:
-                self.found.refusals.append(
-                    f"{stage.file}: {key} {size} does not divide the number of processes, {at.world_size}"
-                )
+                self._refuse(stage, f"{key} {size} does not divide the number of processes, {at.world_size}")
 
     def _check_positions(self, stage: DryStage, key: str, needed: int, what: str) -> None:
-        if needed > self.model.max_positions:
-            self.found.refusals.append(
-                f"{stage.file}: {key}: {what} needs {needed:,} tokens, and the model has "
-                f"{self.model.max_positions:,} positions: lower it"
-            )
+        if needed > (most := self.model.max_positions):
+            has = f"the model has {most:,} positions: lower it"
+            self._refuse(stage, f"{key}: {what} needs {needed:,} tokens, and {has}")
 
     def _collect(self, stage: DryStage, at: Machine) -> None:
         new = stage.config["sampling"]["max_new_tokens"]
@@ -115,14 +107,14 @@ class MemoryCheck:
         if beside.cache is not None and beside.cache < beside.per_longest:
             key = "engine.gpu_memory_utilization" if at.on_gpu else "engine.kv_cache_gib"
             more = f"raise {key}, or engine.tensor_parallel_size" if at.on_gpu else f"raise {key}"
-            self.found.refusals.append(
-                f"{stage.file}: {key} leaves {max(beside.cache, 0) / GIB:.1f} GiB for keys and values, and the longest "
-                f"sequence of {stage.name} ({beside.longest:,} tokens) needs {beside.per_longest / GIB:.1f}: {more}, "
-                "or lower sampling.max_new_tokens"
+            self._refuse(
+                stage,
+                f"{key} leaves {max(beside.cache, 0) / GIB:.1f} GiB for keys and values, and the longest sequence of "
+                f"{stage.name} ({beside.longest:,} tokens) needs {beside.per_longest / GIB:.1f}: {more}, or lower "
+                "sampling.max_new_tokens",
             )
-        if self.gpu_bytes and at.on_gpu and peak.total > self.gpu_bytes:
-            key = "engine.max_batch_size" if beside.cache is None else "engine.gpu_memory_utilization"
-            self._refuse(stage, peak, f"lower {key}")
+        key = "engine.max_batch_size" if beside.cache is None else "engine.gpu_memory_utilization"
+        self._check_gpu(stage, at, peak, f"lower {key}")
 
     def _train(self, stage: DryStage, at: Machine) -> None:
         arguments, data = stage.config["model"]["init_args"], stage.data
@@ -148,30 +140,29 @@ class MemoryCheck:
         self.found.peaks += peaks
         *passes, update = peaks
         for peak in (max(passes, key=lambda peak: peak.total), update):  # one line for loss head and backward
-            if self.gpu_bytes and at.on_gpu and peak.total > self.gpu_bytes:
-                self._refuse(stage, peak, _advice(peak, arguments, at, max(student, reads), self.gpu_bytes))
+            self._check_gpu(stage, at, peak, _advice(peak, arguments, at, max(student, reads), self.gpu_bytes or 0))
         self._sample(stage, resident(self.model, teacher, at, arguments["student"]), at, longest_rollout)
 
     def _teacher(self, stage: DryStage, arguments: Mapping[str, Any]) -> tuple[Architecture, int]:
-        """Sizes of the teacher, and the bytes of its elements: by default it is the student as it starts, and beside
+        """Return the teacher's sizes and the bytes of its elements. By default it is the student as it starts, beside
         adapters the student's own weights."""
         named = arguments["teacher"]
         if named is None:
             return self.model, 0 if arguments["student"].get("lora") else 4
         sizes = load_architecture(named["path"], None)
         if sizes is None:
-            self.found.notes.append(
-                f"{stage.name}: the teacher at {named['path']} is assumed to have the student's size"
-            )
+            note = f"{stage.name}: the teacher at {named['path']} is assumed to have the student's size"
+            self.found.notes.append(note)
         return sizes or self.model, 2 if named["dtype"] == "bfloat16" else 4
 
-    def _refuse(self, stage: DryStage, peak: MemoryPeak, advice: str) -> None:
-        assert self.gpu_bytes
-        what = {"update": "the optimizer's step", "rollout": "sampling"}.get(peak.name, "training")
-        self.found.refusals.append(
-            f"{stage.file}: {what} of {stage.name} needs {peak.total / GIB:.1f} GiB of a GPU's "
-            f"{self.gpu_bytes / GIB:.1f}: {advice}"
-        )
+    def _check_gpu(self, stage: DryStage, at: Machine, peak: MemoryPeak, advice: str) -> None:
+        if self.gpu_bytes and at.on_gpu and peak.total > self.gpu_bytes:
+            what = {"update": "the optimizer's step", "rollout": "sampling"}.get(peak.name, "training")
+            sizes = f"{peak.total / GIB:.1f} GiB of a GPU's {self.gpu_bytes / GIB:.1f}"
+            self._refuse(stage, f"{what} of {stage.name} needs {sizes}: {advice}")
+
+    def _refuse(self, stage: DryStage, reason: str) -> None:
+        self.found.refusals.append(f"{stage.file}: {reason}")
 
 
 def _advice(peak: MemoryPeak, arguments: Mapping[str, Any], at: Machine, longest: int, gpu_bytes: int) -> str:

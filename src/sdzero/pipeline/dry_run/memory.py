@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdzero.pipeline.dry_run.stage import Config
+from sdzero.utils.yaml_config import Config
 
 GIB = 2**30
 FLOAT32 = 4

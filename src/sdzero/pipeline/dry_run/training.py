@@ -10,7 +10,7 @@ from __future__ import annotations
 from sdzero.losses.matmul import BLOCK_ELEMENTS, CHUNK_SIZE, CUDA_CHUNK_SIZE
 from sdzero.pipeline.dry_run.assumptions import Architecture
 from sdzero.pipeline.dry_run.memory import FLOAT32, OTHER, Machine, MemoryPeak
-from sdzero.pipeline.dry_run.stage import Config
+from sdzero.utils.yaml_config import Config
 
 
 def gathered_bytes(model: Architecture, at: Machine) -> tuple[int, int]:
