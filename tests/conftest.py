@@ -12,8 +12,10 @@ from tempfile import mkdtemp
 import pytest
 
 from sdzero.graders.sandbox.backends import SANDBOXES
+from sdzero.prompts import PromptBuilder
 from support.runs import SMOKE, once, sdzero
 from support.sandboxes import lacks_sandbox
+from support.vllm_server import vllm_server
 
 # set before `datasets` is imported, which reads it then: made-up data sets do not outlive the tests
 DATASETS_CACHE = mkdtemp(prefix="sdzero-datasets-")
@@ -68,6 +70,27 @@ def browser_path() -> str:
     found = find_browser()
     assert found, f"SDZERO_TEST_REQUIRE asks for a browser, and there is none of {', '.join(BROWSERS)}"
     return found
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the random tiny Qwen3 of support.tiny_model: read-only."""
+    from support.tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def builder(path: Path) -> PromptBuilder:
+    """Prompt builder of that model."""
+    return PromptBuilder.from_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def vllm_url(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a vLLM server of that model. Tests that use it belong to the xdist_group "vllm", so that one is enough."""
+    with vllm_server(str(path), tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

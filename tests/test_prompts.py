@@ -1,111 +1,41 @@
 """Golden token sequences of three chat templates, and what must hold for every response.
 
-golden/smollm2.jinja is the chat template of SmolLM2-135M-Instruct (Apache-2.0), and golden/smollm2_tokenizer.json its
-tokenizer cut down to the bytes, the special tokens and the merges that the golden texts need: their ids are the real
-model's. golden/qwen3.jinja behaves like Qwen3's template for single turns. After a wanted change, `python
-tests/test_prompts.py` writes the golden files anew: read their diff.
+After a wanted change, `PYTHONPATH=tests python tests/test_prompts.py` writes the golden files anew: read their diff.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
 
-from sdzero.methods import Context, Demonstration, Feedback, FinalAnswer, Plain, Revision
+from sdzero.methods import Plain, Revision
 from sdzero.methods.batching import collate
 from sdzero.prompts import ControlPhrases, PromptBuilder
-from sdzero.types import Question, Rollout, ScoredRollout, TokenIds, Verdict
-
-GOLDEN = Path(__file__).parent / "golden"
-IM_START, IM_END, ENDOFTEXT = 151644, 151645, 151643  # of Qwen3
-
-
-def smollm2(**kwargs: Any) -> PromptBuilder:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(GOLDEN / "smollm2_tokenizer.json"),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=(GOLDEN / "smollm2.jinja").read_text(),
-    )
-    return PromptBuilder(tokenizer, **kwargs)
-
-
-def qwen3_folder(folder: Path, eos: int | tuple[int, ...] | None = (IM_END, ENDOFTEXT)) -> Path:
-    """A model folder with the special tokens and end-of-turn ids of Qwen3 and the bytes of the tokenizer above."""
-    spec = json.loads((GOLDEN / "smollm2_tokenizer.json").read_text())
-    special = {"<|endoftext|>": ENDOFTEXT, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
-    special |= {"<think>": 151667, "</think>": 151668}
-    spec["model"]["vocab"] |= special
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    spec["added_tokens"] = [
-        {"id": id, "content": content, "special": "think" not in content, **flags} for content, id in special.items()
-    ]
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    (folder / "chat_template.jinja").write_text((GOLDEN / "qwen3.jinja").read_text())
-    if eos is not None:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    return folder
-
-
-def qwen3(**kwargs: Any) -> PromptBuilder:
-    with TemporaryDirectory() as folder:
-        return PromptBuilder.from_pretrained(qwen3_folder(Path(folder)), **kwargs)
-
-
-def word_level(**kwargs: Any) -> PromptBuilder:
-    """One token per word, digit, sign or white space character."""
-    texts = [QUESTION.text, WRONG, RIGHT, SYSTEM, *QUESTION.meta.values(), *ControlPhrases().__dict__.values()]
-    texts += [context.template for context in CONTEXTS if isinstance(context, Demonstration | FinalAnswer | Feedback)]
-    pieces = pre_tokenizers.Split(Regex(r"[A-Za-z]+|[^A-Za-z]"), "isolated")
-    words = {word for text in texts for word, _ in pieces.pre_tokenize_str(text)}
-    words |= {*"answer", *"()", "wrong", "read", "attempt", "was", "Q", "A"}
-    core = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(["<pad>", "<end>", "<unk>", *sorted(words)])}, "<unk>")
-    )
-    core.pre_tokenizer, core.decoder = pieces, decoders.Fuse()
-    template = "{% for m in messages %}{{ 'Q ' if m.role == 'user' }}{{ m.content + '\n' }}{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<end>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        chat_template=template + "{{ 'A ' if add_generation_prompt }}",
-    )
-    return PromptBuilder(tokenizer, **kwargs)
-
-
-QUESTION = Question("q1", "What is 17 + 25?", "42", {"solution": "10 + 20 = 30 and 7 + 5 = 12, so \\boxed{42}."})
-WRONG = "17 + 25 = 32, because 7 + 5 = 12. The answer is \\boxed{32}."
-RIGHT = "7 + 5 = 12, carry the 1: 17 + 25 = 42. The answer is \\boxed{42}."
-SYSTEM = "Reason step by step."
-CONTEXTS: list[Context] = [Plain(), Revision(), Demonstration(), FinalAnswer(), Feedback()]
-BUILDERS = {"smollm2": smollm2, "qwen3": qwen3, "word_level": word_level}
-
-
-def sampled(builder: PromptBuilder, text: str) -> TokenIds:
-    """Ids a model may sample for a text, though no tokenizer would write them: " answer" letter by letter."""
-    encode = lambda part: builder.tokenizer.encode(part, add_special_tokens=False)  # noqa: E731
-    head, tail = text.split(" answer")
-    return tuple([*encode(head), *(i for letter in " answer" for i in encode(letter)), *encode(tail)])
-
-
-def scored(builder: PromptBuilder, ids: TokenIds, reward: int, text: str = "", parsed: str | None = None):
-    rollout = Rollout(builder.prompt(QUESTION), ids, (0.0,) * len(ids), text, "stop", 0)
-    return ScoredRollout(rollout, Verdict(1 if reward else 0, "correct" if reward else "wrong", parsed))
+from sdzero.types import TokenIds
+from support.prompt_builders import (
+    BUILDERS,
+    CONTEXTS,
+    ENDOFTEXT,
+    GOLDEN,
+    IM_END,
+    IM_START,
+    QUESTION,
+    RIGHT,
+    SYSTEM,
+    WRONG,
+    qwen3,
+    qwen3_folder,
+    sampled,
+    scored,
+    smollm2,
+    word_level,
+)
 
 
 def sequences(builder: PromptBuilder) -> dict[str, list[TokenIds]]:
@@ -351,54 +281,6 @@ def test_the_two_srt_terms_share_one_row(y, revised):
     assert torch.equal(revision.input_ids, generation.input_ids)
     assert not (revision.predicts & ~generation.predicts).any()
     assert torch.equal(generation.targets[-len(revision.targets) :], revision.targets)
-
-
-def read(context: Context, item: ScoredRollout, siblings: list[ScoredRollout]) -> str:
-    """The user's message of a teacher context."""
-    text = QWEN3.tokenizer.decode(context(QWEN3, item, siblings).token_ids)
-    assert text.startswith("<|im_start|>user\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
-    return text.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_plain_reads_the_question_and_final_answer_the_gold_answer_too():
-    item = scored(QWEN3, (5,), 0)
-    assert read(Plain(), item, [item]) == QUESTION.text
-    assert read(FinalAnswer(), item, [item]) == f"{QUESTION.text}\n\nThe correct final answer is: 42"
-    assert read(FinalAnswer("{answer}! {question}"), item, [item]) == f"42! {QUESTION.text}"
-
-
-def test_demonstration_reads_the_solution_and_says_where_one_is_missing():
-    item = scored(QWEN3, (5,), 0)
-    assert QUESTION.meta["solution"] in read(Demonstration(), item, [item])
-    proof = replace(item.rollout.prompt, question=replace(QUESTION, meta={"proof": "by {braces}"}))
-    other = replace(item, rollout=replace(item.rollout, prompt=proof))
-    assert read(Demonstration("{demonstration} {question}", "proof"), other, []) == f"by {{braces}} {QUESTION.text}"
-    with pytest.raises(ValueError, match=r"question 'q1' has no meta\['solution'\].* meta_key, or use FinalAnswer"):
-        Demonstration()(QWEN3, other, [])
-
-
-def test_feedback_reads_the_verdict():
-    head = f"{QUESTION.text}\n\nFeedback on an earlier attempt: "
-    wrong, unread = scored(QWEN3, (5,), 0, "x", "32"), scored(QWEN3, (5,), 0, "x")
-    assert read(Feedback(), wrong, [wrong]) == head + "wrong (answer read: 32)."
-    assert read(Feedback(), unread, [unread, wrong]) == head + "wrong."
-    right = scored(QWEN3, (6,), 1, "mine")
-    assert read(Feedback(), right, [wrong, right]) == head + "correct."
-    assert read(Feedback("{feedback}|{question}"), wrong, []) == f"wrong (answer read: 32).|{QUESTION.text}"
-
-
-def test_feedback_reads_the_first_success_of_a_sibling_never_its_own():
-    wrong, first, second = scored(QWEN3, (5,), 0, "bad"), scored(QWEN3, (6,), 1, "one"), scored(QWEN3, (7,), 1, "two")
-    group = [wrong, first, second]
-    assert read(Feedback(), wrong, group).endswith("wrong.\nA correct attempt was:\none")
-    assert read(Feedback(), first, group).endswith("correct.\nA correct attempt was:\ntwo")
-    assert read(Feedback(), second, group).endswith("correct.\nA correct attempt was:\none")
-
-
-def test_a_question_may_hold_braces():
-    odd = replace(scored(QWEN3, (5,), 0).rollout, prompt=QWEN3.prompt(replace(QUESTION, text="sum {x} of {0}")))
-    for context in (Demonstration(), FinalAnswer(), Feedback()):
-        assert read(context, ScoredRollout(odd, Verdict(0, "wrong")), []).startswith("sum {x} of {0}\n")
 
 
 if __name__ == "__main__":

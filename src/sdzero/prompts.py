@@ -14,7 +14,7 @@ A response is never decoded and encoded again: training uses the sampled ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class ControlPhrases:
 
 
 class PromptBuilder:
-    """Builder of all token sequences from a tokenizer with a chat template.
+    """Builder of all token sequences.
 
     Args:
         tokenizer: a `transformers` tokenizer with a chat template.
@@ -72,6 +72,7 @@ class PromptBuilder:
         self.control_phrases = control_phrases
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._bridges = tuple(self._encode(f"\n\n{control_phrases[r]}\n\n") for r in (0, 1))
+        self.max_bridge_len = max(map(len, self._bridges))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> PromptBuilder:
@@ -103,6 +104,10 @@ class PromptBuilder:
     def prompt(self, question: Question) -> Prompt:
         """The question in the chat template."""
         return Prompt(question, self.chat(question.text))
+
+    def max_prompt_len(self, questions: Iterable[Question]) -> int:
+        """Length of the longest prompt; 0 without questions."""
+        return max((len(self.prompt(question).token_ids) for question in questions), default=0)
 
     def body(self, response_ids: Sequence[int]) -> TokenIds:
         """A response's ids without trailing end-of-turn tokens."""

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TokenIds = tuple[int, ...]
-BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
-"""Counters of what training a model cost."""
 Split = Literal["phase1", "phase2", "eval"]
 FinishReason = Literal["stop", "length"]
 Reason = Literal[
@@ -34,7 +32,7 @@ BUDGET = ("num_generations", "num_tokens_sampled", "num_tokens_trained")
 
 
 def benchmark_of(question_id: str) -> str:
-    """The part of a question's id before the first slash; empty without one."""
+    """Return the part of a question's id before the first slash; empty without one."""
     name, slash, _ = question_id.partition("/")
     return name if slash else ""
 

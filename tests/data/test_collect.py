@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sdzero.data.collect import Collect
@@ -36,7 +34,7 @@ P = {
 
 
 class Actor(ScriptedEngine):
-    """Right, wrong, unparseable and endless answers, drawn from the call's seed; it may die in a call.
+    """Right, wrong, unparseable and endless answers, chosen from the call's seed; it may die in a call.
 
     `log` holds (prompt, text) of all answers it gave, in order.
     """
@@ -132,22 +130,9 @@ def plainly(
                 right, revised = judge(f"revision_r{r}", text, question.answer)
                 finished = revised[-1] == builder.end_id
                 if finished and (right or not verified_only) and (branches == "both" or r == 0):
-                    kept.append(
-                        {
-                            "question": {
-                                "id": question.id,
-                                "text": question.text,
-                                "answer": question.answer,
-                                "meta": {},
-                                "family": "",
-                            },
-                            "prompt_ids": list(first_prompts[question.id]),
-                            "init_ids": body,
-                            "bridge_ids": encode(P[r]),
-                            "revised_ids": revised,
-                            "reward": r,
-                        }
-                    )
+                    row = {"question": asdict(question), "prompt_ids": list(first_prompts[question.id])}
+                    row |= {"init_ids": body, "bridge_ids": encode(P[r]), "revised_ids": revised, "reward": r}
+                    kept.append(row)
     assert next(firsts, None) is None and next(seconds, None) is None, "nothing else was sampled"
     return kept, counts
 
@@ -157,7 +142,7 @@ def plainly(
     [
         {},
         {"branches": "incorrect"},
-        {"verified_only": False},
+        {"verified_only": False},  # a truncated revision is no trace even so
         {"num_initial": 3, "num_revisions": 2},
         {"num_revisions": 1, "branches": "incorrect", "verified_only": False},
     ],
@@ -191,73 +176,23 @@ def test_traces_and_statistics_are_the_plain_rules(
     assert statistics["correct_share"] == statistics["candidate_correct_share"] == pytest.approx(share)
 
 
-def test_a_cut_revision_is_never_a_trace(model: ModelConfig, tmp_path: Path) -> None:
-    """Not even unfiltered, and not even where what it holds reads as the right answer."""
-    engine = collect(model, tmp_path, verified_only=False)
-    end = PromptBuilder.from_pretrained(model.path).end_id
-    cut = [text for _, text in engine.log if text[-2:-1] == "A" and len(text) == LIMIT]
-    revised = [row["revised_ids"] for row in rows(tmp_path / "traces.jsonl")]
-    assert cut and all(ids[-1] == end and len(ids) < LIMIT + 1 for ids in revised)
-    assert all(end not in ids[:-1] for ids in revised)
-
-
-# --- which traces are drawn -----------------------------------------------------------------------
-
-
-def draw(monkeypatch: pytest.MonkeyPatch, seed: int, kept: list[tuple[int, int, int, int]], **rules: Any) -> set[Any]:
-    monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
-    return Collect(ModelConfig("x"), Chains(), Actor(), Path("x"), **rules)._choose(kept)
-
-
-@given(
-    num_wrong=st.integers(0, 60),
-    num_right=st.integers(0, 60),
-    num=st.none() | st.integers(1, 80),
-    share=st.none() | st.sampled_from([0.0, 0.07, 0.29, 1 / 3, 0.5, 0.57, 0.9, 1.0]),
-    seed=st.integers(0, 5),
-)
-def test_the_draw_is_as_large_as_the_share_allows(
-    num_wrong: int, num_right: int, num: int | None, share: float | None, seed: int
-) -> None:
-    kept = [(i // 7, i % 7, 0, int(i >= num_wrong)) for i in range(num_wrong + num_right)]
-    with pytest.MonkeyPatch.context() as patch:
-        drawn = draw(patch, seed, kept, num_traces=num, correct_share=share)
-        assert drawn == draw(patch, seed, kept[::-1], num_traces=num, correct_share=share), "the order told"
-    assert drawn <= {*kept}
-    wanted = len(kept) if num is None else min(num, len(kept))
-    if share is None:
-        assert len(drawn) == wanted
-        return
-    right = sum(k[3] for k in drawn)
-    assert abs(right - share * len(drawn)) <= 0.5 + 1e-9
-    if len(drawn) < wanted:  # one more would need a trace that is not there
-        more = len(drawn) + 1
-        assert share * more > num_right - 1e-6 or (1 - share) * more > num_wrong - 1e-6
-
-
-def test_the_draw_is_seeded_and_fair(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [(0, i, 0, i % 2) for i in range(40)]
-    draws = [draw(monkeypatch, seed, kept, num_traces=10) for seed in range(200)]
-    assert draws[0] == draw(monkeypatch, 0, kept, num_traces=10) and len({frozenset(d) for d in draws}) == 200
-    times = Counter(k for drawn in draws for k in drawn)
-    assert len(times) == 40 and all(20 < n < 85 for n in times.values()), "a quarter of 200, each of the forty"
+# --- which traces are chosen -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [None, 0.25])
-def test_drawn_traces_are_candidates_in_their_order(model: ModelConfig, tmp_path: Path, share: float | None) -> None:
+def test_chosen_traces_are_candidates_in_their_order(model: ModelConfig, tmp_path: Path, share: float | None) -> None:
     engine = collect(model, tmp_path, num_traces=8, correct_share=share)
     kept, _ = plainly(model, engine.log)
-    drawn = rows(tmp_path / "traces.jsonl")
+    chosen = rows(tmp_path / "traces.jsonl")
     candidates = iter(kept)
-    assert len(drawn) == 8 < len(kept) and all(row in candidates for row in drawn)
+    assert len(chosen) == 8 < len(kept) and all(row in candidates for row in chosen)
     statistics = read_json(tmp_path / "statistics.json")
     assert statistics["candidate_traces"] == len(kept) and statistics["traces"] == 8
-    assert (
-        statistics["correct_share"] == sum(row["reward"] for row in drawn) / 8 == (share or statistics["correct_share"])
-    )
+    correct = statistics["correct_share"]
+    assert correct == sum(row["reward"] for row in chosen) / 8 == (share or correct)
 
 
-def test_too_few_traces_are_said(model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_few_traces_are_logged(model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     collect(model, tmp_path, num_traces=500)
     kept = len(rows(tmp_path / "traces.jsonl"))
     assert f"num_traces: 500 requested, only {kept} available" in caplog.text
@@ -289,64 +224,29 @@ def test_an_engine_that_dies_in_any_call_costs_that_call(model: ModelConfig, tmp
         assert Counter(Counter(calls).values()) == {1: whole - 1, 2: 1}
 
 
-def test_a_finished_collection_asks_nothing_again(model: ModelConfig, tmp_path: Path) -> None:
+def test_a_finished_collection_samples_nothing_again(model: ModelConfig, tmp_path: Path) -> None:
     collect(model, tmp_path)
     before = bytes_of(tmp_path)
     assert collect(model, tmp_path).num_generate_calls == 0
     assert bytes_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("cut", [1, 2, 40, 400])
-def test_a_half_written_last_line_is_repaired_and_said(
-    model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int
-) -> None:
-    collect(model, tmp_path)
-    before, journal = bytes_of(tmp_path), tmp_path / "journal/00001-revision.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-cut])
-    with caplog.at_level(logging.WARNING):
-        assert collect(model, tmp_path).num_generate_calls == 1
-    assert f"{journal}: dropped an incomplete last line" in caplog.text
-    assert bytes_of(tmp_path) == before
-    caplog.clear()
-    assert collect(model, tmp_path).num_generate_calls == 0 and not caplog.text
+CHANGES = [{"seed": 1}, {"sampling": Sampling(1.0, 1.0, LIMIT)}, {"engine_dtype": "bfloat16"}, {"call_size": 3}]
 
 
-def test_a_damaged_middle_line_is_an_error(model: ModelConfig, tmp_path: Path) -> None:
-    collect(model, tmp_path)
-    journal = tmp_path / "journal/00001-revision.jsonl"
-    first, *others = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(first[:50] + b"\x00" + first[51:] + b"".join(others))
-    with pytest.raises(ValueError, match=r"00001-revision\.jsonl: line 1 is damaged .*: remove the file"):
-        collect(model, tmp_path)
-    journal.write_bytes(first + b"7\n" + b"".join(others))
-    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
-        collect(model, tmp_path)
-    journal.unlink()
-    assert collect(model, tmp_path).num_generate_calls == len(others) + 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"seed": 1}, {"sampling": Sampling(1.0, 1.0, LIMIT)}, {"engine_dtype": "bfloat16"}, {"call_size": 3}],
-    ids=str,
-)
-def test_calls_of_another_identity_are_made_anew(
+@pytest.mark.parametrize("change", [*CHANGES, {"weights": torch.zeros(2)}], ids=lambda change: next(iter(change)))
+def test_calls_of_another_identity_are_made_again(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    before = collect(model, tmp_path).num_generate_calls
+    before = collect(model, tmp_path / "out").num_generate_calls
     options = dict(change)
     monkeypatch.setenv("PL_GLOBAL_SEED", str(options.pop("seed", 0)))
-    assert collect(model, tmp_path, **options).num_generate_calls >= before
-    fresh = tmp_path / "fresh"
-    collect(model, fresh, **options)
-    assert bytes_of(tmp_path) == bytes_of(fresh)
-
-
-def test_calls_of_other_weights_are_made_anew(model: ModelConfig, tmp_path: Path) -> None:
-    before = collect(model, tmp_path / "out").num_generate_calls
     folder = shutil.copytree(model.path, tmp_path / "model")
-    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
-    assert collect(ModelConfig(str(folder)), tmp_path / "out").num_generate_calls == before
+    save_file({"weight": options.pop("weights", torch.ones(2))}, folder / "model.safetensors")
+    other = ModelConfig(str(folder))
+    assert collect(other, tmp_path / "out", **options).num_generate_calls >= before
+    collect(other, tmp_path / "fresh", **options)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -362,7 +262,7 @@ def test_calls_of_other_weights_are_made_anew(model: ModelConfig, tmp_path: Path
     ],
     ids=str,
 )
-def test_settings_without_sense(model: ModelConfig, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_refused(model: ModelConfig, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collect(model, tmp_path, **options)
 
@@ -372,18 +272,10 @@ def test_no_trace_left_is_an_error_with_the_counts(
 ) -> None:
     answers = {q.id: "1+1=2" for q in Chains().questions("phase1", 5)}
     engine = json.dumps({"class_path": "sdzero.engines.ScriptedEngine", "init_args": {"responses": answers}})
-    arguments = [
-        "--student.path",
-        model.path,
-        "--task",
-        "sdzero.tasks.Chains",
-        "--engine",
-        engine,
-        "--num_questions",
-        "5",
-    ]
-    said = refusal(capsys, monkeypatch, "collect", *arguments, "--out", tmp_path, "--sampling.max_new_tokens", "9")
-    assert "no trace was left: of 15 revisions 0 were verified as correct" in said and "statistics.json" in said
+    arguments = ["--student.path", model.path, "--task", "sdzero.tasks.Chains", "--engine", engine]
+    arguments += ["--num_questions", "5"]
+    message = refusal(capsys, monkeypatch, "collect", *arguments, "--out", tmp_path, "--sampling.max_new_tokens", "9")
+    assert "no trace was left: of 15 revisions 0 were verified as correct" in message and "statistics.json" in message
     assert read_json(tmp_path / "statistics.json")["revision_r0"]["rate_unparseable"] == 1
 
 

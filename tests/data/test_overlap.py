@@ -26,14 +26,8 @@ from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
 from sdzero.utils.seeds import derive_seed
 from support.helpers import Notes, Steps, Toy, fit, make_batch, make_scored, make_trainer, same, weights_of
-from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=70)  # more than a probe's
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class Elsewhere(Notes):

@@ -24,11 +24,8 @@ from sdzero.engines.base import EngineError
 from sdzero.prompts import PromptBuilder
 from sdzero.types import EvalBatch, Prompt, Question, Rollout, Sampling, Split
 from support.helpers import Notes, Toy, make_trace
-from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=20)
-
-ALONE = SimpleNamespace(root_device="cpu", reduce=lambda tensor, **_: tensor)  # what no other rank is asked
 
 
 class Policy:
@@ -52,11 +49,6 @@ class Policy:
         return max_new_tokens + 30
 
 
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(write_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 def answer(prompt: Prompt, seed: int) -> str:
     return f"={prompt.question.answer}" if seed % 2 else "=x"
 
@@ -64,24 +56,29 @@ def answer(prompt: Prompt, seed: int) -> str:
 Data = Callable[..., Any]
 
 
+def attach_trainer(
+    data: StepDataModule, policy: Policy, folder: Path, stage: str = "fit", rank: int = 0, world_size: int = 1
+) -> Any:
+    """Attach what data modules need of a trainer, and set up for a stage."""
+    trainer = SimpleNamespace(
+        global_rank=rank,
+        is_global_zero=rank == 0,
+        world_size=world_size,
+        strategy=SimpleNamespace(root_device="cpu", reduce=lambda tensor, **_: tensor),
+        lightning_module=policy,
+        default_root_dir=str(folder),
+    )
+    data.trainer = trainer  # pyright: ignore[reportAttributeAccessIssue]
+    data.setup(stage)
+    return data
+
+
 @pytest.fixture
 def attach(builder: PromptBuilder, tmp_path: Path) -> Data:
-    """A data module with a trainer that has what data modules ask for, set up for a stage."""
+    def attach(data: StepDataModule, *where: Any, logprob: float = 0.0, **options: Any) -> Any:
+        return attach_trainer(data, Policy(builder, logprob), tmp_path, *where, **options)
 
-    def make(data: StepDataModule, stage: str = "fit", rank: int = 0, world_size: int = 1, **policy: Any) -> Any:
-        trainer = SimpleNamespace(
-            global_rank=rank,
-            is_global_zero=rank == 0,
-            world_size=world_size,
-            strategy=ALONE,
-            lightning_module=Policy(builder, **policy),
-            default_root_dir=str(tmp_path),
-        )
-        data.trainer = trainer  # pyright: ignore[reportAttributeAccessIssue]
-        data.setup(stage)
-        return data
-
-    return make
+    return attach
 
 
 def evaluation(num_questions: int, num_samples: int = 2, call_size: int = 4) -> EvaluationDataModule:
@@ -94,33 +91,19 @@ def phase2(num_questions: int = 5, **options: Any) -> RolloutDataModule:
     return RolloutDataModule(Toy(), Notes(answer), num_questions, **{**defaults, **options})
 
 
-def engine_of(data: StepDataModule) -> Notes:
-    assert isinstance(data.engine, Notes)
-    return data.engine
-
-
 # --- evaluation -----------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
 @given(num=st.integers(1, 14), k=st.integers(1, 4), call_size=st.integers(1, 12), world_size=st.integers(1, 4))
-def test_every_rank_makes_as_many_calls_and_each_question_is_asked_once(
+def test_all_ranks_make_as_many_calls_and_each_question_is_sampled_once(
     builder: PromptBuilder, tmp_path_factory: pytest.TempPathFactory, num: int, k: int, call_size: int, world_size: int
 ) -> None:
     asked: list[str] = []
     lengths = set()
     for rank in range(world_size):
         data = evaluation(num, k, call_size)
-        folder = str(tmp_path_factory.mktemp("rank"))
-        data.trainer = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-            global_rank=rank,
-            is_global_zero=rank == 0,
-            world_size=world_size,
-            strategy=ALONE,
-            lightning_module=Policy(builder),
-            default_root_dir=folder,
-        )
-        data.setup("test")
+        attach_trainer(data, Policy(builder), tmp_path_factory.mktemp("rank"), "test", rank, world_size)
         loader = data.test_dataloader()
         batches: list[EvalBatch] = list(loader)
         assert len(batches) == len(loader)
@@ -128,18 +111,18 @@ def test_every_rank_makes_as_many_calls_and_each_question_is_asked_once(
         lengths.add((len(batches), len(data.policy.num_scored)))  # pyright: ignore[reportAttributeAccessIssue]
         groups = [group for batch in batches for group in batch.groups]
         assert all(len(group) == k and len({s.rollout.prompt.question.id for s in group}) == 1 for group in groups)
-        assert all(len(prompts) <= max(call_size, k) for _, prompts in engine_of(data).calls)
+        assert all(len(prompts) <= max(call_size, k) for _, prompts in data.engine.calls)
         asked += [group[0].rollout.prompt.question.id for group in groups]
     assert sorted(asked) == sorted(f"eval-{i}" for i in range(num))
     assert len(lengths) == 1
 
 
-def test_an_evaluation_that_starts_again_asks_nothing_twice(attach: Data) -> None:
+def test_a_restarted_evaluation_samples_nothing_twice(attach: Data) -> None:
     before = list(attach(evaluation(7), "test").test_dataloader())
     data = attach(evaluation(7), "test")
     again = list(data.val_dataloader())
     assert [batch.groups for batch in again] == [batch.groups for batch in before]
-    assert not engine_of(data).calls and len(before) == 4
+    assert not data.engine.calls and len(before) == 4
 
 
 def test_training_without_evaluation_needs_no_task(attach: Data, builder: PromptBuilder, tmp_path: Path) -> None:
@@ -159,9 +142,9 @@ def test_a_step_is_sampled_from_the_policy_of_that_step(attach: Data) -> None:
     versions, asked = [], []
     for version, batch in enumerate(data.train_dataloader()):
         assert batch.policy_version == version == batch.counter
-        versions += [call[0] for call in engine_of(data).calls[len(versions) :]]
+        versions += [call[0] for call in data.engine.calls[len(versions) :]]
         asked.append([s.rollout.prompt.question.id for s in batch.scored])
-        assert float(engine_of(data).weights["weight"]) == version
+        assert float(data.engine.weights["weight"]) == version
         data.policy.policy_version += 1
     assert [len(step) for step in asked] == [4, 4, 2], "the last step of five questions by two is short"
     assert versions == [0, 0, 1, 1, 2] and len({id for step in asked for id in step}) == 5
@@ -172,13 +155,13 @@ def test_a_step_of_a_rank_without_questions_is_empty(attach: Data) -> None:
     """Three ranks share steps of two questions; the third still syncs and compares with the others."""
     data = attach(phase2(num_questions=2), rank=2, world_size=3)
     (batch,) = data.train_dataloader()
-    assert batch.scored == [] and data.policy.num_scored == [0] and engine_of(data).num_syncs == 1
+    assert batch.scored == [] and data.policy.num_scored == [0] and data.engine.num_syncs == 1
 
 
-def test_a_restarted_step_asks_nothing_twice(attach: Data) -> None:
+def test_a_restarted_step_samples_nothing_twice(attach: Data) -> None:
     first = next(iter(attach(phase2()).train_dataloader()))
     data = attach(phase2())
-    assert next(iter(data.train_dataloader())).scored == first.scored and not engine_of(data).calls
+    assert next(iter(data.train_dataloader())).scored == first.scored and not data.engine.calls
 
 
 def test_calls_are_kept_until_two_checkpoints_are_past_them(attach: Data, tmp_path: Path) -> None:
@@ -204,7 +187,7 @@ def test_phases_share_no_question(attach: Data, tmp_path: Path) -> None:
         attach(phase2(num_questions=3, disjoint_from=file))
 
 
-def test_a_stage_says_which_questions_it_uses(attach: Data, tmp_path: Path) -> None:
+def test_a_stage_writes_its_questions(attach: Data, tmp_path: Path) -> None:
     class Held(Toy):
         def questions(self, split: Split, num_questions: int | None) -> list[Question]:
             return [replace(question, family="twins") for question in super().questions(split, num_questions)]
@@ -214,11 +197,11 @@ def test_a_stage_says_which_questions_it_uses(attach: Data, tmp_path: Path) -> N
 
     data = phase2(evaluation=Evaluation("eval", 2, 1, SAMPLING))
     attach(data)
-    said = json.loads((tmp_path / "questions-fit.json").read_text())
-    assert said == {"train": [f"phase2-{i}" for i in range(5)], "eval": ["eval-0", "eval-1"], "left_out": {}}
+    written = json.loads((tmp_path / "questions-fit.json").read_text())
+    assert written == {"train": [f"phase2-{i}" for i in range(5)], "eval": ["eval-0", "eval-1"], "left_out": {}}
     attach(EvaluationDataModule(Held(), Notes(answer), Evaluation("eval", 2, 1, SAMPLING)), "test")
-    said = json.loads((tmp_path / "questions-test.json").read_text())
-    assert said == {"train": [], "eval": ["twins"], "left_out": {"set_aside": {"a rule": 3}}}
+    written = json.loads((tmp_path / "questions-test.json").read_text())
+    assert written == {"train": [], "eval": ["twins"], "left_out": {"set_aside": {"a rule": 3}}}
     (tmp_path / "questions-fit.json").unlink()
     attach(phase2(), rank=1, world_size=2)
     assert not (tmp_path / "questions-fit.json").exists(), "rank 0 writes"
@@ -237,7 +220,7 @@ def test_the_engines_limit_is_derived(attach: Data, builder: PromptBuilder) -> N
 
 
 @pytest.mark.parametrize("over", [0, 1])
-def test_what_the_teacher_reads_must_fit(attach: Data, builder: PromptBuilder, over: int) -> None:
+def test_the_teachers_context_must_fit(attach: Data, builder: PromptBuilder, over: int) -> None:
     prompt = len(builder.prompt(Toy().questions("phase2", 1)[0]).token_ids)
     most = (512 - prompt - 30) // 2 + over
     data = phase2(sampling=Sampling(max_new_tokens=most))
@@ -260,7 +243,7 @@ def test_log_probabilities_are_compared_once_for_every_sync(attach: Data) -> Non
     assert stats["logprob_gap"] == pytest.approx(0.25) and stats["sync_seconds"] == 0  # every step has a point
     data.policy.policy_version = 1
     assert data.sample([first[0].rollout.prompt], SAMPLING, "c", 2)[1]["sync_seconds"] > 0
-    engine_of(data).policy_version = None  # its weights are gone, e.g. after a sleep
+    data.engine.policy_version = None  # its weights are gone, e.g. after a sleep
     assert data.sample([first[0].rollout.prompt], SAMPLING, "d", 2)[1]["sync_seconds"] > 0
     assert data.policy.num_scored == [NUM_CHECKED, 1, 1]
 
@@ -272,7 +255,7 @@ def test_an_engine_with_other_weights_stops_the_run(attach: Data, logprob: float
         next(iter(data.train_dataloader()))
 
 
-def test_ranks_of_one_engine_agree_on_every_call_and_others_on_the_draw(attach: Data) -> None:
+def test_ranks_of_one_engine_agree_on_every_call_and_others_on_all_of_them(attach: Data) -> None:
     asked: list[tuple[int, str]] = []
 
     def reduce(tensor: Tensor, reduce_op: str) -> Tensor:
@@ -286,9 +269,8 @@ def test_ranks_of_one_engine_agree_on_every_call_and_others_on_the_draw(attach: 
         data.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
         data.trainer.default_root_dir += str(size)
         next(iter(data.train_dataloader()))
-        assert asked == [(value, "max") for value in expected], (
-            "how many calls; of each whether it is to be made, and whether the engine died; the same of the whole draw"
-        )
+        # number of calls; for each, whether to make it and whether the engine died; the same for all of them
+        assert asked == [(value, "max") for value in expected]
 
 
 def test_an_engine_is_started_on_first_use_warmed_up_once_and_closed(
@@ -313,9 +295,7 @@ def test_an_engine_is_started_on_first_use_warmed_up_once_and_closed(
         metrics.append(next(steps).stats["warmup_seconds"])
     data.teardown("fit")
     data.teardown("fit")
-    assert events == ["start", "sync", "warm_up", "sync", "sync", "close"], (
-        "its first weights are what it warms up with"
-    )
+    assert events == ["start", "sync", "warm_up", "sync", "sync", "close"], "the warm-up needs weights"
     assert metrics[0] >= 0.002 and metrics[1:] == [0.0, 0.0]
     data.sampler.sync()
     assert events[-3:] == ["start", "sync", "warm_up"], "another engine is cold"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ from sdzero.engines import TransformersEngine
 from sdzero.engines.base import EngineSpec
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Sampling
-from support.tiny_model import write_tiny_model
 
 
 def of_lengths(lengths: Iterable[int]) -> list[Prompt]:
@@ -42,11 +40,6 @@ def test_lengths_that_alternate_are_not_padded_to_each_other() -> None:
     as_given = [range(16)[i : i + 4] for i in range(0, 16, 4)]
     assert num_padded(as_given, lengths) == 8 * 190
     assert num_padded(TransformersEngine(4)._batches(of_lengths(lengths)), lengths) == 0
-
-
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(write_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def test_sorted_batches_answer_in_the_callers_order(builder: PromptBuilder) -> None:

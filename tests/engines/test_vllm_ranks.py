@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.runs import run_script
 from support.tiny_model import write_tiny_model
 
 
@@ -24,24 +22,5 @@ def killed_before() -> Iterator[None]:
 
 @pytest.mark.usefixtures("killed_before")
 def test_two_ranks_sample_each_with_its_own_engine_then_with_one_over_both(tmp_path: Path) -> None:
-    model_path = write_tiny_model(tmp_path / "model", num_key_value_heads=2)
-    script = Path(__file__).parents[1] / "support/ranks/engine_ranks.py"
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(model_path), str(tmp_path / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n\n".join(outputs)
-    lines = [[line for line in output.splitlines() if "checksum" in line] for output in outputs]
-    assert len(lines[0]) == 2 and lines[0] == lines[1]
+    model = write_tiny_model(tmp_path / "model", num_key_value_heads=2)
+    run_script("engine_ranks.py", model, tmp_path)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.methods.batching import collate, micro_batches
-from sdzero.types import Example
+from sdzero.methods import SFT, SRT, Method, SelfDistill
+from sdzero.methods.batching import collate, filler_example, micro_batches
+from sdzero.models.language_model import ModelConfig
+from sdzero.prompts import PromptBuilder
+from sdzero.types import Example, LossOutput, Question, TraceBatch
+from support.helpers import fit, make_batch, make_scored, make_trace
 
 IDS = st.lists(st.integers(0, 99), max_size=9).map(tuple)
 ROWS = st.lists(st.tuples(IDS.filter(bool), IDS), min_size=1, max_size=5)
@@ -77,3 +85,30 @@ def test_no_two_packed_micro_batches_would_fit_into_one(sizes, budget):
     examples = [Example(str(i), (1,) * c, (2,) * t, teacher_context=(3,) * tc) for i, (c, t, tc) in enumerate(sizes)]
     used = sorted(sum(e.length for e in batch) for batch in micro_batches(examples, budget, packed=True))
     assert len(used) < 2 or used[0] + used[1] > budget
+
+
+@pytest.mark.parametrize("kind", [SFT, SRT, SelfDistill])
+def test_filler_rows_weigh_nothing(path: Path, builder: PromptBuilder, tmp_path: Path, kind: type[Method]) -> None:
+    """A rank that has run out of rows computes one, so that all ranks meet: neither loss nor metrics change."""
+    scored = [make_scored(builder, Question("q", "1+1=", "2"), text, reward=r) for r, text in enumerate(("3", "so 2"))]
+    trace = make_trace(builder, "q", "1+1=3", "1+1=2", reward=0)
+    batch = TraceBatch([trace], 0) if issubclass(kind, SFT) else make_batch(scored)
+    found: list[LossOutput] = []
+
+    class Collect(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert isinstance(pl_module, Method)
+            rows = pl_module.examples(batch)
+            counts = pl_module.loss_denominators(rows)
+            # the padding token's embedding is 0: add a real example
+            blank = [filler_example(pl_module.builder.pad_id), replace(rows[0], weight=0.0, reward=None)]
+            found.extend(pl_module.loss(some, counts) for some in (rows, [*rows, *blank], blank))
+
+    fit(kind(ModelConfig(str(path))), [batch], tmp_path, Collect())
+    plain, filled, blank = found
+    assert filled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    assert blank.loss.item() == 0
+    assert filled.metrics.keys() == plain.metrics.keys() == blank.metrics.keys()
+    for name, value in plain.metrics.items():
+        assert filled.metrics[name].item() == pytest.approx(value.item(), rel=1e-5)
+        assert blank.metrics[name].item() == 0

@@ -37,19 +37,8 @@ from support.helpers import (
     same,
     weights_of,
 )
-from support.tiny_model import write_tiny_model
 
 LORA = Lora(rank=4, alpha=8.0)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def builder(path: Path) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(path)
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,8 @@ from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Prompt, Question, Rollout, Sampling
 from support.helpers import Notes, Toy, fit, make_batch, make_scored, plain_logprobs, plain_model, same, weights_of
-from support.tiny_model import write_tiny_model
 
 SAMPLING = Sampling(max_new_tokens=30)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def builder(path: Path) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(path)
 
 
 def answer(prompt: Prompt, seed: int) -> str:

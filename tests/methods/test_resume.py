@@ -25,7 +25,6 @@ from sdzero.tasks.base import TraceSource
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.types import BUDGET, Sampling, Trace
 from support.helpers import Steps, Toy, make_trace, same, weights_of
-from support.tiny_model import write_tiny_model
 
 NUM_STEPS = 6  # two epochs of three
 SYNCS: dict[str, tuple[dict[str, Any], list[int | None]]] = {
@@ -38,11 +37,6 @@ SYNCS: dict[str, tuple[dict[str, Any], list[int | None]]] = {
         [0] * 6,
     ),  # never rises: due after step 6
 }
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class Demonstrations(TraceSource):

@@ -12,16 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdzero.data import Evaluation, RolloutDataModule
 from sdzero.losses import Divergence
 from sdzero.methods import Context, Demonstration, Feedback, FinalAnswer, Plain, Revision, SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
-from sdzero.types import Prompt, Question, Rollout, Sampling, ScoredRollout, Verdict
+from sdzero.types import Prompt, Question, Rollout, ScoredRollout, Verdict
 from support.helpers import (
-    Notes,
     Steps,
-    Toy,
     fit,
     make_batch,
     make_scored,
@@ -35,19 +32,9 @@ from support.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model of the same vocabulary, and of another shape."""
     return write_tiny_model(tmp_path_factory.mktemp("other"), seed=1, num_hidden_layers=1, hidden_size=32)
-
-
-@pytest.fixture(scope="module")
-def builder(path: Path) -> PromptBuilder:
-    return PromptBuilder.from_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -226,61 +213,6 @@ def test_cut_responses_can_be_left_out(path: Path, scored: list[ScoredRollout], 
     assert method.num_tokens_sampled == sum(len(s.rollout.token_ids) for s in scored)
     _, of_kept = run(path, kept, tmp_path)
     assert steps.metrics[0]["train/loss"] == pytest.approx(of_kept.metrics[0]["train/loss"], rel=1e-5)
-
-
-class Modes(L.Callback):
-    """At every step: who is in training mode, and how often each model's first layer ran."""
-
-    def __init__(self) -> None:
-        self.modes: list[tuple[set[bool], set[bool]]] = []
-        self.calls = {"student": 0, "teacher": 0}
-        self.in_step: list[dict[str, int]] = []
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, SelfDistill)
-        for name in self.calls:
-            layer = getattr(pl_module, name).hf.model.layers[0].self_attn.q_proj
-
-            def count(module: torch.nn.Module, inputs: Any, name: str = name) -> None:
-                self.calls[name] += 1
-
-            layer.register_forward_pre_hook(count)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, SelfDistill)
-        students, teachers = pl_module.student.modules(), pl_module.teacher.modules()
-        self.modes.append(({m.training for m in students}, {m.training for m in teachers}))
-        self.calls = {"student": 0, "teacher": 0}
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.in_step.append(dict(self.calls))
-
-
-def answer(prompt: Prompt, seed: int) -> str:
-    return f"the answer is {seed % 3}"
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_modes_survive_validation_and_checkpointing_is_real(path: Path, tmp_path: Path, checkpointing: bool) -> None:
-    """Activations are computed twice only where a backward pass wants them: never the teacher's."""
-    sampling = Sampling(max_new_tokens=30)
-    evaluation = Evaluation(num_questions=2, num_samples=2, sampling=sampling)
-    data = RolloutDataModule(Toy(), Notes(answer), 6, 2, sampling=sampling, evaluation=evaluation, max_logprob_gap=99)
-    method, modes = SelfDistill(ModelConfig(str(path), gradient_checkpointing=checkpointing)), Modes()
-    fit(method, data, tmp_path, modes, val_check_interval=1)
-    assert modes.modes == [({True}, {False})] * 3
-    assert modes.in_step == [{"student": 2 if checkpointing else 1, "teacher": 1}] * 3
-
-
-def test_checkpointing_changes_no_gradient(path: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        method = SelfDistill(ModelConfig(str(path), gradient_checkpointing=checkpointing))
-        gradients.append(fit(method, [make_batch(scored)], tmp_path).gradients[0])
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name])
 
 
 def test_the_teacher_learns_nothing(path: Path, other: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:

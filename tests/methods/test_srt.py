@@ -14,14 +14,8 @@ from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Trace, TraceBatch
 from support.helpers import Steps, fit, make_trace, plain_logprobs, plain_model, same
-from support.tiny_model import write_tiny_model
 
 TERMS = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.3, 1.7)]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,10 @@ from sdzero.models.language_model import LanguageModel, ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Question
 from support.helpers import Steps, fit, make_batch, make_scored, same
-from support.tiny_model import write_tiny_model
 
 TEXTS = ("3", "the answer is 2", "Wait, it is 4")
 TOP_K = Divergence(top_k=5)
 DIVERGENCES = [Divergence(), TOP_K, replace(TOP_K, outside="tail"), replace(TOP_K, support="student")]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class Passes(L.Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,28 +12,10 @@ import torch
 
 from sdzero.tasks import Chains
 from support.ranks.train_stored import ITEMS
-from support.runs import read_json, responses, rows
+from support.runs import ROOT, read_json, responses, rows, run_script
 from support.tiny_model import write_tiny_model
 
-TESTS = Path(__file__).parents[1]
-RANKS = TESTS / "support/ranks"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False, num_key_value_heads=2)
-
-
-def command(script: Path, *arguments: object) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}  # for what tests share
-    line = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def run(script: str, out: Path, *arguments: object) -> dict:
-    command(RANKS / script, *arguments)
-    return torch.load(out)
+pytestmark = pytest.mark.xdist_group("two_ranks")  # each fixture once
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -42,10 +23,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run of train_stored.py, and what its callbacks wrote."""
-    out = tmp_path_factory.mktemp("trained")
-    command(RANKS / "train_stored.py", model_folder, out)
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of method_ranks.py, and what its callbacks wrote."""
+    folder, out = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("trained")
+    write_tiny_model(folder, tie_word_embeddings=False, num_key_value_heads=2)
+    run_script("method_ranks.py", folder, out)
     return out
 
 
@@ -92,7 +74,7 @@ def test_every_response_is_written_once(strategy: str, trained: Path) -> None:
 def recipes(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of recipe_ranks.py: the engines are real ones, and each rank has its own."""
     out = tmp_path_factory.mktemp("recipes")
-    command(RANKS / "recipe_ranks.py", smoke_run, out)
+    run_script("recipe_ranks.py", smoke_run, out)
     return out
 
 
@@ -125,10 +107,9 @@ def test_a_recipe_on_two_ranks_counts_and_writes_once(strategy: str, recipes: Pa
     assert results["eval/response_tokens"] == pytest.approx(num_tokens / 6)
 
 
-def test_metrics_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: Path, tmp_path: Path) -> None:
-    """Ranks that compute together know the same answers, which count once."""
-    command(RANKS / "evaluate_ranks.py", model_folder, tmp_path)
-    one, ddp, tp = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "ddp", "tp"))
+def test_metrics_of_a_benchmark_of_which_a_rank_has_no_question(trained: Path) -> None:
+    """Ranks that compute together have the same answers, which count once."""
+    one, ddp, tp = (torch.load(trained / f"evaluate-{name}.pt") for name in ("one", "ddp", "tp"))
     benchmarks = [{question.split("/")[0] for question in asked} for asked in (*ddp["asked"], *tp["asked"])]
     assert benchmarks == [{"x", "y"}, {"x", "z"}, {"x", "y", "z"}, {"x", "y", "z"}]
     ours = one["metrics"]
@@ -140,9 +121,9 @@ def test_metrics_of_a_benchmark_that_a_rank_was_asked_nothing_of(model_folder: P
     assert ours["eval/x/avg_at_k_se"] > 0.2, "more of the same answers would lower it"
 
 
-def test_fsdp1_shards_and_synchronises_the_teacher(model_folder: Path, tmp_path: Path) -> None:
+def test_fsdp1_shards_and_synchronises_the_teacher(trained: Path) -> None:
     """The models' part under FSDPStrategy: wrapping, clipping, gathering, and an EMA and a copy of the teacher."""
-    one, two = (run("fsdp1_ranks.py", tmp_path / f"{n}.pt", n, model_folder, tmp_path / f"{n}.pt") for n in (1, 2))
+    one, two = (torch.load(trained / f"fsdp1-{num}.pt") for num in (1, 2))
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
     assert one["norms"] == pytest.approx(two["norms"], rel=1e-5)
     for model in ("student", "teacher"):
@@ -164,9 +145,7 @@ def test_three_steps_with_a_vllm_engine_in_each_rank(smoke_run: Path, tmp_path: 
         f"--model.student.path={smoke_run / 'srt/model'}",
         f"--data.disjoint_from={smoke_run / 'collect/questions.json'}",
     ]
-    done = subprocess.run(
-        line, capture_output=True, text=True, timeout=500, check=False, cwd=TESTS.parent, env=dict(os.environ)
-    )
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "model/model.safetensors").is_file()
     for rank in (0, 1):

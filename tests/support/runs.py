@@ -37,6 +37,15 @@ def sdzero(*arguments: str | Path, **variables: str) -> subprocess.CompletedProc
     return subprocess.run(command(*arguments), **options, check=False)
 
 
+def run_script(name: str, *arguments: Path) -> None:
+    """Run a script of tests/support/ranks."""
+    tests = ROOT / "tests"
+    line = [sys.executable, str(tests / "support/ranks" / name), *map(str, arguments)]
+    variables = environment(PYTHONPATH=os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False, env=variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
     """Return the error line of a command that this process runs: a status above 0, and no traceback."""
     capsys.readouterr()

@@ -6,11 +6,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-OPTIONS = (  # what docs/scaling.md says of them
+MAX_MODEL_LEN = 512
+OPTIONS = (  # docs/vllm_server.md explains them
     *("--dtype", "float32", "--logprobs-mode", "raw_logprobs", "--generation-config", "vllm"),
     *("--enable-scale-out", "--skip-tokenizer-init", "--no-enable-chunked-prefill"),
     *("--worker-extension-cls", "sdzero.engines.remote.worker.RepackHeads"),
@@ -25,14 +26,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def vllm_server(model: str, log: Path, max_model_len: int, options: Sequence[str] = OPTIONS) -> Iterator[str]:
+def vllm_server(model: str, log: Path) -> Iterator[str]:
     """Start a server and yield its URL; it and its workers end with the block. `log` receives its output.
 
     The command `vllm` does not start under the CPU build of another name, the module behind it does.
     """
     port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_model_len), *options]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(MAX_MODEL_LEN), *OPTIONS]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(command, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT)

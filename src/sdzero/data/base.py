@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sdzero.data.eval_stream import EvalStream, Evaluation
 from sdzero.data.journal import CallJournal
-from sdzero.data.policy_sampler import Policy, PolicySampler
+from sdzero.data.policy_sampler import Policy, PolicySampler, Sampled
 from sdzero.data.sampler import Sampler
 from sdzero.engines.base import EngineSpec, RolloutEngine
 from sdzero.models.language_model import max_positions
 from sdzero.tasks.base import Task
 from sdzero.trainer.shares import Share, share_of
-from sdzero.types import Prompt, Question, Sampling, ScoredRollout
+from sdzero.types import Prompt, Question, Sampling
 from sdzero.utils.files import write_text
 from sdzero.utils.seeds import derive_seed, run_seed
 
@@ -63,6 +63,8 @@ class StepDataModule(L.LightningDataModule):
             or returned garbage; then the run stops.
     """
 
+    trainer: L.Trainer  # pyright: ignore[reportIncompatibleVariableOverride] - attached before the first hook
+
     def __init__(
         self,
         items_per_step: int,
@@ -97,24 +99,28 @@ class StepDataModule(L.LightningDataModule):
 
     @abstractmethod
     def make_batch(self, counter: int, indices: Sequence[int]) -> Any:
-        """Batch number `counter` for this rank's share."""
+        """Make batch number `counter` for this rank's share."""
+
+    def setup_training(self) -> None:
+        """Load and check the training items."""
+
+    def training_questions(self) -> list[Question]:
+        """Return the questions of the training items."""
+        return []
 
     # --- order and position -------------------------------------------------------------------
 
     @property
     def policy(self) -> Policy:
-        assert self.trainer is not None
         return cast(Policy, self.trainer.lightning_module)
 
     @property
     def rank(self) -> int:
-        assert self.trainer is not None
         return self.trainer.global_rank
 
     @property
     def share(self) -> Share:
         """This rank's share of the items. Ranks that compute a batch together have one share."""
-        assert self.trainer is not None
         return share_of(self.trainer)
 
     @property
@@ -162,17 +168,9 @@ class StepDataModule(L.LightningDataModule):
             self.setup_training()
         self._write_questions(stage)
 
-    def setup_training(self) -> None:
-        """Loads and checks the training items."""
-
-    def training_questions(self) -> list[Question]:
-        """Questions of the training items."""
-        return []
-
     def _write_questions(self, stage: str) -> None:
-        """Writes `questions-STAGE.json`: identities of the questions of each split in use, and counts of rows that the
+        """Write `questions-STAGE.json`: identities of the questions of each split in use, and counts of rows that the
         task left out."""
-        assert self.trainer is not None
         if not self.trainer.is_global_zero:
             return
         used = {"train": self.training_questions(), "eval": self.eval_questions}
@@ -187,8 +185,12 @@ class StepDataModule(L.LightningDataModule):
         return max_positions(self.policy.hf_config)
 
     def check_length(self, questions: Sequence[Question], max_new_tokens: int, num_extra: int, use: str) -> None:
-        """Raises: ValueError if prompt + response + `num_extra` tokens of a teacher's context cannot fit the model."""
-        longest = max(len(self.policy.builder.prompt(q).token_ids) for q in questions)
+        """Check that prompt + response + `num_extra` tokens of a teacher's context fit the model.
+
+        Raises:
+            ValueError: they do not; `use` says what they are for.
+        """
+        longest = self.policy.builder.max_prompt_len(questions)
         total = longest + max_new_tokens + num_extra
         if total > self.max_positions:
             raise ValueError(
@@ -201,15 +203,15 @@ class StepDataModule(L.LightningDataModule):
         """The engine's limit in tokens: a revision of an evaluated response reads y and P_r, and writes y again."""
         if not self.eval_questions:
             return 1
-        longest = max(len(self.policy.builder.prompt(q).token_ids) for q in self.eval_questions)
-        bridge = max(len(self.policy.builder.bridge(r)) for r in (0, 1))
-        return min(longest + 2 * self.evaluation.sampling.max_new_tokens + bridge, self.max_positions)
+        builder, sampling = self.policy.builder, self.evaluation.sampling
+        longest = builder.max_prompt_len(self.eval_questions)
+        return min(longest + 2 * sampling.max_new_tokens + builder.max_bridge_len, self.max_positions)
 
     @property
     def sampler(self) -> PolicySampler:
         """The engine with its journal, started on first use."""
         if self._sampler is None:
-            assert self.trainer is not None and self.engine is not None and self.task is not None
+            assert self.engine is not None and self.task is not None
             journal = CallJournal(Path(self.trainer.default_root_dir) / "journal" / f"rank{self.rank}")
             calls = Sampler(self.engine, self.task, journal, self.evaluation.call_size, run_seed(), self.rank)
             if getattr(self.engine, "tensor_parallel_size", 1) > 1:
@@ -228,34 +230,28 @@ class StepDataModule(L.LightningDataModule):
         return self._sampler
 
     def all_reduce_max(self, value: int) -> int:
-        """Maximum of a number over all ranks. Collective."""
-        assert self.trainer is not None
+        """Return the maximum of a number over all ranks. Collective."""
         strategy = self.trainer.strategy
         tensor = torch.tensor(value, device=strategy.root_device)
         return int(strategy.reduce(tensor, reduce_op="max"))  # pyright: ignore[reportArgumentType] - a name is accepted
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
-    ) -> tuple[list[ScoredRollout], dict[str, float]]:
+    ) -> Sampled:
         """As PolicySampler.sample."""
         return self.sampler.sample(prompts, sampling, group, call_size, keep_partial)
 
     # --- evaluation ---------------------------------------------------------------------------
 
-    def _eval_loader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[Any]:
         limit = self.max_model_len()
-        index, num_shares = self.share.index, self.share.num_shares
-        stream = EvalStream(self.evaluation, self.eval_questions, self.policy, self.sample, limit, index, num_shares)
+        stream = EvalStream(self.evaluation, self.eval_questions, self.policy, self.sample, limit, self.share)
         return stream_loader(len(stream), stream.__iter__)
 
+    predict_dataloader = test_dataloader
+
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._eval_loader() if self.eval_questions else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader()
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader()
+        return self.test_dataloader() if self.eval_questions else []
 
     def teardown(self, stage: str) -> None:
         if self._sampler is not None:

@@ -97,16 +97,17 @@ class Collect:
             raise ValueError(f"correct_share must lie in [0, 1], got {self.correct_share}")
 
     def run(self) -> None:
-        """Raises: ValueError if no trace is left, with the counts that explain it."""
+        """Sample, choose and write.
+
+        Raises:
+            ValueError: no trace is left; gives the counts that explain it.
+        """
         builder = self.student.builder()
         questions = self.task.questions(self.split, self.num_questions)
         spec = EngineSpec(self.student.path, self._max_model_len(builder, questions), self.engine_dtype, True)
         ranks = launch(self.devices, self.num_nodes, getattr(self.engine, "tensor_parallel_size", 1))
         self.out.mkdir(parents=True, exist_ok=True)
-        # a collective start would wait for ranks that are in calls of their own
-        max_restarts = None if ranks.world_size > 1 and self.engine.starts_collectively else self.max_engine_restarts
-        calls = self._calls(ranks)
-        sampler = PolicySampler(calls, spec, builder, max_restarts=max_restarts, all_reduce_max=ranks.all_reduce_max)
+        sampler = self._sampler(spec, builder, ranks)
         chunks = _Chunks(self, sampler, questions, ranks)
         try:
             sampler.start()
@@ -121,54 +122,50 @@ class Collect:
         finally:
             self.engine.close()
         if ranks.is_first:
-            self._finish(questions, _statistics(counts, kept, chosen, calls.journal.num_started), counts, kept)
+            write_text(self.out / "questions.json", json.dumps([q.identity for q in questions]))
+            self._write_statistics(counts, kept, chosen, sampler.sampler.journal.num_started)
 
-    def _calls(self, ranks: Ranks) -> Sampler:
+    def _sampler(self, spec: EngineSpec, builder: PromptBuilder, ranks: Ranks) -> PolicySampler:
         weights = folder_sha256(Path(self.student.path)) if Path(self.student.path).is_dir() else self.student.path
-        weights = f"{weights}/{self.engine_dtype}"  # part of a call's fingerprint
         folder = self.out / "journal"
-        # ranks that are not the leader of their engine make its calls without prompts
-        journal = CallJournal(folder, ranks.rank) if ranks.is_leader else CallJournal(folder / f"rank{ranks.rank}")
-        return Sampler(
+        calls = Sampler(
             self.engine,
             self.task,
-            journal,
+            # ranks that are not the leader of their engine make its calls without prompts
+            CallJournal(folder, ranks.rank) if ranks.is_leader else CallJournal(folder / f"rank{ranks.rank}"),
             self.call_size,
             run_seed(),
-            weights=weights,
+            weights=f"{weights}/{self.engine_dtype}",
             all_reduce_max=ranks.all_reduce_max,
         )
+        # a collective start would wait for ranks that are in calls of their own
+        max_restarts = None if ranks.world_size > 1 and self.engine.starts_collectively else self.max_engine_restarts
+        return PolicySampler(calls, spec, builder, max_restarts=max_restarts, all_reduce_max=ranks.all_reduce_max)
 
-    def _finish(
-        self,
-        questions: Sequence[Question],
-        statistics: dict[str, Any],
-        counts: Counter[str],
-        kept: Sequence[TraceKey],
+    def _write_statistics(
+        self, counts: Counter[str], kept: Sequence[TraceKey], chosen: set[TraceKey], num_engine_calls: int
     ) -> None:
-        statistics = {**statistics, "left_out": self.task.exclusions()}
-        write_text(self.out / "questions.json", json.dumps([q.identity for q in questions]))
-        write_text(self.out / "statistics.json", json.dumps(statistics, indent=2) + "\n")
-        print(json.dumps(statistics, indent=2), flush=True)
-        if not statistics["traces"]:
-            raise ValueError(self._explain_empty(counts, kept))
-        if self.num_traces is not None and statistics["traces"] < self.num_traces:
-            log.warning("num_traces: %d requested, only %d available", self.num_traces, statistics["traces"])
-
-    def _explain_empty(self, counts: Counter[str], kept: Sequence[TraceKey]) -> str:
-        revisions = sum(counts[f"revision_r{r}/generations"] for r in (0, 1))
-        correct = sum(counts[f"revision_r{r}/correct"] for r in (0, 1))
-        by_reward = [sum(k[3] == r for k in kept) for r in (0, 1)]
-        return (
-            f"no trace was left: of {revisions} revisions {correct} were verified as correct, and {len(kept)} could be "
-            f"kept ({by_reward[0]} with r=0, {by_reward[1]} with r=1; branches={self.branches}, "
-            f"verified_only={self.verified_only}, correct_share={self.correct_share}). Raise num_questions or "
-            f"num_revisions, or use a stronger model; all counts are in {self.out / 'statistics.json'}"
-        )
+        statistics = {**_statistics(counts, kept, chosen, num_engine_calls), "left_out": self.task.exclusions()}
+        text = json.dumps(statistics, indent=2)
+        write_text(self.out / "statistics.json", f"{text}\n")
+        print(text, flush=True)
+        if not chosen:
+            revisions, correct = (
+                sum(counts[f"revision_r{r}/{what}"] for r in (0, 1)) for what in ("generations", "correct")
+            )
+            wrong_first, right_first = (sum(k[3] == r for k in kept) for r in (0, 1))
+            raise ValueError(
+                f"no trace was left: of {revisions} revisions {correct} were verified as correct, and {len(kept)} "
+                f"could be kept ({wrong_first} with r=0, {right_first} with r=1; branches={self.branches}, "
+                f"verified_only={self.verified_only}, correct_share={self.correct_share}). Raise num_questions or "
+                f"num_revisions, or use a stronger model; all counts are in {self.out / 'statistics.json'}"
+            )
+        if self.num_traces is not None and len(chosen) < self.num_traces:
+            log.warning("num_traces: %d requested, only %d available", self.num_traces, len(chosen))
 
     def _max_model_len(self, builder: PromptBuilder, questions: Sequence[Question]) -> int:
-        longest = max(len(builder.prompt(q).token_ids) for q in questions)
-        needed = longest + 2 * self.sampling.max_new_tokens + max(len(builder.bridge(r)) for r in (0, 1))
+        longest = builder.max_prompt_len(questions)
+        needed = longest + 2 * self.sampling.max_new_tokens + builder.max_bridge_len
         available = max_positions(self.student.hf_config())
         if needed > available:
             raise ValueError(
@@ -178,13 +175,15 @@ class Collect:
         return needed
 
     def _sample_all(self, chunks: _Chunks) -> tuple[Counter[str], list[TraceKey]]:
-        """Counts of all samples, and the keys of all traces that may be kept. Collective; the same on all ranks."""
+        """Return counts of all samples, and the keys of all traces that may be kept. Collective; the same on all
+        ranks."""
         from tqdm import tqdm
 
         counts: Counter[str] = Counter()
         kept, ranks = [], chunks.ranks
         name = "collect" if ranks.world_size == 1 else f"collect, the first of {ranks.world_size} ranks"
-        for chunk in tqdm(chunks.of_this_engine, desc=name, unit="chunk", disable=not ranks.is_first):
+        own = [chunk for chunk in range(len(chunks)) if ranks.takes(chunk)]
+        for chunk in tqdm(own, desc=name, unit="chunk", disable=not ranks.is_first):
             for i, (first, revisions) in enumerate(chunks.sample(chunk)):
                 reward = first.verdict.reward
                 _count(counts, "initial", first)
@@ -203,8 +202,6 @@ class Collect:
     def _choose(self, kept: list[TraceKey]) -> set[TraceKey]:
         shuffled = sorted(kept)
         random.Random(derive_seed(run_seed(), "draw traces")).shuffle(shuffled)
-        if self.num_traces is None and self.correct_share is None:
-            return set(shuffled)
         num = len(shuffled) if self.num_traces is None else self.num_traces
         if self.correct_share is None:
             return set(shuffled[:num])
@@ -216,7 +213,7 @@ class Collect:
         return {*by_reward[1][:num_correct], *by_reward[0][: num - num_correct]}
 
     def _chosen_traces(self, chunks: _Chunks, chosen: set[TraceKey]) -> Iterator[Trace]:
-        """Yields traces in the order of the questions on the first rank; the others send theirs. Collective."""
+        """Yield traces in the order of the questions on the first rank; the others send theirs. Collective."""
         for chunk in range(len(chunks)):
             pairs = chunks.sample(chunk) if chunks.ranks.takes(chunk) else []
             traces = [
@@ -240,12 +237,8 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-len(self.questions) // self.collect.call_size)
 
-    @property
-    def of_this_engine(self) -> list[int]:
-        return [chunk for chunk in range(len(self)) if self.ranks.takes(chunk)]
-
     def sample(self, chunk: int) -> list[tuple[ScoredRollout, list[ScoredRollout]]]:
-        """First attempts of one chunk with their revisions; finished calls come from the journal.
+        """Return the first attempts of one chunk with their revisions; finished calls come from the journal.
 
         Empty on a rank that is not the leader of its engine, but takes part in its calls.
         """
@@ -277,15 +270,13 @@ def _count(counts: Counter[str], kind: str, scored: ScoredRollout) -> None:
 def _statistics(
     counts: Counter[str], kept: Sequence[TraceKey], chosen: set[TraceKey], num_engine_calls: int
 ) -> dict[str, Any]:
-    """Rates by branch and reason, lengths, fractions of r=1 before and after the choice, and the budget."""
+    """Compute rates by branch and reason, lengths, fractions of r=1 before and after the choice, and the budget."""
     kinds: dict[str, dict[str, float]] = {}
     for kind in ("initial", "revision_r0", "revision_r1"):
-        total = counts[f"{kind}/generations"]
         reasons = {k.split("/")[1]: n for k, n in sorted(counts.items()) if k.startswith(f"{kind}/")}
-        reasons.pop("generations", None)
-        mean_tokens = reasons.pop("tokens", 0) / max(total, 1)
+        total, num_tokens = reasons.pop("generations", 0), reasons.pop("tokens", 0)
         rates = {f"rate_{reason}": n / total for reason, n in reasons.items()}
-        kinds[kind] = {"generations": total, "mean_tokens": mean_tokens, **rates}
+        kinds[kind] = {"generations": total, "mean_tokens": num_tokens / max(total, 1), **rates}
     return {
         **kinds,
         "candidate_traces": len(kept),

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
-from sdzero.data.policy_sampler import Policy
-from sdzero.types import EvalBatch, Prompt, Question, Sampling, ScoredRollout, Split
+from sdzero.data.policy_sampler import Policy, Sampled
+from sdzero.trainer.shares import Share
+from sdzero.types import EvalBatch, Prompt, Question, Sampling, Split
 
 
 def check_positive(**values: int) -> None:
-    """Checks keys of `data:`.
+    """Check keys of `data:`.
 
     Raises:
         ValueError: a value is below 1; names its key.
@@ -63,21 +64,18 @@ class EvalStream:
     """Batches of an evaluation for one share of the data, one generate call each.
 
     Attributes:
-        evaluation: questions and sampling.
         questions: questions of the whole evaluation, dealt out to the shares in turn.
         policy: the policy that answers.
-        sample: (prompts, sampling, group of calls, responses per call) -> scored responses and statistics. Collective.
+        sample: (prompts, sampling, group of calls, responses per call) -> scored responses. Collective.
         max_length: the engine's limit for prompt and response in tokens.
-        share: index of the share, of `num_shares`.
     """
 
     evaluation: Evaluation
     questions: Sequence[Question]
     policy: Policy
-    sample: Callable[[Sequence[Prompt], Sampling, str, int], tuple[list[ScoredRollout], dict[str, float]]]
+    sample: Callable[[Sequence[Prompt], Sampling, str, int], Sampled]
     max_length: int
-    share: int
-    num_shares: int
+    share: Share
 
     @property
     def per_call(self) -> int:
@@ -86,10 +84,10 @@ class EvalStream:
 
     def __len__(self) -> int:
         # the same on every rank, so that none waits for another in a collective
-        return math.ceil(math.ceil(len(self.questions) / self.num_shares) / self.per_call)
+        return math.ceil(math.ceil(len(self.questions) / self.share.num_shares) / self.per_call)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        mine, k = self.questions[self.share :: self.num_shares], self.evaluation.num_samples
+        mine, k = self.questions[self.share.index :: self.share.num_shares], self.evaluation.num_samples
         benchmarks = tuple(dict.fromkeys(question.benchmark for question in self.questions))
         for call in range(len(self)):
             chosen = mine[call * self.per_call : (call + 1) * self.per_call]
@@ -103,7 +101,7 @@ class EvalStream:
             yield batch
 
     def _revise(self, batch: EvalBatch) -> None:
-        """Samples one revision of the first responses to each question, from the prompt of collection. Collective."""
+        """Sample one revision of the first responses to each question, from the prompt of collection. Collective."""
         sampling = self.evaluation.sampling
         firsts = [scored for group in batch.groups for scored in group[: self.evaluation.num_revised]]
         prompts = [self.policy.builder.revision_prompt(first) for first in firsts]

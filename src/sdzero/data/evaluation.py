@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from sdzero.data.base import StepDataModule
 from sdzero.data.eval_stream import Evaluation
@@ -18,25 +19,13 @@ class EvaluationDataModule(StepDataModule):
         task: questions and verifier.
         engine: rollout engine.
         evaluation: questions and sampling.
-        max_logprob_gap: as in StepDataModule.
-        engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
-        max_engine_restarts: as in StepDataModule.
+        kwargs: as in StepDataModule.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        engine: RolloutEngine,
-        evaluation: Evaluation,
-        max_logprob_gap: float = 0.3,
-        engine_dtype: str = "float32",
-        max_engine_restarts: int = 2,
-    ) -> None:
-        super().__init__(1, task, engine, evaluation, max_logprob_gap, engine_dtype, max_engine_restarts)
+    num_items = 0
 
-    @property
-    def num_items(self) -> int:
-        return 0
+    def __init__(self, task: Task, engine: RolloutEngine, evaluation: Evaluation, **kwargs: Any) -> None:
+        super().__init__(1, task, engine, evaluation, **kwargs)
 
     def make_batch(self, counter: int, indices: Sequence[int]) -> TraceBatch:
         raise TypeError("EvaluationDataModule holds no training data: use RolloutDataModule or TraceDataModule")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from sdzero.data.engine_restarts import EngineRestarts
 from sdzero.data.sampler import Sampler
-from sdzero.engines.base import EngineError, EngineSpec
+from sdzero.engines.base import EngineDied, EngineError, EngineSpec
 from sdzero.prompts import PromptBuilder
 from sdzero.trainer.shares import Share
 from sdzero.types import Prompt, Rollout, Sampling, ScoredRollout
 
+log = logging.getLogger(__name__)
+
 NUM_CHECKED = 4
 """Responses scored by the trainer after each sync, to compare log-probabilities."""
+
+Sampled = tuple[list[ScoredRollout], dict[str, float]]
+"""Scored responses, and statistics of sampling them."""
 
 
 class Policy(Protocol):
@@ -57,9 +62,8 @@ class PolicySampler:
         all_reduce_max: Callable[[int], int] = lambda value: value,
     ) -> None:
         self.sampler, self.spec, self.builder, self.policy, self.share = sampler, spec, builder, policy, share
-        self.max_logprob_gap = max_logprob_gap
-        restarts = None if max_restarts is None else EngineRestarts(max_restarts, self.restart, all_reduce_max)
-        self.restarts = restarts
+        self.max_restarts, self.max_logprob_gap, self.all_reduce_max = max_restarts, max_logprob_gap, all_reduce_max
+        self.num_restarts = 0
         self.logprob_gap: float | None = None  # None: not compared since the last sync
         self._is_warm = False
 
@@ -71,40 +75,54 @@ class PolicySampler:
         self.sampler.engine.start(self.spec, self.builder)
         self._is_warm = False
 
-    def restart(self) -> None:
-        """Restarts the engine on every rank: weight sync and some engines' start are collective."""
-        self.sampler.engine.close()
-        self.start()
-
     def sync(self) -> dict[str, float]:
-        """Updates the engine to the policy's version if it holds another; returns the seconds. Collective.
+        """Update the engine to the policy's version if it holds another; return the seconds. Collective.
 
         The engine's warm-up, once after each start, is timed apart, so that generation is not charged for it.
         """
-        engine, seconds = self.sampler.engine, 0.0
+        engine, stats = self.sampler.engine, {"sync_seconds": 0.0, "warmup_seconds": 0.0}
         if self.policy is not None:
             engine.wake()
             if engine.policy_version == self.policy_version:
-                return {"sync_seconds": 0.0, "warmup_seconds": 0.0}
+                return stats
             report = engine.sync(self.policy.policy_weights(), self.policy_version)
-            self.sampler.weights, seconds = report.checksum, report.seconds
+            self.sampler.weights, stats["sync_seconds"] = report.checksum, report.seconds
             self.logprob_gap = None
-        started = time.monotonic()
         if not self._is_warm:
+            started = time.monotonic()
             engine.warm_up()
             self._is_warm = True
-            return {"sync_seconds": seconds, "warmup_seconds": time.monotonic() - started}
-        return {"sync_seconds": seconds, "warmup_seconds": 0.0}
+            stats["warmup_seconds"] = time.monotonic() - started
+        return stats
 
-    def retry(self, sample: Callable[[], tuple[list[Any], dict[str, float]]]) -> tuple[list[Any], dict[str, float]]:
-        """`sample()`, repeated after an engine failure, with the number of restarts among its statistics."""
-        if self.restarts is None:
+    def retry(self, sample: Callable[[], Sampled]) -> Sampled:
+        """`sample()`, again after each engine failure, with the number of restarts among its statistics. Collective.
+
+        Every rank restarts, whichever rank's engine failed: weight sync and some engines' start are collective. A
+        repeated `sample()` takes finished calls from the journal.
+
+        Raises:
+            EngineError: the engine failed once more than `max_restarts` allows.
+        """
+        if self.max_restarts is None:
             return sample()
-        items, stats = self.restarts.retry(sample)
-        return items, {**stats, "engine_restarts": self.restarts.num}
+        while True:
+            sampled, fault = _attempt(sample)
+            if not self.all_reduce_max(int(sampled is None)):
+                assert sampled is not None
+                return sampled[0], {**sampled[1], "engine_restarts": self.num_restarts}
+            fault = fault or "the engine of another rank died"
+            self.num_restarts += 1
+            if self.num_restarts > self.max_restarts:
+                raise EngineError(
+                    f"{fault}. The engine was restarted max_engine_restarts={self.max_restarts} times before"
+                )
+            log.warning("%s: restart %d of at most %d", fault, self.num_restarts, self.max_restarts)
+            self.sampler.engine.close()
+            self.start()
 
     def check(self, scored: Sequence[ScoredRollout]) -> dict[str, float]:
-        """Compares the engine's log-probabilities with the trainer's, once per sync. Collective.
+        """Compare the engine's log-probabilities with the trainer's, once per sync. Collective.
 
         Raises:
             EngineError: they differ by more than `max_logprob_gap`.
@@ -131,13 +149,13 @@ class PolicySampler:
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
-    ) -> tuple[list[ScoredRollout], dict[str, float]]:
+    ) -> Sampled:
         """Scored responses to the prompts of this rank's share, and statistics of sampling. Collective over ranks.
 
         Every member of the share gets all of them. `group` names the calls in the journal.
         """
 
-        def sample() -> tuple[list[ScoredRollout], dict[str, float]]:
+        def sample() -> Sampled:
             stats = self.sync()
             started = time.monotonic()
             self.sampler.call_size = call_size
@@ -148,3 +166,12 @@ class PolicySampler:
         own, stats = self.retry(sample)
         scored = self.share.gather(own)
         return scored, {**stats, **self.check(scored)}
+
+
+def _attempt(sample: Callable[[], Sampled]) -> tuple[Sampled | None, str]:
+    """The result, or the engine's error as text. The error itself is dropped: its traceback holds engine memory."""
+    try:
+        return sample(), ""
+    except EngineDied as error:
+        log.warning("the engine died", exc_info=True)
+        return None, str(error)

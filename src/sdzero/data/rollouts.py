@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sdzero.data.base import StepDataModule
-from sdzero.data.eval_stream import Evaluation, check_positive
-from sdzero.data.policy_sampler import NUM_CHECKED
+from sdzero.data.eval_stream import check_positive
+from sdzero.data.policy_sampler import NUM_CHECKED, Sampled
 from sdzero.data.prefetch import PrefetchedBatch
 from sdzero.data.sampler import score
 from sdzero.engines.base import RolloutEngine
@@ -39,12 +39,9 @@ class RolloutDataModule(StepDataModule):
         call_size: responses per generate call and rank; part of the run's identity. If it is smaller than a rank's
             share of a step, the engine is partly idle at the end of each call.
         disjoint_from: questions.json of `sdzero collect`, whose questions must not occur here; null checks nothing.
-        evaluation: questions and sampling of validation and test.
-        max_logprob_gap: as in StepDataModule.
-        engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
-        max_engine_restarts: as in StepDataModule.
         overlap: generate the rollouts of the next step while a step trains, from the weights before that step. Training
             is then off-policy by one version, except in the first step of an epoch. Needs a remote engine.
+        kwargs: as in StepDataModule.
     """
 
     def __init__(
@@ -58,16 +55,13 @@ class RolloutDataModule(StepDataModule):
         sampling: Sampling = Sampling(),
         call_size: int = 128,
         disjoint_from: Path | None = None,
-        evaluation: Evaluation = Evaluation(),
-        max_logprob_gap: float = 0.3,
-        engine_dtype: str = "float32",
-        max_engine_restarts: int = 2,
         overlap: bool = False,
+        **kwargs: Any,
     ) -> None:
         if overlap and not engine.is_remote:
-            kind = type(engine).__name__
             raise ValueError(
-                f"data.overlap needs a remote engine, such as RemoteVLLMEngine; {kind} uses the trainer's devices"
+                f"data.overlap needs a remote engine, such as RemoteVLLMEngine; {type(engine).__name__} uses the "
+                "trainer's devices"
             )
         check_positive(
             num_questions=num_questions,
@@ -75,7 +69,7 @@ class RolloutDataModule(StepDataModule):
             rollouts_per_prompt=rollouts_per_prompt,
             call_size=call_size,
         )
-        super().__init__(prompts_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype, max_engine_restarts)
+        super().__init__(prompts_per_step, task, engine, **kwargs)
         self.num_questions = num_questions
         self.rollouts_per_prompt = rollouts_per_prompt
         self.split: Split = split
@@ -112,7 +106,7 @@ class RolloutDataModule(StepDataModule):
                 )
 
     def max_model_len(self) -> int:
-        longest = max((len(self.policy.builder.prompt(q).token_ids) for q in self.questions), default=0)
+        longest = self.policy.builder.max_prompt_len(self.questions)
         return max(super().max_model_len(), longest + self.sampling.max_new_tokens)
 
     def make_batch(self, counter: int, indices: Sequence[int]) -> RolloutBatch:
@@ -138,12 +132,11 @@ class RolloutDataModule(StepDataModule):
 
     def _ends_epoch(self, counter: int) -> bool:
         """True if batch `counter` is the last of the epoch or of the training."""
-        assert self.trainer is not None
         is_last = 0 <= self.trainer.max_steps <= self.trainer.global_step + 1
         return is_last or (counter + 1) % self.steps_per_epoch == 0
 
     def _prefetch(self, counter: int) -> None:
-        """Starts batch `counter` with the student's current weights, once the engine has them. Collective."""
+        """Start batch `counter` with the student's current weights, once the engine has them. Collective."""
         prompts = self._prompts(self.indices(counter))
         version, own = self.policy.policy_version, self.share.scatter(prompts)
         probes, stats = self.sampler.retry(lambda: self._probe(counter, own))
@@ -156,8 +149,8 @@ class RolloutDataModule(StepDataModule):
 
         self._prefetched = PrefetchedBatch(counter, version, calls.weights, generate, stats)
 
-    def _probe(self, counter: int, prompts: Sequence[Prompt]) -> tuple[list[ScoredRollout], dict[str, float]]:
-        """Syncs, and samples beginnings of responses to compare log-probabilities: once those of the batch itself are
+    def _probe(self, counter: int, prompts: Sequence[Prompt]) -> Sampled:
+        """Sync, and sample beginnings of responses to compare log-probabilities: once those of the batch itself are
         there, the trainer has other weights."""
         stats = self.sampler.sync()
         sampling = replace(self.sampling, max_new_tokens=min(NUM_PROBED, self.sampling.max_new_tokens))
@@ -194,7 +187,7 @@ class RolloutDataModule(StepDataModule):
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
-    ) -> tuple[list[ScoredRollout], dict[str, float]]:
+    ) -> Sampled:
         if self._prefetched is not None:  # a validation between two steps: one call at a time
             self._prefetched.wait()
         return super().sample(prompts, sampling, group, call_size, keep_partial)

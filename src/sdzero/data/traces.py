@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sdzero.data.base import StepDataModule
-from sdzero.data.eval_stream import Evaluation, check_positive
+from sdzero.data.eval_stream import check_positive
 from sdzero.data.trace_file import read_traces
-from sdzero.engines.base import RolloutEngine
 from sdzero.prompts import PromptBuilder
-from sdzero.tasks.base import Task, TraceSource
+from sdzero.tasks.base import TraceSource
 from sdzero.types import Question, Trace, TraceBatch
 
 
@@ -45,27 +45,12 @@ class TraceDataModule(StepDataModule):
     Args:
         source: source of the traces.
         traces_per_step: number of traces of one optimizer step, over all ranks.
-        task: questions and verifier of the evaluation.
-        engine: rollout engine of the evaluation.
-        evaluation: questions and sampling of validation and test.
-        max_logprob_gap: as in StepDataModule.
-        engine_dtype: dtype of the engine's weights, `float32` or `bfloat16`.
-        max_engine_restarts: as in StepDataModule.
+        kwargs: as in StepDataModule; a task and an engine are needed for evaluation only.
     """
 
-    def __init__(
-        self,
-        source: TraceSource,
-        traces_per_step: int = 4,
-        task: Task | None = None,
-        engine: RolloutEngine | None = None,
-        evaluation: Evaluation = Evaluation(),
-        max_logprob_gap: float = 0.3,
-        engine_dtype: str = "float32",
-        max_engine_restarts: int = 2,
-    ) -> None:
+    def __init__(self, source: TraceSource, traces_per_step: int = 4, **kwargs: Any) -> None:
         check_positive(traces_per_step=traces_per_step)
-        super().__init__(traces_per_step, task, engine, evaluation, max_logprob_gap, engine_dtype, max_engine_restarts)
+        super().__init__(traces_per_step, **kwargs)
         self.source = source
         self.traces: list[Trace] = []
 

@@ -19,6 +19,8 @@ _MODULES = {
     "TransformersEngine": "transformers",
     "VLLMEngine": "vllm",
 }
+ENGINES = {_MODULES[name]: f"{__name__}.{name}" for name in ("VLLMEngine", "TransformersEngine")}
+"""Names of `--engine` -> class paths: the engines that need no arguments."""
 
 
 def __getattr__(name: str) -> Any:

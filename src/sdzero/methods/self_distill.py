@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdzero.losses import Divergence, check_top_k, divergence_head
-from sdzero.losses.soft_targets import HiddenTargets, SoftTargets, TopKTargets, hidden_targets, top_k_targets
+from sdzero.losses.soft_targets import HiddenTargets, SoftTargets, hidden_targets, top_k_targets
 from sdzero.methods.base import Method
 from sdzero.methods.batching import collate
 from sdzero.methods.contexts import Context, Revision
@@ -54,12 +55,10 @@ class SelfDistill(Method):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.context = context
-        self.divergence = divergence
+        self.context, self.divergence = context, divergence
         self.teacher_config: ModelConfig = teacher or self.student_config
         self.shares_base = teacher is None and self.student_config.lora is not None
-        self.mask_truncated = mask_truncated
-        self.teacher_first = teacher_first
+        self.mask_truncated, self.teacher_first = mask_truncated, teacher_first
         self.teacher_generation = 0
         teacher_hf = self.teacher_hf_config = self.teacher_config.hf_config()
         self.max_positions = min(self.max_positions, max_positions(teacher_hf))
@@ -104,7 +103,7 @@ class SelfDistill(Method):
         self.teacher_generation += weight == 1.0
 
     def max_extra_tokens(self, max_new_tokens: int) -> int:
-        """Upper bound of the tokens that the teacher's sequence adds to prompt + y."""
+        """Return an upper bound of the tokens that the teacher's sequence adds to prompt + y."""
         return self.context.max_extra_tokens(self.builder, max_new_tokens)
 
     def examples(self, batch: RolloutBatch) -> list[Example]:
@@ -117,12 +116,11 @@ class SelfDistill(Method):
             rollout, question = scored.rollout, scored.rollout.prompt.question
             if not rollout.token_ids or (self.mask_truncated and rollout.finish_reason != "stop"):
                 continue
-            teacher_context = self.context(self.builder, scored, siblings[question.id]).token_ids
             example = Example(
                 question.id,
                 rollout.prompt.token_ids,
                 rollout.token_ids,
-                teacher_context=teacher_context,
+                teacher_context=self.context(self.builder, scored, siblings[question.id]).token_ids,
                 reward=scored.verdict.reward,
                 logprobs=rollout.logprobs,
             )
@@ -134,7 +132,7 @@ class SelfDistill(Method):
         return examples
 
     def loss_denominators(self, examples: Sequence[Example]) -> list[int]:
-        """Target tokens, responses, and target tokens of the responses with reward 0 and 1."""
+        """Count target tokens, responses, and target tokens of the responses with reward 0 and 1."""
         by_reward = [sum(len(e.target) for e in examples if e.reward == r) for r in (0, 1)]
         return [sum(by_reward), len(examples), *by_reward]
 
@@ -150,7 +148,7 @@ class SelfDistill(Method):
 
     @torch.no_grad()
     def teacher_targets(self, examples: Sequence[Example]) -> SoftTargets:
-        """The teacher's distributions at the N target tokens of a micro batch."""
+        """Compute the teacher's distributions at the N target tokens of a micro batch."""
         contexts, targets = [e.teacher_context for e in examples], [e.target for e in examples]
         batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
 
@@ -176,10 +174,10 @@ class SelfDistill(Method):
             teacher = self.teacher_targets(examples)
             if isinstance(teacher, HiddenTargets) and self._teacher_moves:
                 weight = teacher.weight.clone() if weight is None else weight  # the head stays on the device
-                teacher = HiddenTargets(teacher.hidden, weight)
+                teacher = replace(teacher, weight=weight)
             waiting.append(_to_host(teacher))
         self._move_teacher(torch.device("cpu"))
-        return (_to_device(teacher, self.device) for teacher in waiting)
+        return (_map(teacher, lambda tensor: tensor.to(self.device, non_blocking=True)) for teacher in waiting)
 
     @property
     def _teacher_moves(self) -> bool:
@@ -210,7 +208,7 @@ class SelfDistill(Method):
     def _metrics(
         self, examples: Sequence[Example], per_token: dict[str, Tensor], denominators: Sequence[float]
     ) -> dict[str, Tensor]:
-        """Means over tokens by reward; nan without any, or Lightning would repeat the previous step's value.
+        """Compute means over tokens by reward; nan without any, or Lightning would repeat the previous step's value.
 
         `token_kl_reward` is positive where the teacher finds the token less likely than the student.
         """
@@ -231,7 +229,7 @@ class SelfDistill(Method):
 
 
 def _to_host(teacher: SoftTargets) -> SoftTargets:
-    """Copies all but the head to pinned host memory."""
+    """Copy all but the head to pinned host memory."""
 
     def move(tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
@@ -242,12 +240,7 @@ def _to_host(teacher: SoftTargets) -> SoftTargets:
     return _map(teacher, move)
 
 
-def _to_device(teacher: SoftTargets, device: torch.device) -> SoftTargets:
-    return _map(teacher, lambda tensor: tensor.to(device, non_blocking=True))
-
-
 def _map(teacher: SoftTargets, move: Callable[[Tensor], Tensor]) -> SoftTargets:
-    if isinstance(teacher, HiddenTargets):
-        return HiddenTargets(move(teacher.hidden), teacher.weight)
-    logprobs = None if teacher.target_logprobs is None else move(teacher.target_logprobs)
-    return TopKTargets(move(teacher.ids), move(teacher.logprobs), logprobs)
+    """Apply `move` to all tensors but the head."""
+    tensors = {name: tensor for name, tensor in vars(teacher).items() if name != "weight" and tensor is not None}
+    return replace(teacher, **{name: move(tensor) for name, tensor in tensors.items()})

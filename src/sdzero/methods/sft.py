@@ -28,7 +28,7 @@ class SFT(Method):
         return examples
 
     def loss_denominators(self, examples: Sequence[Example]) -> list[int]:
-        """Target tokens, and traces."""
+        """Count target tokens, and traces."""
         return [sum(len(e.target) for e in examples), len(examples)]
 
     def loss(self, examples: Sequence[Example], denominators: Sequence[float], precomputed: None = None) -> LossOutput:
@@ -36,11 +36,11 @@ class SFT(Method):
         return LossOutput(self.cross_entropy(examples, self.example_weights(examples) / num).loss)
 
     def example_weights(self, examples: Sequence[Example]) -> Tensor:
-        """[N], the weight of the example that each target token belongs to."""
+        """Return [N], the weight of the example that each target token belongs to."""
         return torch.cat([torch.full((len(e.target),), e.weight) for e in examples]).to(self.device)
 
     def cross_entropy(self, examples: Sequence[Example], weights: Tensor) -> LossOutput:
-        """Sum of `weights` [N] times the negative log-probabilities of the target tokens; metrics: logprobs [N]."""
+        """Sum `weights` [N] times the negative log-probabilities of the target tokens; metrics: logprobs [N]."""
         contexts, targets = [e.context for e in examples], [e.target for e in examples]
         batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
 

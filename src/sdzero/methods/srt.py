@@ -37,7 +37,7 @@ class SRT(SFT):
         return super().examples(batch)
 
     def loss_denominators(self, examples: Sequence[Example]) -> list[int]:
-        """N_gen, the traces with that term, N_rev, and the traces with that term."""
+        """Count N_gen, the traces with that term, N_rev, and the traces with that term."""
         revised = [len(e.target) - e.num_init for e in examples]
         return [*super().loss_denominators(examples), sum(revised), sum(n > 0 for n in revised)]
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from sdzero import __version__
-from sdzero.pipeline.stages import ENGINES, OUTPUTS, RUNS, Check, Options, Stage, list_stages, parse
+from sdzero.engines import ENGINES
+from sdzero.pipeline.stages import OUTPUTS, RUNS, Check, Options, Stage, list_stages, parse
 from sdzero.pipeline.summary import print_table, summarize
 from sdzero.utils.disk_full import add_path_to_errors
 from sdzero.utils.files import file_sha256, write_text

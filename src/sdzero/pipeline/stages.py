@@ -11,12 +11,11 @@ from typing import Any
 
 import yaml
 
+from sdzero.engines import ENGINES
 from sdzero.utils.recipe import RECIPE, Recipe, StageEntry, load_layer, load_recipe, place
 from sdzero.utils.yaml_config import Config, flatten, get_value, load_config, merge, nest
 
 RUNS = Path("runs")
-ENGINES = {"vllm": "sdzero.engines.VLLMEngine", "transformers": "sdzero.engines.TransformersEngine"}
-"""Names of `--engine`."""
 STUDENT = "model.init_args.student.path"
 OUTPUTS = {
     "fit": ("model", "questions-fit.json"),

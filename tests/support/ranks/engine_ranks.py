@@ -1,6 +1,6 @@
-"""One of two trainer ranks, as tests/engines/test_vllm_ranks.py starts them: sharded model, its own vLLM engine.
+"""Two trainer ranks with a sharded model, each with its own vLLM engine, then with one engine over both.
 
-python two_ranks.py RANK MODEL_PATH STORE_FILE
+python engine_ranks.py MODEL_FOLDER OUT_FOLDER
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from time import perf_counter
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
@@ -16,14 +17,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from vllm import LLM  # noqa: F401 - once, before the ranks are forked
 
 from sdzero.engines import VLLMEngine
 from sdzero.engines.base import EngineSpec, TokenChunk
 from sdzero.prompts import PromptBuilder
+from sdzero.trainer.collectives import all_gather_objects
 from sdzero.types import Question, Sampling
+from support.ranks.forked import run_ranks
+from support.started_engines import check_logprobs
 
 
-def main(rank: int, model_path: str, store: str) -> None:
+def work(model_path: str, store: Path, rank: int) -> None:
+    for name in ("RANK", "WORLD_SIZE"):  # Lightning's own launcher does not set them either
+        del os.environ[name]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     sharded = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -31,9 +38,7 @@ def main(rank: int, model_path: str, store: str) -> None:
     builder = PromptBuilder.from_pretrained(model_path)
     for tensor_parallel_size in (1, 2):
         engine = VLLMEngine(tensor_parallel_size=tensor_parallel_size, kv_cache_gib=0.05)
-        started = perf_counter()
         engine.start(EngineSpec(model_path, 96), builder)
-        print(f"start {perf_counter() - started:.1f} s", flush=True)
         weights = (
             (name, weight.full_tensor()) for name, weight in sharded.named_parameters() if isinstance(weight, DTensor)
         )
@@ -56,19 +61,14 @@ def main(rank: int, model_path: str, store: str) -> None:
         whole = engine.generate(prompts, Sampling(1.0, 1.0, length), 15 + rank, 1, partials=partials)
         assert rank == 0 or whole == rollouts
         assert all(w.token_ids[:4] == r.token_ids[:4] for w, r in zip(whole, rollouts, strict=True))
-        for rollout in (*rollouts, *whole):
-            row = torch.tensor([rollout.prompt.token_ids + rollout.token_ids])
-            with torch.no_grad():
-                logits = reference(row).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
-            expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-3, rtol=0)
+        check_logprobs(reference, (*rollouts, *whole))
         sharded(input_ids=torch.tensor([prompts[0].token_ids])).logits.mean().backward()
         engine.close()
-        print(f"tensor_parallel_size {tensor_parallel_size}: checksum {report.checksum}", flush=True)
+        assert len({*all_gather_objects(report.checksum)}) == 1
     dist.barrier()  # the trainer's process group outlives its engines
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    assert "RANK" not in os.environ  # Lightning's own launcher does not set it either
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    out = Path(sys.argv[2])
+    run_ranks(2, out / "rank", partial(work, sys.argv[1], out / "store"))

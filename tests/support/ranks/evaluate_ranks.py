@@ -5,7 +5,6 @@ python evaluate_ranks.py MODEL_FOLDER OUT_FOLDER
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from sdzero.tasks import Suite
 from sdzero.trainer.strategies import FullShard
 from sdzero.types import Prompt, Sampling
 from support.helpers import Notes, Toy
-from support.ranks.forked import forked
+from support.ranks.forked import run_ranks
 
 STRATEGIES: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, strategy
     "one": (1, lambda: "auto"),
@@ -58,8 +57,7 @@ def evaluate(ranks: int, strategy: Callable[[], Any], model: str, out: Path, ran
         torch.save({"metrics": dict(trainer.callback_metrics), "asked": asked}, out)
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[2])
+def main(model: str, out: Path) -> None:
     for name, (ranks, strategy) in STRATEGIES.items():
-        codes = forked(ranks, out / f"{name}-rank", partial(evaluate, ranks, strategy, sys.argv[1], out / f"{name}.pt"))
-        assert codes == [0] * ranks, f"{name}: {(out / f'{name}-rank0.log').read_text()[-3000:]}"
+        work = partial(evaluate, ranks, strategy, model, out / f"evaluate-{name}.pt")
+        run_ranks(ranks, out / f"evaluate-{name}-rank", work)

@@ -17,9 +17,9 @@ SECONDS = 120.0
 
 
 def forked(num_ranks: int, logs: Path, work: Callable[[int], None]) -> list[int]:
-    """Runs `work(rank)` in processes of its own, as torchrun would start them; returns their exit codes.
+    """Run `work(rank)` in processes of its own, as torchrun would start them; return their exit codes.
 
-    Each says what it says to `logs`, a name to which its rank is added. Those still there after SECONDS are killed.
+    Their output goes to the files LOGS + rank + .log. Those still running after SECONDS are killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -28,6 +28,13 @@ def forked(num_ranks: int, logs: Path, work: Callable[[int], None]) -> list[int]
         os.fork() or _child(rank, num_ranks, port, Path(f"{logs}{rank}.log"), work) for rank in range(num_ranks)
     ]
     return _wait(children)
+
+
+def run_ranks(num_ranks: int, logs: Path, work: Callable[[int], None]) -> None:
+    """Run `work` as `forked` does; a rank that fails raises with the end of all logs."""
+    codes = forked(num_ranks, logs, work)
+    texts = [log.read_text()[-3000:] for log in sorted(logs.parent.glob(f"{logs.name}*.log"))]
+    assert codes == [0] * num_ranks, f"{logs.name}: exit codes {codes}\n" + "\n".join(texts)
 
 
 def _child(rank: int, num_ranks: int, port: int, log: Path, work: Callable[[int], None]) -> int:

@@ -1,16 +1,13 @@
-"""FSDP1 on gloo ranks, as FSDPStrategy uses it: gradients, clipping, gathered weights, teacher synchronisation.
-
-python fsdp1_ranks.py NUM_RANKS MODEL_FOLDER OUT_FILE
-"""
+"""FSDP1 on gloo ranks, as FSDPStrategy uses it: gradients, clipping, gathered weights, teacher synchronisation."""
 
 from __future__ import annotations
 
-import sys
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.multiprocessing.spawn import spawn
 
 from sdzero.losses import Divergence, divergence_head
 from sdzero.losses.soft_targets import hidden_targets
@@ -18,12 +15,13 @@ from sdzero.methods.batching import collate
 from sdzero.models.language_model import ModelConfig, load
 from sdzero.models.parallelize import shard_fsdp1
 from sdzero.models.weights import full_weights, lerp_weights
+from support.ranks.forked import run_ranks
 
 ROWS = [((5, 6, 7), tuple(range(4, 4 + n))) for n in (3, 9, 17, 30)]
 
 
-def work(rank: int, num_ranks: int, folder: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=num_ranks)
+def work(num_ranks: int, folder: str, out: Path, rank: int) -> None:
+    dist.init_process_group("gloo")
     config, device = ModelConfig(folder), torch.device("cpu")
     student = shard_fsdp1(load(config, 0), config, device, None)
     teacher = shard_fsdp1(load(config, 0).requires_grad_(False), config, device, None).eval()
@@ -58,6 +56,6 @@ def work(rank: int, num_ranks: int, folder: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    ranks = int(sys.argv[1])
-    spawn(work, (ranks, sys.argv[2], sys.argv[3]), nprocs=ranks)
+def main(model: str, out: Path) -> None:
+    for num in (1, 2):
+        run_ranks(num, out / f"fsdp1-{num}-rank", partial(work, num, model, out / f"fsdp1-{num}.pt"))

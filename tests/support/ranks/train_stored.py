@@ -1,12 +1,8 @@
-"""Trains on stored rollouts and traces, on one rank and on several, and saves gradients, metrics and weights.
-
-python train_stored.py MODEL_FOLDER OUT_FOLDER
-"""
+"""Trains on stored rollouts and traces, on one rank and on several, and saves gradients, metrics and weights."""
 
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +23,7 @@ from sdzero.models.weights import full_weights
 from sdzero.trainer.shares import share_of
 from sdzero.trainer.strategies import FullShard
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
-from support.ranks.forked import forked
+from support.ranks.forked import run_ranks
 
 KINDS = ("srt", "self_distill")
 NUM_STEPS, ITEMS = 3, (7, 6, 1)  # odd numbers: the ranks' shares differ, and once one rank has nothing
@@ -152,9 +148,4 @@ def main(model: str, out: Path) -> None:
         for name, (ranks, strategy) in RUNS.items():
             config = ModelConfig(model, cpu_offload=name == "offloaded")
             work = partial(train, kind, ranks, strategy, config, out / f"{kind}-{name}.pt")
-            codes = forked(ranks, out / f"{kind}-{name}-rank", work)
-            assert codes == [0] * ranks, f"{kind}, {name}: {(out / f'{kind}-{name}-rank0.log').read_text()[-3000:]}"
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+            run_ranks(ranks, out / f"{kind}-{name}-rank", work)
