@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,8 +169,15 @@ class Example:
         return max(len(self.context), len(self.teacher_context)) + len(self.target)
 
 
+class _HostBatch:
+    """Batch of plain ids: the method moves tensors to the device after it has collated them."""
+
+    def to(self, *_: Any, **__: Any) -> Self:
+        return self
+
+
 @dataclass
-class RolloutBatch:
+class RolloutBatch(_HostBatch):
     """All rollouts of one optimizer step that are a rank's share. `stats` are statistics of sampling, to be logged;
     `max_lag` is the maximum number of versions the student may be ahead of `policy_version`."""
 
@@ -180,23 +187,17 @@ class RolloutBatch:
     stats: dict[str, float] = field(default_factory=dict)
     max_lag: int = 0
 
-    def to(self, *_: Any, **__: Any) -> RolloutBatch:
-        return self  # plain ids: the method moves tensors once it has collated them
-
 
 @dataclass
-class TraceBatch:
+class TraceBatch(_HostBatch):
     """All traces of one optimizer step that are a rank's share."""
 
     traces: list[Trace]
     counter: int
 
-    def to(self, *_: Any, **__: Any) -> TraceBatch:
-        return self
-
 
 @dataclass
-class EvalBatch:
+class EvalBatch(_HostBatch):
     """One generate call of an evaluation: `groups[i]` are the k = `num_samples` scored responses of one question.
 
     `benchmarks` names all benchmarks of the evaluation, also those without a question in this call. `revised` are pairs
@@ -215,9 +216,6 @@ class EvalBatch:
     @property
     def scored(self) -> list[ScoredRollout]:
         return [scored for group in self.groups for scored in group]
-
-    def to(self, *_: Any, **__: Any) -> EvalBatch:
-        return self
 
 
 @dataclass

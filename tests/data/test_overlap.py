@@ -1,4 +1,4 @@
-"""Rollouts drawn one step ahead: from which weights, when, and what becomes of them when a run stops."""
+"""Rollouts generated one step ahead: their weights, their time, and their use after a restart."""
 
 from __future__ import annotations
 
@@ -22,22 +22,31 @@ from sdzero.engines.base import EngineDied, EngineError, SyncReport
 from sdzero.engines.sync_check import fingerprint
 from sdzero.methods import Method, SelfDistill
 from sdzero.models.language_model import ModelConfig
-from sdzero.prompts import PromptBuilder
-from sdzero.types import Prompt, Question, Rollout, Sampling
+from sdzero.types import Prompt, Rollout, Sampling
 from sdzero.utils.seeds import derive_seed
-from support.helpers import Notes, Steps, Toy, fit, make_batch, make_scored, make_trainer, same, weights_of
+from support.helpers import (
+    Notes,
+    RecordStudent,
+    StaleEngine,
+    Steps,
+    Toy,
+    fit,
+    make_trainer,
+    same,
+    weights_of,
+)
 
 SAMPLING = Sampling(max_new_tokens=70)  # more than a probe's
 
 
-class Elsewhere(Notes):
-    """Answers by the prompt, the seed and the weights it holds. Notes each draw of a whole batch, and its thread."""
+class RemoteNotes(Notes):
+    """Answers by the prompt, the seed and the weights it holds. Records each whole batch and its thread."""
 
     is_remote = True
 
     def __init__(self) -> None:
         super().__init__(self.answer)
-        self.draws: list[tuple[int, dict[str, Tensor], bool]] = []  # version, weights, whether in the main thread
+        self.batches: list[tuple[int, dict[str, Tensor], bool]] = []  # version, weights, whether in the main thread
         self.num_running = 0
         self.closed = False
 
@@ -45,7 +54,7 @@ class Elsewhere(Notes):
         return f"the answer is {derive_seed(prompt.question.id, seed, self.sum) % 4}"
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
-        assert not self.num_running, "weights must not change under a draw"
+        assert not self.num_running, "weights must not change during a call"
         super().sync(weights, policy_version)
         self.sum = sum(fingerprint(tensor) for tensor in self.weights.values())
         return SyncReport(0.0, str(self.sum))
@@ -55,35 +64,18 @@ class Elsewhere(Notes):
         self.num_running += 1
         try:
             if len(prompts) == 4 and sampling == SAMPLING:  # neither a probe nor a validation
-                self.begun(len(self.draws))
+                self.begun(len(self.batches))
                 version: int = rest[1]
-                self.draws.append((version, self.weights, threading.current_thread() is threading.main_thread()))
+                self.batches.append((version, self.weights, threading.current_thread() is threading.main_thread()))
             return super().generate(prompts, sampling, *rest, **more)
         finally:
             self.num_running -= 1
 
     def begun(self, index: int) -> None:
-        """Before draw number `index` is answered."""
+        """Called before batch number `index` is answered."""
 
     def close(self) -> None:
         self.closed = True
-
-
-class Student(L.Callback):
-    """The student's weights and the batch's version when each step begins."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []
-        self.versions: list[tuple[int, int]] = []  # of the batch, of the student
-        self.started = [threading.Event() for _ in range(10)]
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, Method)
-        self.started[len(self.weights)].set()
-        self.weights.append(weights_of(pl_module.student.hf))  # pyright: ignore[reportArgumentType]
-        self.versions.append((batch.policy_version, pl_module.policy_version))
 
 
 class StopAfter(L.Callback):
@@ -96,10 +88,10 @@ class StopAfter(L.Callback):
         trainer.should_stop = trainer.global_step >= self.num_steps
 
 
-def no_draw_runs() -> bool:
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("sdzero-ahead")]
+def no_prefetch_runs() -> bool:
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("sdzero-prefetch")]
     for thread in threads:
-        thread.join(5)  # between a draw's end and its thread's
+        thread.join(5)  # between the end of a call and of its thread
     return not any(thread.is_alive() for thread in threads)
 
 
@@ -115,12 +107,12 @@ def test_an_engine_beside_the_trainer_is_refused(path: Path) -> None:
         make(path, TransformersEngine())
 
 
-def test_a_step_trains_while_the_next_is_drawn(path: Path, tmp_path: Path) -> None:
+def test_a_step_trains_while_the_next_is_generated(path: Path, tmp_path: Path) -> None:
     """Each draw but the first waits until the step before it has begun: without overlap it would wait in vain. All
     steps but an epoch's first train on rollouts of the weights one step before."""
-    student = Student()
+    student = RecordStudent()
 
-    class Waits(Elsewhere):
+    class Waits(RemoteNotes):
         def begun(self, index: int) -> None:
             if index % 3:
                 assert student.started[index - 1].wait(60)
@@ -130,37 +122,26 @@ def test_a_step_trains_while_the_next_is_drawn(path: Path, tmp_path: Path) -> No
     steps = fit(method, data, tmp_path, student, max_epochs=2)
     assert student.versions == [(0, 0), (0, 1), (1, 2), (3, 3), (3, 4), (4, 5)]
     assert steps.curve("rollout/policy_lag") == [0, 1, 1, 0, 1, 1]
-    assert [(version, in_main) for version, _, in_main in engine.draws] == [
+    assert [(version, in_main) for version, _, in_main in engine.batches] == [
         *((0, True), (0, False), (1, False)),
         *((3, True), (3, False), (4, False)),
     ]
-    for (batch, _), (_, drawn_from, _) in zip(student.versions, engine.draws, strict=True):
-        assert same(drawn_from, student.weights[batch])
-    assert engine.closed and no_draw_runs()
+    for (batch, _), (_, sampled_from, _) in zip(student.versions, engine.batches, strict=True):
+        assert same(sampled_from, student.weights[batch])
+    assert engine.closed and no_prefetch_runs()
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 6])
-def test_nothing_is_drawn_after_the_last_step(path: Path, tmp_path: Path, num_steps: int) -> None:
-    engine = Elsewhere()
+def test_nothing_is_generated_after_the_last_step(path: Path, tmp_path: Path, num_steps: int) -> None:
+    engine = RemoteNotes()
     method, data = make(path, engine)
     fit(method, data, tmp_path, max_steps=num_steps, max_epochs=2)
-    assert len(engine.draws) == num_steps
+    assert len(engine.batches) == num_steps
 
 
-def test_only_a_batch_that_says_so_may_lag(path: Path, tmp_path: Path) -> None:
-    builder = PromptBuilder.from_pretrained(path)
-    scored = make_scored(builder, Question("q", "1+1=", "2"), "2", reward=1)
-    batches = [make_batch([scored], version) for version in (-1, -2)]
-    for batch in batches:
-        batch.max_lag = 1
-    fit(SelfDistill(ModelConfig(str(path))), batches[:1], tmp_path)
-    with pytest.raises(RuntimeError, match="off-policy batch: version -2, student 0"):
-        fit(SelfDistill(ModelConfig(str(path))), batches[1:], tmp_path)
-
-
-def run(path: Path, root: Path, *callbacks: L.Callback, resume: bool = False) -> tuple[Method, Steps, Elsewhere]:
+def run(path: Path, root: Path, *callbacks: L.Callback, resume: bool = False) -> tuple[Method, Steps, RemoteNotes]:
     """Two epochs with validations in their middle, a checkpoint after every step."""
-    engine, steps = Elsewhere(), Steps()
+    engine, steps = RemoteNotes(), Steps()
     evaluation = Evaluation(num_questions=1, num_samples=1, sampling=SAMPLING)
     method, data = make(path, engine, evaluation=evaluation)
     checkpoints = ModelCheckpoint(root / "checkpoints", save_last=True, every_n_train_steps=1)
@@ -173,50 +154,50 @@ def run(path: Path, root: Path, *callbacks: L.Callback, resume: bool = False) ->
 @pytest.fixture(scope="module")
 def uninterrupted(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Method, Steps]:
     method, steps, engine = run(path, tmp_path_factory.mktemp("whole"))
-    assert steps.curve("rollout/policy_lag") == [0, 1, 1, 0, 1, 1] and len(engine.draws) == 6
+    assert steps.curve("rollout/policy_lag") == [0, 1, 1, 0, 1, 1] and len(engine.batches) == 6
     return method, steps
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4])
-def test_a_resumed_run_trains_on_what_was_drawn_ahead(
+def test_a_resumed_run_trains_on_prefetched_rollouts(
     path: Path, tmp_path: Path, uninterrupted: tuple[Method, Steps], num_steps: int
 ) -> None:
     """And ends as the one that was not stopped, to the bit. Nothing is drawn a second time."""
     _, _, before = run(path, tmp_path, StopAfter(num_steps))
     method, steps, after = run(path, tmp_path, resume=True)
-    assert len(before.draws) + len(after.draws) == 6
+    assert len(before.batches) + len(after.batches) == 6
     assert steps.curve("rollout/policy_lag") == [0, 1, 1, 0, 1, 1][num_steps:]
     for name in ("rollout/reward", "train/loss", "train/grad_norm"):
         assert steps.curve(name) == uninterrupted[1].curve(name)[num_steps:]
     assert same(weights_of(method), weights_of(uninterrupted[0]))
 
 
-def test_a_validation_waits_for_the_draw(path: Path, tmp_path: Path) -> None:
+def test_a_validation_waits_for_the_prefetch(path: Path, tmp_path: Path) -> None:
     """It brings newer weights to the engine; the draw under way is to end with its own."""
 
-    class Lingers(Elsewhere):
+    class Slow(RemoteNotes):
         def begun(self, index: int) -> None:
             time.sleep(1.5 if index == 1 else 0)
 
-    engine, evaluation = Lingers(), Evaluation(num_questions=1, num_samples=1, sampling=SAMPLING)
+    engine, evaluation = Slow(), Evaluation(num_questions=1, num_samples=1, sampling=SAMPLING)
     method, data = make(path, engine, evaluation=evaluation)
     steps = fit(method, data, tmp_path, val_check_interval=1)
     assert steps.curve("rollout/policy_lag") == [0, 1, 1]
     assert [version for version, prompts in engine.calls if len(prompts) == 1] == [1, 2, 3]
 
 
-def test_without_the_journal_it_is_drawn_anew_and_said(
+def test_without_the_journal_the_batch_is_generated_again(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(path, tmp_path, StopAfter(1))
     shutil.rmtree(tmp_path / "journal")
     with caplog.at_level(logging.WARNING):
         _, steps, engine = run(path, tmp_path, resume=True)
-    assert steps.curve("rollout/policy_lag") == [0, 1, 0, 1, 1] and len(engine.draws) == 5
+    assert steps.curve("rollout/policy_lag") == [0, 1, 0, 1, 1] and len(engine.batches) == 5
     assert "batch 1 is sampled again with the current weights" in caplog.text
 
 
-class Fails(Elsewhere):
+class Fails(RemoteNotes):
     """Raises in the draw of the third batch, once."""
 
     def __init__(self, error: Exception) -> None:
@@ -229,15 +210,17 @@ class Fails(Elsewhere):
             raise error
 
 
-def test_a_fault_of_the_thread_ends_the_run(path: Path, tmp_path: Path) -> None:
-    student, engine = Student(), Fails(EngineError("the server holds other weights"))
+def test_an_error_in_the_thread_ends_the_run(path: Path, tmp_path: Path) -> None:
+    student, engine = RecordStudent(), Fails(EngineError("the server holds other weights"))
     method, data = make(path, engine)
     with pytest.raises(EngineError, match="the server holds other weights"):
         fit(method, data, tmp_path, student)
-    assert len(student.versions) == 2 and no_draw_runs()
+    assert len(student.versions) == 2 and no_prefetch_runs()
 
 
-def test_a_dead_engine_draws_the_batch_anew(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_an_engine_failure_the_batch_is_generated_again(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = Fails(EngineDied("the server is gone"))
     method, data = make(path, engine)
     steps = fit(method, data, tmp_path)
@@ -245,11 +228,11 @@ def test_a_dead_engine_draws_the_batch_anew(path: Path, tmp_path: Path, caplog: 
     assert "batch 2, generated in advance, is lost: the server is gone" in caplog.text
 
 
-def test_a_fault_of_the_trainer_leaves_no_thread(path: Path, tmp_path: Path) -> None:
+def test_an_error_of_the_trainer_leaves_no_thread(path: Path, tmp_path: Path) -> None:
     """The draw under way is taken back by closing the engine, which a server's client does."""
     gate = threading.Event()
 
-    class Slow(Elsewhere):
+    class Slow(RemoteNotes):
         def begun(self, index: int) -> None:
             assert index == 0 or gate.wait(60)
 
@@ -265,27 +248,14 @@ def test_a_fault_of_the_trainer_leaves_no_thread(path: Path, tmp_path: Path) -> 
     method, data = make(path, engine)
     with pytest.raises(ArithmeticError, match="a callback's own"):
         fit(method, data, tmp_path, Breaks())
-    assert engine.closed and no_draw_runs()
-
-
-class StaleElsewhere(TransformersEngine):
-    """Says that it holds the new weights, and samples from those of the first sync."""
-
-    is_remote = True
-
-    def sync(self, weights: Any, policy_version: int) -> SyncReport:
-        if policy_version == 0:
-            return super().sync(weights, 0)
-        for _ in weights:
-            pass
-        self.policy_version = policy_version
-        return SyncReport(0.0, str(policy_version))
+    assert engine.closed and no_prefetch_runs()
 
 
 def test_stale_weights_are_found_before_their_rollouts_are_trained_on(path: Path, tmp_path: Path) -> None:
     """The comparison is made at the sync: when the rollouts are there, the trainer has other weights."""
-    student = Student()
-    method, data = make(path, StaleElsewhere(), max_logprob_gap=0.01)
+    student, engine = RecordStudent(), StaleEngine()
+    engine.is_remote = True  # pyright: ignore[reportAttributeAccessIssue]
+    method, data = make(path, engine, max_logprob_gap=0.01)
     with pytest.raises(EngineError, match=r"policy version 1 the engine's log-probabilities are .* nats off"):
         fit(method, data, tmp_path, student)
     assert student.versions == [(0, 0)]

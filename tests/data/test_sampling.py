@@ -159,8 +159,7 @@ def test_a_step_of_a_rank_without_questions_is_empty(attach: Data) -> None:
 
 
 def test_a_restarted_step_samples_nothing_twice(attach: Data) -> None:
-    first = next(iter(attach(phase2()).train_dataloader()))
-    data = attach(phase2())
+    first, data = next(iter(attach(phase2()).train_dataloader())), attach(phase2())
     assert next(iter(data.train_dataloader())).scored == first.scored and not data.engine.calls
 
 

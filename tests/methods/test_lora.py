@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from sdzero.callbacks import TeacherSync, TokenKLRecorder
@@ -30,7 +29,6 @@ from support.helpers import (
     make_batch,
     make_scored,
     make_trace,
-    make_trainer,
     plain_logprobs,
     plain_model,
     read_by_hand,
@@ -233,22 +231,3 @@ def test_a_layer_that_misses_its_adapter_is_caught(path: Path, tmp_path: Path) -
     """At a learning rate whose step no log-probability shows."""
     with pytest.raises(EngineError, match=r"'model\.layers\.1\.self_attn\.q_proj\.weight' of the engine differs"):
         fit(*rollouts(Forgetful(), 1e-3, path), tmp_path)
-
-
-# --- resume ---------------------------------------------------------------------------------------
-
-
-def test_a_stopped_run_goes_on_to_the_bit(path: Path, tmp_path: Path) -> None:
-    def run(root: Path, checkpoint: Path | None = None) -> tuple[dict[str, Tensor], Any]:
-        method, data = rollouts(TransformersEngine(), 1.0, path)
-        method.optimizer_callable = lambda p: torch.optim.AdamW(p, lr=1e-2)
-        saver = ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = make_trainer(root, saver, enable_checkpointing=True)
-        trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=False)
-        return weights_of(method), trainer.optimizers[0].state_dict()["state"]
-
-    whole, moments = run(tmp_path / "whole")
-    assert len(moments) == 4 * 7
-    for stop in (1, 2):
-        again, theirs = run(tmp_path / f"from{stop}", tmp_path / f"whole/checkpoints/step={stop}.ckpt")
-        assert same(again, whole) and all(same(theirs[key], moments[key]) for key in moments)

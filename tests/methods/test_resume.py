@@ -24,7 +24,7 @@ from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import TraceSource
 from sdzero.trainer.checkpoint_io import AtomicCheckpointIO, newest_checkpoint
 from sdzero.types import BUDGET, Sampling, Trace
-from support.helpers import Steps, Toy, make_trace, same, weights_of
+from support.helpers import Steps, Toy, make_trace, make_trainer, same, weights_of
 
 NUM_STEPS = 6  # two epochs of three
 SYNCS: dict[str, tuple[dict[str, Any], list[int | None]]] = {
@@ -88,17 +88,8 @@ class Run:
         callbacks: list[L.Callback] = [TeacherSync(**sync)] if sync else []
         keep = keep or (ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1),)
         steps = Steps()
-        trainer = L.Trainer(
-            default_root_dir=root,
-            accelerator="cpu",
-            max_steps=NUM_STEPS,
-            callbacks=[*callbacks, *keep, steps],
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            num_sanity_val_steps=0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        options = {"max_steps": NUM_STEPS, "max_epochs": None, "plugins": [AtomicCheckpointIO()]}
+        trainer = make_trainer(root, *callbacks, *keep, steps, enable_checkpointing=True, **options)
         trainer.fit(self.method, datamodule=data, ckpt_path=checkpoint, weights_only=False)
         self.lrs = [m["train/lr"] for m in steps.metrics if "train/lr" in m]
         self.generations = [m.get("teacher/generation") for m in steps.metrics]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sdzero.data.base import stream_loader
-from sdzero.engines import ScriptedEngine
+from sdzero.engines import ScriptedEngine, TransformersEngine
 from sdzero.engines.base import SyncReport
 from sdzero.methods import Method
 from sdzero.prompts import PromptBuilder
@@ -87,6 +89,34 @@ class Steps(L.Callback):
         return [metrics[name] for metrics in self.metrics]
 
 
+class RecordStudent(L.Callback):
+    """Records, when each step begins, the student's weights and the versions of the batch and of the student."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.versions: list[tuple[int, int]] = []
+        self.started = [threading.Event() for _ in range(10)]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Method)
+        self.started[len(self.weights)].set()
+        self.weights.append(weights_of(pl_module.student.hf))  # pyright: ignore[reportArgumentType]
+        self.versions.append((batch.policy_version, pl_module.policy_version))
+
+
+class StaleEngine(TransformersEngine):
+    """Claims to hold new weights, and samples from those of the first sync."""
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
+        if policy_version == 0:
+            return super().sync(weights, 0)
+        deque(weights, 0)
+        self.policy_version = policy_version
+        return SyncReport(0.0, str(policy_version))
+
+
 class Curves(DummyLogger):
     """Return the logged metrics by step."""
 
@@ -100,10 +130,10 @@ class Curves(DummyLogger):
 
 def make_trainer(root: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False, "log_every_n_steps": 1, "logger": False}
+    defaults |= {"devices": 1, "use_distributed_sampler": False}
     return L.Trainer(
         default_root_dir=root,
         accelerator="cpu",
-        devices=1,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,

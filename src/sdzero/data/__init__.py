@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdzero.data.base import EvaluationDataModule
     from sdzero.data.eval_stream import Evaluation
-    from sdzero.data.evaluation import EvaluationDataModule
     from sdzero.data.rollouts import RolloutDataModule
     from sdzero.data.traces import TraceDataModule, TraceFile
 
@@ -18,7 +18,7 @@ __all__ = ["Evaluation", "EvaluationDataModule", "RolloutDataModule", "TraceData
 
 _MODULES = {
     "Evaluation": "eval_stream",
-    "EvaluationDataModule": "evaluation",
+    "EvaluationDataModule": "base",
     "RolloutDataModule": "rollouts",
     "TraceDataModule": "traces",
     "TraceFile": "traces",

@@ -1,4 +1,4 @@
-"""Base of the data modules: order of items, rollout engine, and evaluation."""
+"""Base of the data modules: order of items, rollout engine, and evaluation; the data module of an evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdzero.engines.base import EngineSpec, RolloutEngine
 from sdzero.models.language_model import max_positions
 from sdzero.tasks.base import Task
 from sdzero.trainer.shares import Share, share_of
-from sdzero.types import Prompt, Question, Sampling
+from sdzero.types import Prompt, Question, Sampling, TraceBatch
 from sdzero.utils.files import write_text
 from sdzero.utils.seeds import derive_seed, run_seed
 
@@ -257,3 +257,22 @@ class StepDataModule(L.LightningDataModule):
         if self._sampler is not None:
             self._sampler.sampler.engine.close()
             self._sampler = None
+
+
+class EvaluationDataModule(StepDataModule):
+    """Responses to held-out questions, without training data: for `sdzero validate`, `test` and `predict`.
+
+    Args:
+        task: questions and verifier.
+        engine: rollout engine.
+        evaluation: questions and sampling.
+        kwargs: as in StepDataModule.
+    """
+
+    num_items = 0
+
+    def __init__(self, task: Task, engine: RolloutEngine, evaluation: Evaluation, **kwargs: Any) -> None:
+        super().__init__(1, task, engine, evaluation, **kwargs)
+
+    def make_batch(self, counter: int, indices: Sequence[int]) -> TraceBatch:
+        raise TypeError("EvaluationDataModule holds no training data: use RolloutDataModule or TraceDataModule")

@@ -29,8 +29,9 @@ from sdzero.engines.base import (
     preserve_rng,
 )
 from sdzero.engines.sync_check import SyncCheck, WeightLayout
-from sdzero.engines.vllm_requests import Request, gather_requests, longest_first, run_requests, sampling_params
+from sdzero.engines.vllm_requests import Request, gather_requests, run_requests, sampling_params
 from sdzero.prompts import PromptBuilder
+from sdzero.trainer.collectives import world_size
 from sdzero.types import Prompt, Rollout, Sampling
 from sdzero.utils.process import watchdog
 
@@ -135,7 +136,7 @@ class VLLMEngine(RolloutEngine):
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "tensor_parallel_size": self.tensor_parallel_size,
             # in a process group of several ranks vLLM must join it instead of spawning workers
-            "distributed_executor_backend": "external_launcher" if vllm_patches.world_size() > 1 else None,
+            "distributed_executor_backend": "external_launcher" if world_size() > 1 else None,
             "enforce_eager": self._runs_eagerly,
             "enable_prefix_caching": self.enable_prefix_caching,
             "logprobs_mode": "raw_logprobs",
@@ -219,7 +220,10 @@ class VLLMEngine(RolloutEngine):
         """Yield the engine's steps for `requests`. After an interruption the engine refuses to generate."""
         with preserve_rng(seed), self._guarded():
             self._reset_prefix_cache()  # a call must not depend on earlier calls
-            order = longest_first(requests) if self.longest_first and len(requests) > self.max_num_seqs else None
+            order = list(range(len(requests)))
+            if self.longest_first and len(requests) > self.max_num_seqs:
+                # stable: revisions of one response stay adjacent. 512 and 768 revisions took 3 and 10% fewer steps
+                order.sort(key=lambda index: -len(requests[index].token_ids))
             try:
                 yield run_requests(self._llm.llm_engine, requests, params, self.deadline_seconds, order)
             except BaseException:  # requests may remain in vLLM's scheduler

@@ -11,6 +11,8 @@ from uuid import uuid4
 import torch
 from torch import distributed as dist
 
+from sdzero.trainer.collectives import world_size
+
 
 def keep_process_group() -> None:
     """Keep vLLM's shutdown from destroying torch's default process group, which is the trainer's."""
@@ -86,10 +88,6 @@ def repack_heads(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():
             module.quant_method.process_weights_after_loading(module)
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def environment_variables(tensor_parallel_size: int) -> dict[str, str]:

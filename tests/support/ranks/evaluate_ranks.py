@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 
 from sdzero.data import Evaluation, EvaluationDataModule
@@ -19,7 +18,7 @@ from sdzero.models.language_model import ModelConfig
 from sdzero.tasks import Suite
 from sdzero.trainer.strategies import FullShard
 from sdzero.types import Prompt, Sampling
-from support.helpers import Notes, Toy
+from support.helpers import Notes, Toy, make_trainer
 from support.ranks.forked import run_ranks
 
 STRATEGIES: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, strategy
@@ -37,16 +36,7 @@ def say(prompt: Prompt, seed: int) -> str:
 def evaluate(ranks: int, strategy: Callable[[], Any], model: str, out: Path, rank: int) -> None:
     suite = Suite({name: Toy() for name in NUM_QUESTIONS}, NUM_QUESTIONS)
     settings = Evaluation(num_questions=None, num_samples=2, sampling=Sampling(max_new_tokens=9), call_size=2)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy(),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=out.with_suffix(""),
-        use_distributed_sampler=False,
-    )
+    trainer = make_trainer(out.with_suffix(""), devices=ranks, strategy=strategy())
     method = Policy(ModelConfig(model))
     trainer.test(method, EvaluationDataModule(suite, Notes(say), settings, max_logprob_gap=99), verbose=False)
     asked = [{*method.eval_rewards}]

@@ -29,6 +29,7 @@ from sdzero.models.parallelize import shard_fsdp1
 from sdzero.models.weights import full_weights
 from sdzero.trainer.strategies import FullShard
 from sdzero.types import RolloutBatch
+from support.helpers import make_trainer
 from support.ranks.forked import run_ranks
 from support.ranks.train_stored import ITEMS, items
 
@@ -80,19 +81,10 @@ def train(name: str, model: str, root: Path, start: Path | None, rank: int) -> N
         max_tokens_per_micro_batch=160,
     )
     gradients = Gradients()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy(),
-        precision="bf16-mixed" if dtype == "bfloat16" else "32-true",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=root,
-        callbacks=[gradients, ModelCheckpoint(root, "{step}", every_n_train_steps=1, save_top_k=-1)],
-        use_distributed_sampler=False,
-    )
+    saver = ModelCheckpoint(root, "{step}", every_n_train_steps=1, save_top_k=-1)
+    precision = "bf16-mixed" if dtype == "bfloat16" else "32-true"
+    options = {"devices": ranks, "strategy": strategy(), "precision": precision, "enable_checkpointing": True}
+    trainer = make_trainer(root, gradients, saver, **options)
     trainer.fit(method, datamodule=Stored(), ckpt_path=start)
     weights = {name: tensor.clone() for name, tensor in full_weights(method.student)}
     if trainer.is_global_zero:

@@ -23,6 +23,7 @@ from sdzero.models.weights import full_weights
 from sdzero.trainer.shares import share_of
 from sdzero.trainer.strategies import FullShard
 from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout, Trace, TraceBatch, Verdict
+from support.helpers import make_trainer
 from support.ranks.forked import run_ranks
 
 KINDS = ("srt", "self_distill")
@@ -105,12 +106,8 @@ class Record(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         weights = {name: tensor.clone() for name, tensor in full_weights(pl_module.student)}
         if trainer.is_global_zero:
-            metrics = {
-                "gradients": self.gradients,
-                "losses": self.losses,
-                "gathers": self.gathers,
-                "num_reduced": self.num_reduced,
-            }
+            metrics = {"gradients": self.gradients, "losses": self.losses, "gathers": self.gathers}
+            metrics["num_reduced"] = self.num_reduced
             if isinstance(ddp := trainer.strategy.model, DistributedDataParallel):
                 sent = (*ddp.modules_buffers, *ddp._module_parameters)
                 metrics["num_sent"] = len({id(tensor) for tensor in sent})
@@ -127,19 +124,8 @@ def train(kind: str, ranks: int, strategy: Callable[[], Any], model: ModelConfig
     }
     method = (SRT if kind == "srt" else SelfDistill)(model, **options)
     writers = [SampleWriter(every_n_steps=1), TokenKLRecorder(every_n_steps=1)]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy(),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out.with_suffix(""),
-        callbacks=[KeywordTracker(), LengthTracker(), CopyTracker(), *writers, Record(out)],
-        use_distributed_sampler=False,
-    )
+    callbacks = [KeywordTracker(), LengthTracker(), CopyTracker(), *writers, Record(out)]
+    trainer = make_trainer(out.with_suffix(""), *callbacks, devices=ranks, strategy=strategy())
     trainer.fit(method, datamodule=Stored(kind))
 
 

@@ -30,6 +30,7 @@ from sdzero.engines.remote.server import GENERATE, check_server, wait_until_up
 from sdzero.engines.remote.weight_transfer import EMPTY, Digests, FolderTransport, NCCLTransport
 from sdzero.engines.sync_check import SyncCheck, WeightLayout
 from sdzero.prompts import PromptBuilder
+from sdzero.trainer.collectives import rank, world_size
 from sdzero.types import Prompt, Rollout, Sampling
 from sdzero.utils.process import watchdog
 from sdzero.utils.seeds import derive_seed
@@ -87,7 +88,7 @@ class RemoteVLLMEngine(RolloutEngine):
         """
         self._spec, self._builder, self._dtype = spec, builder, getattr(torch, spec.dtype)
         self._layout = WeightLayout.of_pretrained(spec.model_path)
-        self._url = self.urls[_rank() % len(self.urls)]
+        self._url = self.urls[rank() % len(self.urls)]
         self._http = Client()
         self._sent, self._held = "", dict[str, Any]()  # checksum of the last weights; digests by server
         self._label = ""
@@ -115,7 +116,7 @@ class RemoteVLLMEngine(RolloutEngine):
 
         with preserve_rng():
             path = self._spec.model_path
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype) if _rank() == 0 else None
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype) if rank() == 0 else None
         self.sync(model.named_parameters() if model is not None else (), 0)
 
     # --- weights --------------------------------------------------------------------------------
@@ -123,17 +124,17 @@ class RemoteVLLMEngine(RolloutEngine):
     def sync(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> SyncReport:
         started = perf_counter()
         self.policy_version = None  # after an interrupted sync the engine refuses to generate
-        if _world_size() > 1:
+        if world_size() > 1:
             dist.barrier()  # no rank may still sample from the old weights
         weights = iter(weights)
         outcome: list[Any] = ["", "", "", False]  # checksum, label, error, whether a server died
-        if _rank() == 0:
+        if rank() == 0:
             try:
                 outcome[:2] = self._transfer(weights, policy_version)
             except _FAULTS as error:
                 outcome[2:] = f"{type(error).__name__}: {error}", isinstance(error, EngineDied)
         deque(weights, 0)  # gathering them is collective
-        if _world_size() > 1:
+        if world_size() > 1:
             dist.broadcast_object_list(outcome)
         checksum, self._label, fault, died = outcome
         if fault:
@@ -267,11 +268,3 @@ class RemoteVLLMEngine(RolloutEngine):
         if self._http is not None:
             self._http.close()
             self._http = None
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
