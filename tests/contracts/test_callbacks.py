@@ -70,7 +70,7 @@ def run(path: Path, root: Path, name: str, method: str, ckpt: Path | None = None
     shared: dict[str, Any] = {"evaluation": evaluation, "max_logprob_gap": 99.0}
     engine, config = Notes(say), ModelConfig(str(path))
     if method == "srt":
-        data: Any = TraceDataModule(Demonstrations(), 1, Toy(), engine, **shared)
+        data: Any = TraceDataModule(Demonstrations(), 1, task=Toy(), engine=engine, **shared)
         module: Any = SRT(config)
     else:
         data = RolloutDataModule(Toy(), engine, 2 * NUM_STEPS, 2, sampling=sampling, **shared)

@@ -102,13 +102,13 @@ def test_all_ranks_make_as_many_calls_and_each_question_is_sampled_once(
     asked: list[str] = []
     lengths = set()
     for rank in range(world_size):
-        data = evaluation(num, k, call_size)
+        data: Any = evaluation(num, k, call_size)
         attach_trainer(data, Policy(builder), tmp_path_factory.mktemp("rank"), "test", rank, world_size)
         loader = data.test_dataloader()
         batches: list[EvalBatch] = list(loader)
         assert len(batches) == len(loader)
         # every batch syncs and compares log-probabilities, which all ranks must do together
-        lengths.add((len(batches), len(data.policy.num_scored)))  # pyright: ignore[reportAttributeAccessIssue]
+        lengths.add((len(batches), len(data.policy.num_scored)))
         groups = [group for batch in batches for group in batch.groups]
         assert all(len(group) == k and len({s.rollout.prompt.question.id for s in group}) == 1 for group in groups)
         assert all(len(prompts) <= max(call_size, k) for _, prompts in data.engine.calls)

@@ -269,10 +269,12 @@ class EvaluationDataModule(StepDataModule):
         kwargs: as in StepDataModule.
     """
 
-    num_items = 0
-
     def __init__(self, task: Task, engine: RolloutEngine, evaluation: Evaluation, **kwargs: Any) -> None:
         super().__init__(1, task, engine, evaluation, **kwargs)
+
+    @property
+    def num_items(self) -> int:
+        return 0
 
     def make_batch(self, counter: int, indices: Sequence[int]) -> TraceBatch:
         raise TypeError("EvaluationDataModule holds no training data: use RolloutDataModule or TraceDataModule")
