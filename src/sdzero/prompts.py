@@ -76,7 +76,7 @@ class PromptBuilder:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> PromptBuilder:
-        """Builder for a model folder or hub id; `kwargs` as in the constructor."""
+        """Make a builder for a model folder or hub id; `kwargs` as in the constructor."""
         from transformers import AutoTokenizer, GenerationConfig
 
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -90,7 +90,7 @@ class PromptBuilder:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def chat(self, user: str) -> TokenIds:
-        """Ids of the chat template around one user message, up to the assistant's answer."""
+        """Return the ids of the chat template around one user message, up to the assistant's answer."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         ids = self.tokenizer.apply_chat_template(
             [*system, {"role": "user", "content": user}],
@@ -102,32 +102,32 @@ class PromptBuilder:
         return tuple(ids)
 
     def prompt(self, question: Question) -> Prompt:
-        """The question in the chat template."""
+        """Put the question into the chat template."""
         return Prompt(question, self.chat(question.text))
 
     def max_prompt_len(self, questions: Iterable[Question]) -> int:
-        """Length of the longest prompt; 0 without questions."""
+        """Return the length of the longest prompt; 0 without questions."""
         return max((len(self.prompt(question).token_ids) for question in questions), default=0)
 
     def body(self, response_ids: Sequence[int]) -> TokenIds:
-        """A response's ids without trailing end-of-turn tokens."""
+        """Return a response's ids without trailing end-of-turn tokens."""
         end = len(response_ids)
         while end and response_ids[end - 1] in self.end_ids:
             end -= 1
         return tuple(response_ids[:end])
 
     def bridge(self, reward: int) -> TokenIds:
-        """Ids of the control phrase P_r with its blank lines."""
+        """Return the ids of the control phrase P_r with its blank lines."""
         return self._bridges[reward]
 
     def revision_prompt(self, scored: ScoredRollout) -> Prompt:
-        """Prompt of a revision: prompt + body(y_init) + bridge(r)."""
+        """Return the prompt of a revision: prompt + body(y_init) + bridge(r)."""
         rollout, reward = scored.rollout, scored.verdict.reward
         ids = rollout.prompt.token_ids + self.body(rollout.token_ids) + self.bridge(reward)
         return Prompt(rollout.prompt.question, ids)
 
     def trace(self, initial: ScoredRollout, revised_ids: Sequence[int]) -> Trace:
-        """A row of D_revision from an initial response and a sampled revision of it."""
+        """Make a row of D_revision from an initial response and a sampled revision of it."""
         rollout, reward = initial.rollout, initial.verdict.reward
         return Trace(
             question=rollout.prompt.question,
@@ -139,6 +139,6 @@ class PromptBuilder:
         )
 
     def demonstration(self, question: Question, solution: str) -> Trace:
-        """A trace without y_init from a written solution (SFT)."""
+        """Make a trace without y_init from a written solution (SFT)."""
         revised = (*self._encode(solution), self.end_id)
         return Trace(question, self.prompt(question).token_ids, (), (), revised, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from sdzero.data.journal import CallJournal
 from sdzero.data.trace_file import read_traces, write_traces
 from sdzero.engines.base import TokenChunk
 from sdzero.types import Question, Trace
-from sdzero.utils.files import read_jsonl, write_text
+from sdzero.utils.files import read_jsonl
 from sdzero.utils.row_checksum import dumps_with_checksum, verify_checksum
 
 
@@ -139,21 +138,6 @@ def test_rows_without_checksums_are_read(tmp_path: Path) -> None:
     assert verify_checksum(json.loads(dumps_with_checksum(row))) == {"a": [1, 2.5, float("inf"), "é"], "3": None}
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = CallJournal(tmp_path)
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    message = r"No space left on device: '{}'"
-    with pytest.raises(OSError, match=message.format(".*g.jsonl")):
-        journal.put("g", "0", "f", [])
-    with pytest.raises(OSError, match=message.format(".*traces.jsonl")):
-        write_traces(tmp_path / "traces.jsonl", [])
-    assert not (tmp_path / "traces.jsonl").exists()
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -169,15 +153,3 @@ def test_a_trace_without_a_field_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "traces.jsonl").write_text('{"question": {}, "prompt_ids": []}\n')
     with pytest.raises(ValueError, match="line 1 lacks 'init_ids': it is not a trace"):
         read_traces(tmp_path / "traces.jsonl")
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    def broken() -> Iterator[Trace]:
-        yield Trace(Question("q", "x", "a"), (1,), (), (), (2,), None)
-        raise RuntimeError("the source failed")
-
-    path = tmp_path / "traces.jsonl"
-    write_text(path, "old")
-    with pytest.raises(RuntimeError, match="failed"):
-        write_traces(path, broken())
-    assert path.read_text() == "old"

@@ -128,7 +128,7 @@ class StepDataModule(L.LightningDataModule):
         return math.ceil(self.num_items / self.items_per_step)
 
     def indices(self, counter: int) -> list[int]:
-        """The share's items of batch `counter`: each epoch is a new shuffle; the last batch may be short."""
+        """Return the share's items of batch `counter`: each epoch is a new shuffle; the last batch may be short."""
         epoch, step = divmod(counter, self.steps_per_epoch)
         order = list(range(self.num_items))
         random.Random(derive_seed(run_seed(), "order", epoch)).shuffle(order)
@@ -200,7 +200,7 @@ class StepDataModule(L.LightningDataModule):
             )
 
     def max_model_len(self) -> int:
-        """The engine's limit in tokens: a revision of an evaluated response reads y and P_r, and writes y again."""
+        """Return the engine's limit in tokens: a revision of a response reads y and P_r, and writes y again."""
         if not self.eval_questions:
             return 1
         builder, sampling = self.policy.builder, self.evaluation.sampling
@@ -238,7 +238,7 @@ class StepDataModule(L.LightningDataModule):
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
     ) -> Sampled:
-        """As PolicySampler.sample."""
+        """Sample as PolicySampler does."""
         return self.sampler.sample(prompts, sampling, group, call_size, keep_partial)
 
     # --- evaluation ---------------------------------------------------------------------------

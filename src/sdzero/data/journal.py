@@ -42,7 +42,7 @@ class CallJournal:
         return self.folder / f"{group}.partial"
 
     def get(self, group: str, key: str, fingerprint: str) -> list[dict[str, Any]] | None:
-        """The responses of a finished call, or None."""
+        """Return the responses of a finished call, or None."""
         if group != self._group:  # calls come group by group, so one group is cached at a time
             file = self._file(group)
             self._rows = {row["key"]: row for row in read_jsonl(file)} if file.exists() else {}
@@ -51,12 +51,12 @@ class CallJournal:
         return row["responses"] if row and row["fingerprint"] == fingerprint else None
 
     def start(self, group: str, key: str) -> None:
-        """Counts a call."""
+        """Count a call."""
         with self._log.open("a") as file:
             file.write(f"{group} {key}\n")
 
     def put(self, group: str, key: str, fingerprint: str, responses: list[dict[str, Any]]) -> None:
-        """Stores a finished call durably, and removes what was kept of it while unfinished."""
+        """Store a finished call durably, and remove what was kept of it while unfinished."""
         row = {"key": key, "fingerprint": fingerprint, "responses": responses}
         with add_path_to_errors(self._file(group)), self._file(group).open("a") as file:
             file.write(dumps_with_checksum(row) + "\n")
@@ -67,7 +67,7 @@ class CallJournal:
             self._rows[key] = row
 
     def read_partial(self, group: str, fingerprint: str) -> dict[int, TokenChunk]:
-        """Index in the call -> tokens so far of the unfinished call. The file of another call is removed."""
+        """Return index in the call -> tokens so far of the unfinished call. The file of another call is removed."""
         partial = self._partial(group)
         first, *steps = (read_jsonl(partial) if partial.exists() else []) or [{}]
         if first.get("fingerprint") != fingerprint:
@@ -83,7 +83,7 @@ class CallJournal:
 
     @contextmanager
     def append_partial(self, group: str, fingerprint: str) -> Iterator[OnTokens]:
-        """Yields a callback that appends each step's tokens; call `read_partial` first.
+        """Yield a callback that appends each step's tokens; call `read_partial` first.
 
         Each step is flushed at once. If only finished responses were, a kill would lose tokens of the unfinished ones
         alone, whose second chance to end early would bias the sample towards short responses.
@@ -111,7 +111,7 @@ class CallJournal:
         return sum(len(file.read_text().splitlines()) for file in self.folder.glob("calls*.log"))
 
     def delete(self, is_obsolete: Callable[[str], bool]) -> None:
-        """Removes the files of groups that no restart will read."""
+        """Remove the files of groups that no restart will read."""
         for file in self.folder.glob("*.jsonl"):
             if is_obsolete(file.stem):
                 file.unlink()

@@ -46,15 +46,15 @@ class Ranks:
         return self.world_size // self.per_engine
 
     def leader(self, number: int) -> int:
-        """The leader of the engine that does chunk `number` of the work."""
+        """Return the leader of the engine that does chunk `number` of the work."""
         return number % self.num_engines * self.per_engine
 
     def takes(self, number: int) -> bool:
-        """True if this rank's engine does chunk `number` of the work."""
+        """Return whether this rank's engine does chunk `number` of the work."""
         return self.leader(number) == self.rank - self.rank % self.per_engine
 
     def all_reduce_max(self, value: int) -> int:
-        """Maximum of a number over the ranks of one engine. Collective over these."""
+        """Return the maximum of a number over the ranks of one engine. Collective over these."""
         if self.per_engine == 1:
             return value
         number = torch.tensor(value)
@@ -62,11 +62,11 @@ class Ranks:
         return int(number)
 
     def gather(self, value: Any) -> list[Any]:
-        """Values of all ranks, in their order. Collective."""
+        """Gather the values of all ranks, in their order. Collective."""
         return [value] if self.world_size == 1 else all_gather_objects(value, self._everyone)
 
     def to_first(self, values: list[Any], owner: int) -> list[Any]:
-        """The owner's list on the first rank, an empty one elsewhere. Collective over the two."""
+        """Return the owner's list on the first rank, an empty one elsewhere. Collective over the two."""
         if self.is_first and owner != 0:
             received: list[Any] = [None]
             dist.recv_object_list(received, owner, group=self._everyone)
@@ -77,7 +77,7 @@ class Ranks:
 
 
 def launch(devices: int | Literal["auto"], num_nodes: int, per_engine: int) -> Ranks:
-    """Starts the other processes of this node by Lightning Fabric, unless torchrun or SLURM has started all of them.
+    """Start the other processes of this node by Lightning Fabric, unless torchrun or SLURM has started all of them.
 
     Each process runs the same command from its start and returns from here, on a device of its own.
 

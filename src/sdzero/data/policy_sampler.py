@@ -96,7 +96,7 @@ class PolicySampler:
         return stats
 
     def retry(self, sample: Callable[[], Sampled]) -> Sampled:
-        """`sample()`, again after each engine failure, with the number of restarts among its statistics. Collective.
+        """Call `sample`, again after each engine failure, and add the number of restarts to its statistics. Collective.
 
         Every rank restarts, whichever rank's engine failed: weight sync and some engines' start are collective. A
         repeated `sample()` takes finished calls from the journal.
@@ -150,7 +150,7 @@ class PolicySampler:
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call_size: int, keep_partial: bool = True
     ) -> Sampled:
-        """Scored responses to the prompts of this rank's share, and statistics of sampling. Collective over ranks.
+        """Sample scored responses to the prompts of this rank's share. Collective over ranks.
 
         Every member of the share gets all of them. `group` names the calls in the journal.
         """
@@ -169,7 +169,7 @@ class PolicySampler:
 
 
 def _attempt(sample: Callable[[], Sampled]) -> tuple[Sampled | None, str]:
-    """The result, or the engine's error as text. The error itself is dropped: its traceback holds engine memory."""
+    """Return the result, or the engine's error as text: the traceback of the error itself holds engine memory."""
     try:
         return sample(), ""
     except EngineDied as error:

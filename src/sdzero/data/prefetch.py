@@ -43,11 +43,11 @@ class PrefetchedBatch:
         return self.generate(), time.monotonic() - started
 
     def wait(self) -> None:
-        """Waits until the batch is generated or has failed; raises nothing."""
+        """Wait until the batch is generated or has failed; raises nothing."""
         wait([self._future])
 
     def result(self) -> tuple[Sequence[Rollout], dict[str, float]] | None:
-        """Rollouts and statistics; None, with a warning, if the engine died.
+        """Return rollouts and statistics; None, with a warning, if the engine died.
 
         Raises: any other exception from sampling.
         """
@@ -61,12 +61,12 @@ class PrefetchedBatch:
         return rollouts, {**self.stats, "generate_seconds": seconds, "wait_seconds": waited}
 
     def discard(self) -> None:
-        """Ends a batch that is not trained on, after its engine was closed."""
+        """End a batch that is not trained on, after its engine was closed."""
         self.wait()
         log.warning("batch %d was generated in advance and not trained on", self.counter)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Identity of the finished rollouts in the journal; None if generating them failed. Waits."""
+        """Return the identity of the finished rollouts in the journal; None if generating them failed. Waits."""
         self.wait()
         if self._future.exception() is not None:
             return None

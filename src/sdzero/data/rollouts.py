@@ -131,7 +131,7 @@ class RolloutDataModule(StepDataModule):
     # --- prefetch -----------------------------------------------------------------------------
 
     def _ends_epoch(self, counter: int) -> bool:
-        """True if batch `counter` is the last of the epoch or of the training."""
+        """Return whether batch `counter` is the last of the epoch or of the training."""
         is_last = 0 <= self.trainer.max_steps <= self.trainer.global_step + 1
         return is_last or (counter + 1) % self.steps_per_epoch == 0
 
@@ -161,7 +161,7 @@ class RolloutDataModule(StepDataModule):
         return [ScoredRollout(rollout, Verdict(0, "truncated")) for rollout in rollouts], stats
 
     def _take_prefetched(self, counter: int) -> RolloutBatch | None:
-        """The batch that was prefetched by this process or before a restart; None if there is none. Collective."""
+        """Return the batch that was prefetched by this process or before a restart, or None. Collective."""
         prefetched, restored = self._prefetched, self._restored
         self._prefetched = self._restored = None
         if prefetched is not None:
@@ -218,12 +218,12 @@ class RolloutDataModule(StepDataModule):
 
 
 def _group(counter: int) -> str:
-    """Name of a batch's calls in the journal."""
+    """Return the name of a batch's calls in the journal."""
     return f"train-{counter:06d}"
 
 
 def _identities(path: Path) -> set[str]:
-    """Question identities that `sdzero collect` wrote."""
+    """Read the question identities that `sdzero collect` wrote."""
     if not path.is_file():
         raise FileNotFoundError(f"disjoint_from: no file {path}; `sdzero collect` writes it")
     try:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def score(rollouts: Sequence[Rollout], task: Task) -> list[ScoredRollout]:
-    """Verifies rollouts; one that was cut at the token limit is `truncated`, whatever it contains."""
+    """Verify rollouts; one that was cut at the token limit is `truncated`, whatever it contains."""
     finished = [(r.prompt.question, r.text) for r in rollouts if r.finish_reason == "stop"]
     verdicts = iter(task.verify_all(finished))
     return [
@@ -56,7 +56,7 @@ class Sampler:
         policy_version: int,
         keep_partial: bool = True,
     ) -> list[ScoredRollout]:
-        """One scored response per prompt, in order. `group` names the calls, e.g. "train-000012".
+        """Sample one scored response per prompt, in order. `group` names the calls, e.g. "train-000012".
 
         With `keep_partial`, an engine that `resumes_partial` continues the responses of an interrupted call from their
         tokens so far. (Keeping only finished responses and sampling the others again would favour short ones.)
@@ -69,7 +69,7 @@ class Sampler:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, policy_version: int, keep_partial: bool = True
     ) -> Iterator[list[Rollout]]:
-        """Yields the responses of each call; as `sample`, without scores."""
+        """Yield the responses of each call; as `sample`, without scores."""
         keep = keep_partial and self.engine.resumes_partial
         for call in range(self.all_reduce_max(-(-len(prompts) // self.call_size))):
             mine = prompts[call * self.call_size : (call + 1) * self.call_size]
@@ -78,7 +78,7 @@ class Sampler:
     def from_journal(
         self, prompts: Sequence[Prompt], sampling: Sampling, group: str, policy_version: int
     ) -> list[Rollout] | None:
-        """Earlier results of `generate`, from the journal alone; None if a call is missing."""
+        """Return earlier results of `generate`, from the journal alone; None if a call is missing."""
         rollouts: list[Rollout] = []
         for call, first in enumerate(range(0, len(prompts), self.call_size)):
             mine = prompts[first : first + self.call_size]
@@ -90,14 +90,14 @@ class Sampler:
         return rollouts
 
     def _identify(self, prompts: Sequence[Prompt], sampling: Sampling, group: str, call: int) -> tuple[str, int, str]:
-        """A call's key in its group, its seed, and the fingerprint of everything that it depends on."""
+        """Return a call's key in its group, its seed, and the fingerprint of everything that it depends on."""
         seed = derive_seed(self.seed, group, call, self.rank)
         identity = [type(self.engine).__name__, seed, repr(sampling), self.weights, [p.token_ids for p in prompts]]
         return str(call), seed, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def _call_together(self, *call: Any) -> list[Rollout]:
-        """Raises EngineDied on all ranks that share an engine if it dies on one; else they would not make the next call
-        together."""
+        """Make a call; if the engine dies on one of the ranks that share it, raise EngineDied on all, which must make the
+        next call together."""
         rollouts: list[Rollout] = []
         fault = None
         try:
@@ -134,13 +134,13 @@ class Sampler:
     def _read_partial(
         self, group: str, fingerprint: str, responses: list[dict[str, Any]] | None
     ) -> dict[int, TokenChunk]:
-        """Index -> tokens so far: all of them if the call is finished here and only other ranks lack it."""
+        """Return index -> tokens so far: all of them if the call is finished here and only other ranks lack it."""
         if responses is None:
             return self.journal.read_partial(group, fingerprint)
         return {i: TokenChunk(tuple(row["token_ids"]), tuple(row["logprobs"])) for i, row in enumerate(responses)}
 
     def _seed_of_rest(self, seed: int, num_tokens: int) -> int:
-        """A new seed for the rest of a call: the same one would repeat the noise of the tokens before."""
+        """Derive a new seed for the rest of a call: the same one would repeat the noise of the tokens before."""
         num_tokens = self.all_reduce_max(num_tokens)
         return derive_seed(seed, "rest", num_tokens) if num_tokens else seed
 

@@ -12,14 +12,14 @@ from sdzero.utils.row_checksum import dumps_with_checksum
 
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:
-    """Writes D_revision atomically, one JSON object per line."""
+    """Write D_revision atomically, one JSON object per line."""
     with atomic_write(path) as file:
         for trace in traces:
             file.write(f"{dumps_with_checksum(dataclasses.asdict(trace))}\n".encode())
 
 
 def read_traces(path: Path) -> list[Trace]:
-    """Reads a file of `write_traces`.
+    """Read a file of `write_traces`.
 
     Raises:
         ValueError: a line is damaged or lacks a field; names the file, the line and the field.

@@ -16,10 +16,10 @@ class Context(ABC):
     def __call__(
         self, builder: PromptBuilder, scored: ScoredRollout, siblings: Sequence[ScoredRollout]
     ) -> TeacherContext:
-        """The context for one response; `siblings` are all responses of the batch to the same question."""
+        """Return the context for one response; `siblings` are all responses of the batch to the same question."""
 
     def max_extra_tokens(self, builder: PromptBuilder, max_new_tokens: int) -> int:
-        """Upper bound of the tokens added to the prompt; 0 if it is not known in advance."""
+        """Return an upper bound of the tokens added to the prompt; 0 if it is not known in advance."""
         return 0
 
 

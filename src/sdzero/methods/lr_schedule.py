@@ -27,7 +27,7 @@ class Schedule:
             raise ValueError("schedule: set warmup_steps or warmup_ratio, not both")
 
     def build(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-        """The torch scheduler for a training of `num_steps` optimizer steps."""
+        """Build the torch scheduler for a training of `num_steps` optimizer steps."""
         from transformers import get_scheduler
 
         name = "constant_with_warmup" if self.name == "constant" else self.name

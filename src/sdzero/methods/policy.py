@@ -57,7 +57,7 @@ class Policy(L.LightningModule):
             self.student = self.shard(load(self.student_config, run_seed()), self.student_config)
 
     def shard(self, model: LanguageModel, config: ModelConfig) -> nn.Module:
-        """Wraps a model as the Trainer's strategy and precision require."""
+        """Wrap a model as the Trainer's strategy and precision require."""
         compute_dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
         return shard(model, config, self.trainer.strategy, compute_dtype)
 
@@ -80,12 +80,12 @@ class Policy(L.LightningModule):
     # --- for engines and callbacks ------------------------------------------------------------
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The student's full weights by Hugging Face name. Collective: every rank must consume the whole iterator."""
+        """Yield the student's full weights by Hugging Face name. Collective: every rank must consume all of them."""
         return full_weights(self.student)
 
     @torch.no_grad()
     def policy_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """Untempered log-probabilities of sampled responses, in nats, one tensor [N] each. Collective.
+        """Compute untempered log-probabilities of sampled responses, in nats, one tensor [N] each. Collective.
 
         One response at a time: the engine is awake and holds the memory that a larger batch would need.
         """
@@ -106,7 +106,7 @@ class Policy(L.LightningModule):
             return self.student(batch.input_ids, batch.predicts, head).metrics["logprobs"]
 
     def teacher_and_context(self) -> tuple[Callable[..., Any], Context]:
-        """The model that scores the tokens of a response, and its context; without a teacher, the student itself."""
+        """Return the model that scores the tokens of a response, and its context; without a teacher, the student."""
         return self.student, Revision()
 
     # --- evaluation ---------------------------------------------------------------------------
@@ -153,11 +153,11 @@ class Policy(L.LightningModule):
         return share_of(self.trainer)
 
     def reduce(self, tensor: Tensor, op: str) -> Tensor:
-        """Reduces over the shares of a batch: what several ranks compute together counts once. Collective."""
+        """Reduce over the shares of a batch: what several ranks compute together counts once. Collective."""
         group = self.share.across
         return self.trainer.strategy.reduce(tensor.to(self.device), group, reduce_op=op).cpu()  # pyright: ignore
 
     def _log(self, prefix: str, values: dict[str, Any]) -> None:
-        """Logs scalars as PREFIX/NAME; a name with a slash stays as it is."""
+        """Log scalars as PREFIX/NAME; a name with a slash stays as it is."""
         named = {name if "/" in name else f"{prefix}/{name}": float(value) for name, value in values.items()}
         self.log_dict(named, rank_zero_only=True)

@@ -96,7 +96,7 @@ class SelfDistill(Method):
         return self.teacher, self.context
 
     def update_teacher(self, weight: float = 1.0) -> None:
-        """teacher += weight * (student - teacher); 1.0 synchronises and starts a new generation."""
+        """Add weight * (student - teacher) to the teacher; 1.0 synchronises and starts a new generation."""
         assert not self.shares_base
         self._move_teacher(self.device)
         lerp_weights(self.teacher, self.student, weight)
