@@ -96,8 +96,8 @@ class Sampler:
         return str(call), seed, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def _call_together(self, *call: Any) -> list[Rollout]:
-        """Make a call; if the engine dies on one of the ranks that share it, raise EngineDied on all, which must make the
-        next call together."""
+        """Make a call. Raise EngineDied on all ranks that share an engine if it dies on one: they must make the next
+        call together."""
         rollouts: list[Rollout] = []
         fault = None
         try:
