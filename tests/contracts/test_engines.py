@@ -40,9 +40,9 @@ def test_start_leaves_random_states_and_threads_alone(started: StartedEngines, e
 
 
 def test_one_response_per_prompt_in_order(engine: RolloutEngine, builder: PromptBuilder) -> None:
-    asked = make_prompts(builder, 40)
-    rollouts = engine.generate(asked, Sampling(1.0, 1.0, 30), seed=5, policy_version=1)
-    assert [rollout.prompt for rollout in rollouts] == asked
+    prompts = make_prompts(builder, 40)
+    rollouts = engine.generate(prompts, Sampling(1.0, 1.0, 30), seed=5, policy_version=1)
+    assert [rollout.prompt for rollout in rollouts] == prompts
     for rollout in rollouts:
         assert 1 <= len(rollout.token_ids) <= 30 and len(rollout.logprobs) == len(rollout.token_ids)
         ends = [i for i, token in enumerate(rollout.token_ids) if token in builder.end_ids]
@@ -70,13 +70,13 @@ def test_a_resumed_response_equals_that_of_an_uninterrupted_call(
     engine: RolloutEngine, builder: PromptBuilder, num_steps: int
 ) -> None:
     """Greedy, so that tokens can be compared. Complete responses are not continued, and no token is sampled twice."""
-    asked, sampling = make_prompts(builder, 40), Sampling(0.0, 1.0, 12)
+    prompts, sampling = make_prompts(builder, 40), Sampling(0.0, 1.0, 12)
     steps: list[Mapping[int, TokenChunk]] = []
-    whole = engine.generate(asked, sampling, 5, 1, steps.append)
+    whole = engine.generate(prompts, sampling, 5, 1, steps.append)
     partials, rest = join_steps(steps[:num_steps], 40), list[Mapping[int, TokenChunk]]()
-    resumed = engine.generate(asked, sampling, 6, 1, rest.append, partials)
+    resumed = engine.generate(prompts, sampling, 6, 1, rest.append, partials)
     if not engine.resumes_partial:
-        assert rest == [] and resumed == engine.generate(asked, sampling, 6, 1), "partial responses are ignored"
+        assert rest == [] and resumed == engine.generate(prompts, sampling, 6, 1), "partial responses are ignored"
         return
     assert ids(resumed) == ids(whole)
     for one, other, before, after in zip(resumed, whole, partials, join_steps(rest, 40), strict=True):
@@ -129,14 +129,14 @@ def test_nothing_is_truncated(engine: RolloutEngine) -> None:
 
 def test_a_seed_determines_the_tokens(sampler: RolloutEngine, builder: PromptBuilder) -> None:
     """Also after a warm-up, and whatever random numbers the trainer takes in between."""
-    asked, sampling = make_prompts(builder, 30), Sampling(1.0, 0.95, 20)
-    first = sampler.generate(asked, sampling, seed=11, policy_version=1)
+    prompts, sampling = make_prompts(builder, 30), Sampling(1.0, 0.95, 20)
+    first = sampler.generate(prompts, sampling, seed=11, policy_version=1)
     _ = random.random(), np.random.rand(), torch.rand(1)
     before = rng_state()
     sampler.warm_up()
     assert rng_state() == before and sampler.policy_version == 1
-    again = sampler.generate(asked, sampling, seed=11, policy_version=1)
-    other = sampler.generate(asked, sampling, seed=12, policy_version=1)
+    again = sampler.generate(prompts, sampling, seed=11, policy_version=1)
+    other = sampler.generate(prompts, sampling, seed=12, policy_version=1)
     assert ids(again) == ids(first)
     assert not isinstance(sampler, TransformersEngine) or [r.logprobs for r in again] == [r.logprobs for r in first]
     assert sum(a != b for a, b in zip(ids(other), ids(first), strict=True)) > 20
@@ -203,20 +203,20 @@ def test_samples_follow_the_exact_distribution(
 def test_a_sync_changes_what_is_sampled_and_back(
     sampler: RolloutEngine, builder: PromptBuilder, trainer: torch.nn.Module
 ) -> None:
-    asked, sampling = make_prompts(builder, 20), Sampling(1.0, 1.0, 20)
-    first = sampler.generate(asked, sampling, seed=4, policy_version=1)
+    prompts, sampling = make_prompts(builder, 20), Sampling(1.0, 1.0, 20)
+    first = sampler.generate(prompts, sampling, seed=4, policy_version=1)
     changed = scaled(trainer, 0.9)
     report = sampler.sync(changed.items(), 2)
     with pytest.raises(EngineError):
-        sampler.generate(asked, sampling, seed=4, policy_version=1)
-    other = sampler.generate(asked, sampling, seed=4, policy_version=2)
+        sampler.generate(prompts, sampling, seed=4, policy_version=1)
+    other = sampler.generate(prompts, sampling, seed=4, policy_version=2)
     assert ids(other) != ids(first)
     for parameter in changed.values():
         parameter.zero_()  # the engine has a copy
-    assert ids(sampler.generate(asked, sampling, seed=4, policy_version=2)) == ids(other)
+    assert ids(sampler.generate(prompts, sampling, seed=4, policy_version=2)) == ids(other)
     back = sampler.sync(trainer.named_parameters(), 3)
     assert back.checksum != report.checksum
-    assert ids(sampler.generate(asked, sampling, seed=4, policy_version=3)) == ids(first)
+    assert ids(sampler.generate(prompts, sampling, seed=4, policy_version=3)) == ids(first)
 
 
 def test_every_weight_arrives(
@@ -290,11 +290,11 @@ def test_an_engine_started_with_weights_is_version_0(
     sampler: RolloutEngine, started: StartedEngines, builder: PromptBuilder, request: pytest.FixtureRequest
 ) -> None:
     """It samples like a synced one: the folder's generation_config.json (top_k 5, temperature 0.3, ...) is ignored."""
-    asked, sampling = make_prompts(builder, 20), Sampling(1.0, 1.0, 20)
-    synced = sampler.generate(asked, sampling, seed=4, policy_version=1)
+    prompts, sampling = make_prompts(builder, 20), Sampling(1.0, 1.0, 20)
+    synced = sampler.generate(prompts, sampling, seed=4, policy_version=1)
     name = request.node.callspec.params["sampler"]
     started.close(name)
     engine = make_engine(name, getattr(sampler, "urls", [""])[0])
     engine.start(EngineSpec(started.spec.model_path, MAX_MODEL_LEN, load_weights=True), builder)
-    assert ids(engine.generate(asked, sampling, seed=4, policy_version=0)) == ids(synced)
+    assert ids(engine.generate(prompts, sampling, seed=4, policy_version=0)) == ids(synced)
     engine.close()

@@ -1,4 +1,4 @@
-"""Collection over gloo ranks is that of one process, whoever ends in between."""
+"""Collection over gloo ranks is that of one process, also after a rank's end."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ QUESTIONS, CALL_SIZE = 23, 4  # six chunks, the last one short
 
 
 class Actor(ScriptedEngine):
-    """Draws right, wrong and cut answers as an engine does: from the call's seed and from who is beside whom in it.
+    """Samples right, wrong and cut answers as an engine does: from the call's seed and its other prompts.
 
-    Above 1, `tensor_parallel_size` neighbouring ranks draw together: every call needs all of them.
+    Above 1, `tensor_parallel_size` neighbouring ranks sample together: every call needs all of them.
     """
 
     def __init__(self, tensor_parallel_size: int = 1, ends: tuple[int, str] | None = None) -> None:
-        super().__init__(lambda prompt, seed: self.drawn[prompt.question.id].pop())
+        super().__init__(lambda prompt, seed: self.answers[prompt.question.id].pop())
         self.tensor_parallel_size = tensor_parallel_size
         self.ends = ends  # in which call, and how
 
@@ -58,16 +58,16 @@ class Actor(ScriptedEngine):
                 self.ends = None
                 raise EngineDied("it died")
             raise EngineError("the engine died")
-        asked = [prompt.question for prompt in prompts]
+        questions_of_call = [prompt.question for prompt in prompts]
         if self.tensor_parallel_size > 1:
             gathered: list[Any] = [None] * self.tensor_parallel_size
-            dist.all_gather_object(gathered, (asked, seed), group=self.group)
-            asked, seed = [question for questions, _ in gathered for question in questions], gathered[0][1]
-        dice, self.drawn = random.Random(seed), {}
-        for question in asked:
-            right = dice.random() < 0.5
-            answer = f"1+1=2A{(int(question.answer) + (not right)) % 10}{'111111' * (dice.random() < 0.1)}"
-            self.drawn.setdefault(question.id, []).insert(0, answer)
+            dist.all_gather_object(gathered, (questions_of_call, seed), group=self.group)
+            questions_of_call, seed = [question for questions, _ in gathered for question in questions], gathered[0][1]
+        rng, self.answers = random.Random(seed), {}
+        for question in questions_of_call:
+            right = rng.random() < 0.5
+            answer = f"1+1=2A{(int(question.answer) + (not right)) % 10}{'111111' * (rng.random() < 0.1)}"
+            self.answers.setdefault(question.id, []).insert(0, answer)
         return super().generate(prompts, sampling, seed, policy_version, *rest, **more)
 
 
@@ -98,7 +98,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def collect_on(num_ranks: int, model: ModelConfig, out: Path, **options: Any) -> tuple[list[int], str]:
-    """Exit codes, and what was said. `ends` is rank 1's."""
+    """Return exit codes and the log. `ends` is rank 1's."""
     size, ends = options.pop("tensor_parallel_size", 1), options.pop("ends", None)
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -118,8 +118,8 @@ def test_ranks_write_what_one_process_writes(
 ) -> None:
     """Four ranks have two chunks or one of the six; of ranks that share an engine one has the prompts."""
     out = tmp_path / "out"
-    codes, said = collect_on(num_ranks, model, out, tensor_parallel_size=tensor_parallel_size)
-    assert codes == [0] * num_ranks, said
+    codes, log_text = collect_on(num_ranks, model, out, tensor_parallel_size=tensor_parallel_size)
+    assert codes == [0] * num_ranks, log_text
     assert files(out) == files(alone)
     num_engines = num_ranks // tensor_parallel_size
     for engine in range(num_engines):
@@ -127,20 +127,20 @@ def test_ranks_write_what_one_process_writes(
         groups = {line.split()[0] for line in (out / "journal" / log).read_text().splitlines()}
         chunks = range(engine, 6, num_engines)
         assert groups == {f"{chunk:05d}-{kind}" for chunk in chunks for kind in ("initial", "revision")}
-    assert said.count('"num_generations"') == 1 and "nothing to do" not in said
+    assert log_text.count('"num_generations"') == 1 and "nothing to do" not in log_text
 
 
 def test_fewer_chunks_than_ranks(model: ModelConfig, tmp_path: Path) -> None:
     out, one = tmp_path / "out", tmp_path / "one"
     collect(model, one, Actor(), call_size=16)
-    codes, said = collect_on(3, model, out, call_size=16)
-    assert codes == [0, 0, 0], said
+    codes, log_text = collect_on(3, model, out, call_size=16)
+    assert codes == [0, 0, 0], log_text
     assert files(out) == files(one)
-    assert "23 questions are 2 chunks of at most 16, so 1 of 3 engines have nothing to do" in said
+    assert "23 questions are 2 chunks of at most 16, so 1 of 3 engines have nothing to do" in log_text
 
 
 @pytest.mark.parametrize("how", ["killed", "raises"])
-def test_a_rank_that_ends_ends_the_others_and_another_number_of_ranks_goes_on(
+def test_a_rank_that_ends_ends_the_others_and_another_number_of_ranks_resumes(
     how: str, model: ModelConfig, alone: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -155,32 +155,32 @@ def test_a_rank_that_ends_ends_the_others_and_another_number_of_ranks_goes_on(
 
 
 @pytest.mark.parametrize("starts_collectively", [False, True])
-def test_an_engine_that_all_ranks_start_together_is_not_started_by_one_alone(
+def test_an_engine_with_a_collective_start_is_not_restarted(
     starts_collectively: bool, model: ModelConfig, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.setattr(Actor, "starts_collectively", starts_collectively)
-    codes, said = collect_on(2, model, out, ends=(6, "dies"))
+    codes, log_text = collect_on(2, model, out, ends=(6, "dies"))
     if starts_collectively:
-        assert codes == [1, 1] and "EngineDied: it died" in said and "restart 1 of" not in said
+        assert codes == [1, 1] and "EngineDied: it died" in log_text and "restart 1 of" not in log_text
     else:
-        assert codes == [0, 0] and "restart 1 of at most 2" in said
+        assert codes == [0, 0] and "restart 1 of at most 2" in log_text
         assert (out / "traces.jsonl").read_bytes() == (alone / "traces.jsonl").read_bytes()
 
 
-def test_what_one_process_began_ranks_go_on_with(model: ModelConfig, alone: Path, tmp_path: Path) -> None:
+def test_ranks_resume_what_one_process_began(model: ModelConfig, alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(EngineError):
         collect(model, out, Actor(ends=(7, "raises")))
-    codes, said = collect_on(3, model, out)
-    assert codes == [0, 0, 0], said
+    codes, log_text = collect_on(3, model, out)
+    assert codes == [0, 0, 0], log_text
     assert (out / "traces.jsonl").read_bytes() == (alone / "traces.jsonl").read_bytes()
     assert read_json(out / "statistics.json") == {**read_json(alone / "statistics.json"), "engine_calls": 24 + 1}
 
 
-def test_no_trace_is_said_once(model: ModelConfig, tmp_path: Path) -> None:
-    codes, said = collect_on(2, model, tmp_path / "out", num_questions=6, correct_share=1.0, branches="incorrect")
-    assert codes == [1, 0] and said.count("ValueError: no trace was left") == 1
+def test_no_trace_is_reported_once(model: ModelConfig, tmp_path: Path) -> None:
+    codes, log_text = collect_on(2, model, tmp_path / "out", num_questions=6, correct_share=1.0, branches="incorrect")
+    assert codes == [1, 0] and log_text.count("ValueError: no trace was left") == 1
 
 
 def test_an_engine_larger_than_the_job_is_refused(model: ModelConfig, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_an_engine_larger_than_the_job_is_refused(model: ModelConfig, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_processes_that_nobody_asked_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun with other numbers than the config: each process would take itself for the only one."""
+def test_more_processes_than_configured_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun with other numbers than the config: each process would act as the only one."""
     started = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "0", "GROUP_RANK": "0"}
     for name, value in {**started, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""An engine that dies is started anew a bounded number of times, and what it draws then is what it would have drawn."""
+"""Restarts of a failed engine: their number is bounded, and the samples stay the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Mortal(TransformersEngine):
-    """Dies in the calls of the given numbers, counted from 0 and over its lives. `sizes`: prompts of each call."""
+    """Fails in the calls of the given numbers, counted from 0 over all its starts. `sizes`: prompts of each call."""
 
     def __init__(self, dies_in: Sequence[int], error: type[EngineError] = EngineDied) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def train(path: Path, root: Path, engine: Mortal, lr: float = 1e-3, **options: A
     return method, fit(method, data, root).curve("rollout/engine_restarts")
 
 
-def test_training_goes_on_with_the_same_draws(path: Path, tmp_path: Path) -> None:
+def test_training_continues_with_the_same_samples(path: Path, tmp_path: Path) -> None:
     whole, none = train(path, tmp_path / "whole", Mortal([]))
     engine = Mortal([3, 4])  # the second call of the second step, and its repetition
     method, restarts = train(path, tmp_path / "died", engine)
@@ -67,7 +67,7 @@ def test_training_goes_on_with_the_same_draws(path: Path, tmp_path: Path) -> Non
     assert same(weights_of(whole), weights_of(method))
 
 
-def test_it_stops_in_the_end(path: Path, tmp_path: Path) -> None:
+def test_the_number_of_restarts_is_bounded(path: Path, tmp_path: Path) -> None:
     engine = Mortal(range(100))
     with pytest.raises(EngineError, match=r"fell over. The engine was restarted max_engine_restarts=2 times") as caught:
         train(path, tmp_path, engine)
@@ -79,7 +79,7 @@ def test_it_stops_in_the_end(path: Path, tmp_path: Path) -> None:
         train(path, tmp_path, engine, max_engine_restarts=-1)
 
 
-def test_wrong_weights_are_no_reason_to_try_again(path: Path, tmp_path: Path) -> None:
+def test_wrong_weights_are_not_retried(path: Path, tmp_path: Path) -> None:
     engine = Mortal([1], EngineError)
     with pytest.raises(EngineError, match="fell over$"):
         train(path, tmp_path, engine)
@@ -105,18 +105,18 @@ class Skipping(Mortal):
         return SyncReport(0.0, check.finish(held) if self.claims else "")
 
 
-@pytest.mark.parametrize("claims", [True, False], ids=["the checksum sees it", "the version sees it"])
+@pytest.mark.parametrize("claims", [True, False], ids=["by the checksum", "by the version"])
 def test_a_skipped_sync_stops_the_run(path: Path, tmp_path: Path, claims: bool) -> None:
     """In float32 at a learning rate of 1e-9, where the log-probabilities are the same."""
-    said = "of the engine differs from what was sent" if claims else "version 1 requested, but the engine holds None"
+    message = "of the engine differs from what was sent" if claims else "version 1 requested, but the engine holds None"
     engine = Skipping(1, claims)
-    with pytest.raises(EngineError, match=said):
+    with pytest.raises(EngineError, match=message):
         train(path, tmp_path, engine, lr=1e-9)
     assert (engine.num_starts, len(engine.sizes)) == (1, 2 + (not claims)), "the second step has no rollouts"
-    train(path, tmp_path / "sees", Skipping(1, True), lr=0.0)  # equal weights are no fault
+    train(path, tmp_path / "equal", Skipping(1, True), lr=0.0)  # equal weights are no fault
 
 
-def test_collection_goes_on_with_the_same_draws(path: Path, tmp_path: Path) -> None:
+def test_collection_continues_with_the_same_samples(path: Path, tmp_path: Path) -> None:
     def collect(name: str, engine: Mortal) -> list[str]:
         out = tmp_path / name
         options: dict[str, Any] = {"num_questions": 6, "num_traces": None, "verified_only": False, "call_size": 3}

@@ -128,15 +128,15 @@ def lengths_of_killed_calls(builder: PromptBuilder, folder: Path, only_finished:
     """
     lengths = []
     for seed in range(100):
-        own, asked = folder / str(seed), prompts(builder, 40)
+        own, questions = folder / str(seed), prompts(builder, 40)
         with pytest.raises(Killed):
-            sampler(builder, own, 40, seed=seed, engine=Stepping(3)).sample(asked, SAMPLING, "g", 0)
+            sampler(builder, own, 40, seed=seed, engine=Stepping(3)).sample(questions, SAMPLING, "g", 0)
         if only_finished:
             kept = {index: ids for index, ids in partial(own).items() if complete(builder, ids)}
             header = (own / "g.partial").read_text().splitlines()[0]
             step = {index: (ids, [-token / 7 for token in ids]) for index, ids in kept.items()}
             (own / "g.partial").write_text(f"{header}\n{json.dumps(step)}\n")
-        scored = sampler(builder, own, 40, seed=seed, engine=Stepping()).sample(asked, SAMPLING, "g", 0)
+        scored = sampler(builder, own, 40, seed=seed, engine=Stepping()).sample(questions, SAMPLING, "g", 0)
         lengths += [len(s.rollout.token_ids) for s in scored]
     return lengths
 

@@ -1,4 +1,4 @@
-"""The scripts of configs/scripts, with two processes on this machine."""
+"""Launch scripts of configs/scripts, with two processes on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.runs import ROOT, SMOKE, environment, read_json, records, scalars
 
 CLUSTER = ROOT / "configs/scripts"
 SRUN = """#!/bin/bash
-# What SLURM's does on one node: the command as often as there are tasks, each with its number.
+# Runs the command once per task with its rank, as SLURM's srun does on one node.
 echo "srun $*" >> "$SRUN_LOG"
 while [[ $1 == -* ]]; do shift; done
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
@@ -45,14 +45,14 @@ def bash(script: str, *arguments: str | Path, programs: Path = ROOT, cwd: Path =
 
 
 @pytest.mark.parametrize("script", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
-def test_a_script_is_sound_and_says_how_it_is_called(script: Path) -> None:
+def test_a_script_parses_and_prints_its_usage(script: Path) -> None:
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "usage:" in done.stderr
 
 
 def test_slurm_collects_on_two_ranks_what_one_collected(smoke_run: Path, tmp_path: Path) -> None:
-    """To the bit, so that the stages after it stay finished. The other ones were made by one process."""
+    """Bit for bit, so that the stages after it, made by one process, stay finished."""
     out = shutil.copytree(smoke_run, tmp_path / "out")
     shutil.rmtree(out / "collect")
     (tmp_path / "bin").mkdir()
@@ -62,8 +62,8 @@ def test_slurm_collects_on_two_ranks_what_one_collected(smoke_run: Path, tmp_pat
     slurm = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "sdzero", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
     slurm |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "1", "SLURM_NODELIST": "localhost"}
     slurm |= {"SRUN_LOG": str(tmp_path / "log")}
-    said = bash("slurm.sh", SMOKE, "--out", out, **slurm, programs=srun.parent, cwd=ROOT)
-    assert said.count("finished before") == 6
+    output = bash("slurm.sh", SMOKE, "--out", out, **slurm, programs=srun.parent, cwd=ROOT)
+    assert output.count("finished before") == 6
     (launched,) = (tmp_path / "log").read_text().splitlines()
     assert launched.startswith("srun --kill-on-bad-exit=1 python -m sdzero collect ")
     config = yaml.safe_load((out / "collect/stage.yaml").read_text())
@@ -103,7 +103,7 @@ def page_commands() -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.S) for line in block.splitlines()]
 
 
-def test_the_pages_commands_for_machines_that_are_not_here_parse() -> None:
+def test_the_pages_commands_parse() -> None:
     """Each names files that exist, options that exist, and a recipe that is one."""
     kinds = set[str]()
     for line in page_commands():

@@ -46,7 +46,7 @@ def test_shares_of_all_ranks_are_the_step_and_steps_are_the_epoch(
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_every_epoch_and_every_seed_has_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_epoch_and_every_seed_has_its_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Numbers(50, 7)
     orders = []
     for seed in (0, 1):
@@ -56,7 +56,7 @@ def test_every_epoch_and_every_seed_has_an_order_of_its_own(monkeypatch: pytest.
     assert orders[5] == tuple(i for step in epoch(Numbers(50, 10), 0) for i in step), "whatever the step's size"
 
 
-def test_an_epoch_goes_on_where_the_counter_stands() -> None:
+def test_an_epoch_continues_at_the_counter() -> None:
     data = Numbers(10, 4)
     assert len(data.train_dataloader()) == 3
     whole = [*data.train_dataloader(), *data.train_dataloader()]
@@ -78,5 +78,5 @@ def test_the_counter_moves_before_the_step() -> None:
     assert data.state_dict() == {"counter": 1}
 
 
-def test_batches_stay_where_they_are() -> None:
+def test_batches_are_not_moved() -> None:
     assert (batch := TraceBatch([], 3)).to("cuda") is batch

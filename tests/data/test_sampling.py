@@ -99,7 +99,7 @@ def phase2(num_questions: int = 5, **options: Any) -> RolloutDataModule:
 def test_all_ranks_make_as_many_calls_and_each_question_is_sampled_once(
     builder: PromptBuilder, tmp_path_factory: pytest.TempPathFactory, num: int, k: int, call_size: int, world_size: int
 ) -> None:
-    asked: list[str] = []
+    sampled: list[str] = []
     lengths = set()
     for rank in range(world_size):
         data: Any = evaluation(num, k, call_size)
@@ -112,8 +112,8 @@ def test_all_ranks_make_as_many_calls_and_each_question_is_sampled_once(
         groups = [group for batch in batches for group in batch.groups]
         assert all(len(group) == k and len({s.rollout.prompt.question.id for s in group}) == 1 for group in groups)
         assert all(len(prompts) <= max(call_size, k) for _, prompts in data.engine.calls)
-        asked += [group[0].rollout.prompt.question.id for group in groups]
-    assert sorted(asked) == sorted(f"eval-{i}" for i in range(num))
+        sampled += [group[0].rollout.prompt.question.id for group in groups]
+    assert sorted(sampled) == sorted(f"eval-{i}" for i in range(num))
     assert len(lengths) == 1
 
 
@@ -139,16 +139,16 @@ def test_training_without_evaluation_needs_no_task(attach: Data, builder: Prompt
 
 def test_a_step_is_sampled_from_the_policy_of_that_step(attach: Data) -> None:
     data = attach(phase2(rollouts_per_prompt=2))
-    versions, asked = [], []
+    versions, questions = [], []
     for version, batch in enumerate(data.train_dataloader()):
         assert batch.policy_version == version == batch.counter
         versions += [call[0] for call in data.engine.calls[len(versions) :]]
-        asked.append([s.rollout.prompt.question.id for s in batch.scored])
+        questions.append([s.rollout.prompt.question.id for s in batch.scored])
         assert float(data.engine.weights["weight"]) == version
         data.policy.policy_version += 1
-    assert [len(step) for step in asked] == [4, 4, 2], "the last step of five questions by two is short"
-    assert versions == [0, 0, 1, 1, 2] and len({id for step in asked for id in step}) == 5
-    assert all(step[::2] == step[1::2] for step in asked)
+    assert [len(step) for step in questions] == [4, 4, 2], "the last step of five questions by two is short"
+    assert versions == [0, 0, 1, 1, 2] and len({id for step in questions for id in step}) == 5
+    assert all(step[::2] == step[1::2] for step in questions)
 
 
 def test_a_step_of_a_rank_without_questions_is_empty(attach: Data) -> None:
@@ -255,21 +255,21 @@ def test_an_engine_with_other_weights_stops_the_run(attach: Data, logprob: float
 
 
 def test_ranks_of_one_engine_agree_on_every_call_and_others_on_all_of_them(attach: Data) -> None:
-    asked: list[tuple[int, str]] = []
+    reduced: list[tuple[int, str]] = []
 
     def reduce(tensor: Tensor, reduce_op: str) -> Tensor:
-        asked.append((int(tensor), reduce_op))
+        reduced.append((int(tensor), reduce_op))
         return tensor
 
     for size, expected in ((1, [0]), (2, [2, 1, 0, 1, 0, 0])):
-        asked.clear()
+        reduced.clear()
         data = attach(phase2(num_questions=6, prompts_per_step=6, call_size=3))
         data.engine.tensor_parallel_size = size
         data.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce)
         data.trainer.default_root_dir += str(size)
         next(iter(data.train_dataloader()))
         # number of calls; for each, whether to make it and whether the engine died; the same for all of them
-        assert asked == [(value, "max") for value in expected]
+        assert reduced == [(value, "max") for value in expected]
 
 
 def test_an_engine_is_started_on_first_use_warmed_up_once_and_closed(

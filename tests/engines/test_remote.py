@@ -206,8 +206,8 @@ def test_all_ranks_receive_a_failed_sync_and_share_the_servers(
 
     assert forked(2, tmp_path / "rank", work) == [0, 0], (tmp_path / "rank0.log").read_text()[-2000:]
     for rank, server in enumerate(both):
-        asked = [body for called, body in server.calls if called == GENERATE]
-        assert [body["token_ids"] for body in asked] == [[5, 6, 7 + rank]] and server.num_reloads == 2
+        sent = [body for called, body in server.calls if called == GENERATE]
+        assert [body["token_ids"] for body in sent] == [[5, 6, 7 + rank]] and server.num_reloads == 2
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -220,12 +220,12 @@ def test_each_response_has_its_own_seed(engine: RemoteVLLMEngine, server: FakeSe
         assert [rollout.logprobs for rollout in rollouts] == [(-20.0, -21.0, -22.0)] * 4
         return sorted((body["token_ids"], body["sampling_params"]["seed"]) for _, body in server.calls)
 
-    asked = requests()
-    assert len({seed for _, seed in asked}) == 4, "a repeated prompt must not give the same response"
+    sent = requests()
+    assert len({seed for _, seed in sent}) == 4, "a repeated prompt must not give the same response"
     for p in (body["sampling_params"] for _, body in server.calls):
         assert (p["temperature"], p["top_p"], p["max_tokens"], p["top_k"]) == (0.7, 0.9, 3, 0)
         assert p["stop_token_ids"] == sorted(builder.end_ids) and p["ignore_eos"] and p["logprobs"] == 0
-    assert requests() == asked, "a repeated call repeats the seeds"
+    assert requests() == sent, "a repeated call repeats the seeds"
 
 
 @pytest.mark.parametrize(

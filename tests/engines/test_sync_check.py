@@ -20,13 +20,13 @@ def slow_fingerprint(tensor: torch.Tensor) -> int:
 
 
 @given(st.integers(0, 2**31), st.sampled_from(DTYPES), st.integers(1, 5), st.integers(1, 7))
-def test_fingerprint_is_the_sum_it_says(seed: int, dtype: torch.dtype, rows: int, columns: int) -> None:
+def test_fingerprint_is_the_documented_sum(seed: int, dtype: torch.dtype, rows: int, columns: int) -> None:
     tensor = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     assert fingerprint(tensor) == slow_fingerprint(tensor)
     assert fingerprint(tensor.t()) == slow_fingerprint(tensor.t().contiguous())
 
 
-def test_fingerprint_goes_on_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_continues_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(1000)
     whole = fingerprint(tensor)
     monkeypatch.setattr("sdzero.engines.sync_check._CPU_CHUNK", 7)
@@ -34,7 +34,7 @@ def test_fingerprint_goes_on_across_chunks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @given(st.integers(0, 99), st.integers(0, 31), st.integers(0, 98))
-def test_fingerprint_sees_one_bit_and_any_swap(place: int, bit: int, other: int) -> None:
+def test_fingerprint_detects_one_bit_and_any_swap(place: int, bit: int, other: int) -> None:
     tensor = torch.randn(100, generator=torch.Generator().manual_seed(0))
     flipped = tensor.clone()
     flipped.view(torch.int32)[place] ^= 1 << bit if bit < 31 else -(2**31)
@@ -53,7 +53,7 @@ class Tied(nn.Module):
         self.lm_head.weight = self.embed_tokens.weight
 
 
-def test_layout_knows_second_names() -> None:
+def test_layout_includes_second_names() -> None:
     layout = WeightLayout.of(Tied())
     assert layout.required == {"embed_tokens.weight", "norm.weight"}
     assert set(layout.shapes) == {*layout.required, "lm_head.weight"}
@@ -73,8 +73,8 @@ def test_a_padded_vocabulary_is_compared_without_its_padding_in_the_dtype_held()
         check.finish(held)
 
 
-def test_the_checksum_covers_what_no_engine_keeps_as_it_is() -> None:
-    """Fused projections are not compared, but another checksum tells them apart (a LoRA trains nothing else)."""
+def test_the_checksum_covers_fused_weights() -> None:
+    """Fused projections are not compared, but the checksum differs (a LoRA trains nothing else)."""
     layout = WeightLayout({"norm.weight": torch.Size([4]), "q_proj.weight": torch.Size([4, 4])}, frozenset())
     checksums = set()
     for scale in (1.0, 1.0, 1.5):
@@ -94,7 +94,7 @@ def test_nothing_to_compare_is_no_proof() -> None:
 
 
 def test_faults_do_not_stop_the_stream() -> None:
-    """Other ranks gather the same weights: this one consumes them all before it complains."""
+    """Other ranks gather the same weights: this one consumes them all before it raises."""
     seen: list[str] = []
 
     def weights():

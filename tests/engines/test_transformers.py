@@ -26,7 +26,7 @@ def num_padded(batches: Iterable[Sequence[int]], lengths: Sequence[int]) -> int:
 def test_batches_hold_every_prompt_once_and_full_ones_pad_least(lengths: list[int], size: int) -> None:
     batches = TransformersEngine(size)._batches(of_lengths(lengths))
     assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
-    assert all(batch == sorted(batch) for batch in batches), "inside a batch the caller's order"
+    assert all(batch == sorted(batch) for batch in batches), "in the order of the prompts within a batch"
     assert all(len(batch) == size for batch in batches[:-1]) and (not batches or 1 <= len(batches[-1]) <= size)
     spans = [(max(lengths[p] for p in batch), min(lengths[p] for p in batch)) for batch in batches]
     assert all(shortest >= longest for (_, shortest), (longest, _) in pairwise(spans))
@@ -42,14 +42,14 @@ def test_lengths_that_alternate_are_not_padded_to_each_other() -> None:
     assert num_padded(TransformersEngine(4)._batches(of_lengths(lengths)), lengths) == 0
 
 
-def test_sorted_batches_answer_in_the_callers_order(builder: PromptBuilder) -> None:
-    """Greedy, so that a response is told by its prompt; sampled, a seed still names its tokens."""
-    asked = of_lengths([3, 40, 7, 22, 5, 60, 12, 9, 33, 4, 18])
+def test_sorted_batches_answer_in_the_order_of_the_prompts(builder: PromptBuilder) -> None:
+    """Greedy, so that a prompt determines its response; sampled, a seed does."""
+    prompts = of_lengths([3, 40, 7, 22, 5, 60, 12, 9, 33, 4, 18])
     engine = TransformersEngine(max_batch_size=3)
     engine.start(EngineSpec(builder.tokenizer.name_or_path, 80, load_weights=True), builder)
-    together = engine.generate(asked, Sampling(0.0, 1.0, 8), 0, 0)
-    assert [rollout.prompt for rollout in together] == asked
-    alone = [engine.generate([prompt], Sampling(0.0, 1.0, 8), 0, 0)[0] for prompt in asked]
+    together = engine.generate(prompts, Sampling(0.0, 1.0, 8), 0, 0)
+    assert [rollout.prompt for rollout in together] == prompts
+    alone = [engine.generate([prompt], Sampling(0.0, 1.0, 8), 0, 0)[0] for prompt in prompts]
     assert [rollout.token_ids for rollout in together] == [rollout.token_ids for rollout in alone]
-    drawn = engine.generate(asked, Sampling(1.0, 1.0, 8), 7, 0)
-    assert engine.generate(asked, Sampling(1.0, 1.0, 8), 7, 0) == drawn
+    sampled = engine.generate(prompts, Sampling(1.0, 1.0, 8), 7, 0)
+    assert engine.generate(prompts, Sampling(1.0, 1.0, 8), 7, 0) == sampled

@@ -99,12 +99,12 @@ def test_the_longest_prompts_are_scheduled_first_if_some_must_wait(
 ) -> None:
     """And equal ones in the caller's order, which is the order of what comes back."""
     engine, llm = start(**options)
-    asked = [Prompt(Question(f"q{i}", "", ""), (10 + i,) * length) for i, length in enumerate((2, 5, 2, 5))]
+    prompts = [Prompt(Question(f"q{i}", "", ""), (10 + i,) * length) for i, length in enumerate((2, 5, 2, 5))]
     llm.on_step = lambda: [finished(llm.waiting[0], [20 + int(llm.waiting.pop(0)), 9])]
-    rollouts = engine.generate(asked, Sampling(1.0, 1.0, 2), 0, 0)
-    assert [tokens[0] - 10 for tokens, _ in llm.asked] == order
+    rollouts = engine.generate(prompts, Sampling(1.0, 1.0, 2), 0, 0)
+    assert [tokens[0] - 10 for tokens, _ in llm.requests] == order
     assert [(rollout.prompt, rollout.token_ids) for rollout in rollouts] == [
-        (prompt, (20 + i, 9)) for i, prompt in enumerate(asked)
+        (prompt, (20 + i, 9)) for i, prompt in enumerate(prompts)
     ]
 
 
@@ -165,15 +165,15 @@ def test_partial_responses_become_prompts_and_only_the_rest_is_requested(start: 
     llm.on_step = step
     steps: list[dict[int, TokenChunk]] = []
     rollouts = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, steps.append, partials)
-    assert llm.asked == [([5, 6, 7, 7], 2), ([5, 6, 7], 3)]
+    assert llm.requests == [([5, 6, 7, 7], 2), ([5, 6, 7], 3)]
     assert [rollout.prompt for rollout in rollouts] == PROMPTS
     assert [rollout.token_ids for rollout in rollouts] == [(7, 2), (7, 9, 2), (7, 8, 9), (9, 9, 2)]
     assert [rollout.finish_reason for rollout in rollouts] == ["stop", "stop", "length", "stop"]
     assert rollouts[1].logprobs == (-3.0, -0.5, -0.5) and rollouts[2].logprobs == partials[2].logprobs
     assert list(steps[0]) == [1, 3] and len(steps) == 1
-    llm.asked.clear()
+    llm.requests.clear()
     complete = engine.generate(PROMPTS, Sampling(1.0, 1.0, 3), 0, 0, partials=[partials[0]] * 4)
-    assert llm.asked == [] and [rollout.token_ids for rollout in complete] == [(7, 2)] * 4
+    assert llm.requests == [] and [rollout.token_ids for rollout in complete] == [(7, 2)] * 4
 
 
 def test_the_deadline_ends_a_slow_call_with_the_number_of_responses(start: Any) -> None:
@@ -228,7 +228,7 @@ def test_a_warm_up_runs_both_paths_of_the_sampler_and_changes_nothing(start: Any
     torch.manual_seed(3)
     engine.warm_up()
     assert torch.rand(2).tolist() == expected and paths == [(3, 1.0), (3, 0.9)] and engine.policy_version == 0
-    assert {(len(tokens), new) for tokens, new in llm.asked} == {(16, 2)}
+    assert {(len(tokens), new) for tokens, new in llm.requests} == {(16, 2)}
     llm.on_step = None
     assert [rollout.token_ids for rollout in generate(engine)] == [(9, 9)] * 4
 

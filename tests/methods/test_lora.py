@@ -1,4 +1,4 @@
-"""Training adapters: the base never moves and is the teacher, the engine gets what was trained, and a run resumes."""
+"""Training of adapters: the base never moves and is the teacher, and the engine receives the trained weights."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def only_adapters_train(method: Method, steps: Steps, path: Path) -> None:
     assert same(base_of(method), weights_of(load(ModelConfig(str(path)), 0).hf))
 
 
-def test_self_distillation_moves_adapters_alone(path: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
+def test_self_distillation_moves_only_adapters(path: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
     method = SelfDistill(config(path), optimizer=sgd(1.0))
     steps = fit(method, batches(scored, 3), tmp_path)
     only_adapters_train(method, steps, path)
@@ -79,7 +79,7 @@ def test_self_distillation_moves_adapters_alone(path: Path, scored: list[ScoredR
     assert not any(name.startswith("teacher.") for name in method.state_dict())
 
 
-def test_srt_moves_adapters_alone(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
+def test_srt_moves_only_adapters(path: Path, builder: PromptBuilder, tmp_path: Path) -> None:
     traces = [make_trace(builder, f"q{i}", "1+1=3", "1+1=2", reward=i) for i in (0, 1)]
     method = SRT(config(path), optimizer=sgd(1.0))
     steps = fit(method, [TraceBatch(traces, 0), TraceBatch(traces, 1)], tmp_path)
@@ -90,7 +90,7 @@ def test_srt_moves_adapters_alone(path: Path, builder: PromptBuilder, tmp_path: 
 def test_the_first_steps_divergence_is_that_of_the_contexts(
     path: Path, builder: PromptBuilder, scored: list[ScoredRollout], tmp_path: Path
 ) -> None:
-    """Student and teacher are one model then: full float64 logits of the folder say what it is."""
+    """Student and teacher are one model then: full float64 logits of the folder are the reference."""
     steps = fit(SelfDistill(config(path)), batches(scored, 1), tmp_path)
     model, total, num = plain_model(path), 0.0, 0
     for one in scored:
@@ -111,10 +111,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the method,
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_base_teaches_as_a_copy_of_it_would(
+def test_the_base_teaches_like_a_copy_of_it(
     path: Path, scored: list[ScoredRollout], tmp_path: Path, variant: str
 ) -> None:
-    """To the bit, over several micro batches and steps, and in what the recorder reads."""
+    """Bit for bit, over several micro batches and steps, and in what the recorder reads."""
     options, model_options = VARIANTS[variant]
     options = {"optimizer": sgd(1.0), "max_tokens_per_micro_batch": 1, **options}
     runs = []
@@ -227,7 +227,7 @@ def test_the_engine_samples_from_what_was_trained(path: Path, tmp_path: Path) ->
     assert engine.weights.keys() == base_of(method).keys() and not same(engine.weights, base_of(method))
 
 
-def test_a_layer_that_misses_its_adapter_is_caught(path: Path, tmp_path: Path) -> None:
+def test_a_layer_without_its_adapter_is_detected(path: Path, tmp_path: Path) -> None:
     """At a learning rate whose step no log-probability shows."""
     with pytest.raises(EngineError, match=r"'model\.layers\.1\.self_attn\.q_proj\.weight' of the engine differs"):
         fit(*rollouts(Forgetful(), 1e-3, path), tmp_path)

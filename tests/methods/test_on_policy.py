@@ -1,4 +1,4 @@
-"""Every batch is sampled from the very weights it trains, and the engine is proven to hold them."""
+"""On-policy batches: each is sampled from the weights it trains, and the engine is checked to hold them."""
 
 from __future__ import annotations
 

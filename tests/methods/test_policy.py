@@ -23,8 +23,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1, hidden_size=32)
 
 
-def test_a_first_batch_without_questions_knows_k_and_the_benchmarks(path: Path) -> None:
-    """All ranks must reduce the same metrics, whichever of them had no question left for its first call."""
+def test_a_first_batch_without_questions_has_k_and_the_benchmarks(path: Path) -> None:
+    """All ranks must reduce the same metrics, also one without a question in its first call."""
     method = Policy(ModelConfig(str(path)))
     names = ("a", "b")
     method.validation_step(EvalBatch([], 0, 0, 3, names), 0)
@@ -38,7 +38,7 @@ def test_a_first_batch_without_questions_knows_k_and_the_benchmarks(path: Path) 
 
 
 def say(prompt: Prompt, seed: int) -> str:
-    """Right where the number asked for is odd; cut where it is 3."""
+    """Right where the answer is odd; cut where it is 3."""
     answer = prompt.question.answer
     return "1" * 99 if answer == "3" else f"so {answer}" if int(answer) % 2 else "no"
 

@@ -1,4 +1,4 @@
-"""A run that was stopped after any step ends as one that was not: to the bit."""
+"""Resumed runs: a run stopped after any step ends bit for bit as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def check_every_stop(make: Make, path: Path, root: Path, sync: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("name", SYNCS)
-def test_self_distill_resumes_to_the_bit(path: Path, tmp_path: Path, name: str) -> None:
+def test_self_distill_resumes_bitwise(path: Path, tmp_path: Path, name: str) -> None:
     """After every step of two epochs, the last of an epoch included; the teacher moves on as it would have."""
     sync, generations = SYNCS[name]
     whole = check_every_stop(self_distill, path, tmp_path, sync)
@@ -127,7 +127,7 @@ def test_self_distill_resumes_to_the_bit(path: Path, tmp_path: Path, name: str) 
     assert same(teacher, student) == (name in ("steps", "epochs", "plateau"))
 
 
-def test_skipped_batches_come_before_the_same_ones_again(path: Path, tmp_path: Path) -> None:
+def test_skipped_batches_are_followed_by_the_same_batches(path: Path, tmp_path: Path) -> None:
     """A batch of cut responses takes no step and synchronises nothing, but moves the counter."""
 
     def make(path: Path) -> tuple[Method, StepDataModule]:
@@ -141,7 +141,7 @@ def test_skipped_batches_come_before_the_same_ones_again(path: Path, tmp_path: P
     assert counter > global_step == NUM_STEPS  # there were such batches
 
 
-def test_srt_resumes_to_the_bit(path: Path, tmp_path: Path) -> None:
+def test_srt_resumes_bitwise(path: Path, tmp_path: Path) -> None:
     check_every_stop(srt, path, tmp_path, {})
 
 

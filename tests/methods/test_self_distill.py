@@ -1,4 +1,4 @@
-"""SelfDistill, held against full float64 logits of student and teacher, response by response."""
+"""SelfDistill against full float64 logits of student and teacher, response by response."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_without_another_model_the_teacher_is_the_student_as_it_starts(
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_positive_means_that_the_reviser_would_take_the_token_back(
+def test_a_positive_kl_reward_means_that_the_teacher_finds_the_token_less_likely(
     path: Path, other: Path, builder: PromptBuilder, tmp_path: Path, sign: int
 ) -> None:
     """Of all answers of one token, the one that the teacher finds least (most) likely beside the student."""
@@ -165,7 +165,7 @@ def test_positive_means_that_the_reviser_would_take_the_token_back(
     assert sign * steps.metrics[0]["teacher/token_kl_reward_r0"] > 0.5
 
 
-def test_the_teacher_is_read_on_the_second_copy(
+def test_the_teacher_scores_the_second_copy(
     path: Path, builder: PromptBuilder, scored: list[ScoredRollout], tmp_path: Path
 ) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
@@ -215,7 +215,7 @@ def test_cut_responses_can_be_left_out(path: Path, scored: list[ScoredRollout], 
     assert steps.metrics[0]["train/loss"] == pytest.approx(of_kept.metrics[0]["train/loss"], rel=1e-5)
 
 
-def test_the_teacher_learns_nothing(path: Path, other: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
+def test_the_teacher_is_not_trained(path: Path, other: Path, scored: list[ScoredRollout], tmp_path: Path) -> None:
     method = SelfDistill(
         ModelConfig(str(path)), teacher=ModelConfig(str(other)), optimizer=lambda p: torch.optim.SGD(p, lr=1.0)
     )
@@ -236,7 +236,7 @@ def test_a_bfloat16_teacher_is_allowed(path: Path, scored: list[ScoredRollout], 
     assert steps.metrics[0]["train/loss"] == pytest.approx(exact.metrics[0]["train/loss"], rel=0.05)
 
 
-def test_what_cannot_be_compared_is_refused_before_weights_are_read(
+def test_incompatible_teachers_are_refused_before_weights_are_read(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*args: Any, **kwargs: Any) -> None:
@@ -254,7 +254,7 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_read(
     SelfDistill(ModelConfig(str(path)), divergence=Divergence(top_k=vocab_size))
 
 
-def test_where_the_loss_needs_the_students_top_k_alone_the_engine_says_what_it_gave_the_token(
+def test_without_the_students_full_vocabulary_the_engines_logprobs_are_used(
     path: Path, scored: list[ScoredRollout], tmp_path: Path
 ) -> None:
     """Its log-probabilities are of the same weights; the student is not projected onto the whole vocabulary."""

@@ -1,4 +1,4 @@
-"""SRT's one weighted pass, held against two plain transformers passes of each trace."""
+"""SRT's one weighted pass against two plain transformers passes of each trace."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_traces_without_a_first_attempt_are_sft(path: Path, tmp_path: Path, kind
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
 def test_sft_is_the_generation_term(path: Path, traces: list[Trace], tmp_path: Path, reduction: Any) -> None:
-    """To the bit, on mixed traces in one micro batch; N_rev does not count."""
+    """Bit for bit, on mixed traces in one micro batch; N_rev does not count."""
     sft = SFT(ModelConfig(str(path)), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), reduction=reduction)
     alone = fit(sft, [TraceBatch(traces, 0)], tmp_path)
     _, generation = run(path, traces, tmp_path, revision_weight=0.0, max_grad_norm=1.0, reduction=reduction)
@@ -127,6 +127,6 @@ def test_micro_batches_change_nothing(path: Path, traces: list[Trace], tmp_path:
 
 
 @pytest.mark.parametrize("terms", [(-1.0, 1.0), (1.0, -0.1), (0.0, 0.0)])
-def test_terms_that_cannot_be_are_refused(path: Path, terms: tuple[float, float]) -> None:
+def test_wrong_terms_are_refused(path: Path, terms: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="revision_weight and generation_weight"):
         SRT(ModelConfig(str(path)), revision_weight=terms[0], generation_weight=terms[1])

@@ -1,4 +1,4 @@
-"""The teacher's pass before the student's first: the same step, in another order of work."""
+"""Teacher passes before the student's first: the same step in another order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(path: Path, root: Path, **options: Any) -> tuple[SelfDistill, Steps, str
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.top_k}-{d.support}-{d.outside}")
 @pytest.mark.parametrize("moves", [False, True])
-def test_the_step_is_the_same_to_the_bit(
+def test_the_step_is_bitwise_the_same(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, divergence: Divergence, moves: bool
 ) -> None:
     plain = run(path, tmp_path, divergence=divergence)
@@ -67,7 +67,7 @@ def test_the_step_is_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.top_k}-{d.support}-{d.outside}")
-def test_what_waits_is_the_top_k_where_that_is_exact_else_hidden_states(
+def test_the_top_k_is_kept_where_it_is_exact_else_hidden_states(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, divergence: Divergence
 ) -> None:
     """A tail is known from its own sum, not from what the top_k leave of 1; the student's choice comes later."""
@@ -87,7 +87,7 @@ def test_what_waits_is_the_top_k_where_that_is_exact_else_hidden_states(
 def test_the_teacher_is_away_between_its_pass_and_the_next(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing moves on a CPU, so the moves are taken down instead."""
+    """Nothing moves on a CPU, so the moves are recorded instead."""
     moves: list[str] = []
     monkeypatch.setattr(SelfDistill, "_teacher_moves", True)
     to = LanguageModel.to

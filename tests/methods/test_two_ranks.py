@@ -46,7 +46,7 @@ def test_several_ranks_equal_one(kind: str, strategy: str, trained: Path) -> Non
         if kind == "self_distill":
             assert theirs.keys() >= {"rollout/keywords_per_response", "rollout/length_p50", "rollout/copy_rate"}
     if strategy == "ddp":
-        assert several["num_sent"] == several["num_of_student"], "the teacher is nothing to it"
+        assert several["num_sent"] == several["num_of_student"], "the teacher is not sent"
     if strategy == "reduced":  # each micro batch's gradients, not a step's
         once = torch.load(trained / f"{kind}-fsdp2.pt")["num_reduced"]
         assert several["num_reduced"] > once == 3 * len(ITEMS)  # two layers and the root
@@ -82,18 +82,18 @@ def recipes(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_on_two_ranks_counts_and_writes_once(strategy: str, recipes: Path) -> None:
     """Steps of three questions and of one, an evaluation of three: nothing divides by two."""
     run = recipes / strategy
-    asked = sorted(read_json(run / "self_distill/questions-fit.json")["eval"])
-    assert len(asked) == 3
+    evaluated = sorted(read_json(run / "self_distill/questions-fit.json")["eval"])
+    assert len(evaluated) == 3
     num_tokens = 0  # of the last stage's
     for stage in ("srt", "self_distill", "eval"):
         journals = [run / stage / f"journal/rank{rank}" for rank in (0, 1)]
         answers = [responses(journal, "eval") for journal in journals]
-        assert all(answers), "both engines were asked"
-        assert sorted(answer["question"] for answer in answers[0] + answers[1]) == sorted(2 * asked)
+        assert all(answers), "both engines sampled"
+        assert sorted(answer["question"] for answer in answers[0] + answers[1]) == sorted(2 * evaluated)
         num_tokens = sum(len(answer["token_ids"]) for answer in answers[0] + answers[1])
         assert len([*(run / stage).glob("events*")]) == 1
         kept = [row["question"] for file in (run / stage / "samples").glob("eval-*") for row in rows(file)]
-        assert sorted(kept) == asked
+        assert sorted(kept) == evaluated
     for stage, num_generations in (("srt", 0), ("self_distill", 3 + 1)):
         manifest = read_json(run / stage / "model/sdzero.json")
         assert (manifest["num_generations"], manifest["policy_version"]) == (num_generations, 2)
@@ -101,7 +101,7 @@ def test_a_recipe_on_two_ranks_counts_and_writes_once(strategy: str, recipes: Pa
     assert len(trained) == len({*trained}) == 3
     rewards, results = (read_json(run / f"eval/{name}.json") for name in ("rewards", "results"))
     in_order = [question.id for question in Chains(min_ops=1, max_ops=2).questions("eval", 3)]
-    assert [*rewards] == in_order and sorted(in_order) == asked
+    assert [*rewards] == in_order and sorted(in_order) == evaluated
     assert all(len(of_question) == 2 for of_question in rewards.values())
     assert results["eval/avg_at_k"] == pytest.approx(sum(map(sum, rewards.values())) / 6)
     assert results["eval/response_tokens"] == pytest.approx(num_tokens / 6)
@@ -110,7 +110,7 @@ def test_a_recipe_on_two_ranks_counts_and_writes_once(strategy: str, recipes: Pa
 def test_metrics_of_a_benchmark_of_which_a_rank_has_no_question(trained: Path) -> None:
     """Ranks that compute together have the same answers, which count once."""
     one, ddp, tp = (torch.load(trained / f"evaluate-{name}.pt") for name in ("one", "ddp", "tp"))
-    benchmarks = [{question.split("/")[0] for question in asked} for asked in (*ddp["asked"], *tp["asked"])]
+    benchmarks = [{question.split("/")[0] for question in questions} for questions in (*ddp["asked"], *tp["asked"])]
     assert benchmarks == [{"x", "y"}, {"x", "z"}, {"x", "y", "z"}, {"x", "y", "z"}]
     ours = one["metrics"]
     assert ours.keys() >= {"eval/avg_at_k", "eval/y/avg_at_k", "eval/z/pass_at_2", "eval/x/truncated"}

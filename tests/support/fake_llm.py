@@ -11,28 +11,28 @@ from transformers import AutoModelForCausalLM
 
 
 def finished(request_id: str, token_ids: list[int], reason: str | None = "length") -> Any:
-    """What a step brought for a request: with a reason, its end."""
+    """Output of a step for a request; with a reason, its last."""
     flat = SimpleNamespace(logprobs=[-0.5] * len(token_ids))
     output = SimpleNamespace(token_ids=token_ids, logprobs=flat, finish_reason=reason)
     return SimpleNamespace(request_id=request_id, finished=reason is not None, outputs=[output])
 
 
 class FakeLLM:
-    """Answers each request with tokens 9 9, one request a step; `calls` is what was asked of it."""
+    """Answers each request with tokens 9 9, one request a step; `calls` are the names of the calls."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.calls: list[str] = []
         self.model = AutoModelForCausalLM.from_pretrained(options["model"])
         self.llm_engine = self
-        self.asked: list[tuple[list[int], int]] = []  # each request's tokens, and how many may follow
+        self.requests: list[tuple[list[int], int]] = []  # each request's tokens, and how many may follow
         self.waiting: list[str] = []
         self.on_step: Callable[[], list[Any]] | None = None
         self.can_reset = True
 
     def add_request(self, request_id: str, prompt: dict[str, list[int]], params: Any) -> None:
         self.params = params
-        self.asked.append((prompt["prompt_token_ids"], params.max_tokens))
+        self.requests.append((prompt["prompt_token_ids"], params.max_tokens))
         self.waiting.append(request_id)
 
     def has_unfinished_requests(self) -> bool:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdzero.engines.remote import RemoteVLLMEngine
+    from sdzero.engines.remote.engine import RemoteVLLMEngine
     from sdzero.engines.scripted import ScriptedEngine
     from sdzero.engines.transformers import TransformersEngine
     from sdzero.engines.vllm import VLLMEngine
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["RemoteVLLMEngine", "ScriptedEngine", "TransformersEngine", "VLLMEngine"]
 
 _MODULES = {
-    "RemoteVLLMEngine": "remote",
+    "RemoteVLLMEngine": "remote.engine",
     "ScriptedEngine": "scripted",
     "TransformersEngine": "transformers",
     "VLLMEngine": "vllm",
