@@ -72,7 +72,7 @@ class RemoteNotes(Notes):
             self.num_running -= 1
 
     def begun(self, index: int) -> None:
-        """Called before batch number `index` is answered."""
+        """Do something before batch number `index` is answered."""
 
     def close(self) -> None:
         self.closed = True

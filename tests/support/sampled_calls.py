@@ -131,7 +131,7 @@ def killed(builder: PromptBuilder, folder: Path, engine: Stepping, num: int = 6,
 
 
 def partial(folder: Path) -> dict[int, list[int]]:
-    """Place -> tokens in `g.partial`, from its whole lines."""
+    """Return index -> tokens in `g.partial`, from its whole lines."""
     sampled: dict[int, list[int]] = {}
     lines = (folder / "g.partial").read_bytes().split(b"\n")[1:-1]
     for step in (verify_checksum(json.loads(line)) for line in lines):
