@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sdzero.engines.base import EngineSpec, OnTokens, RolloutEngine, SyncReport, TokenChunk, ignore, preserve_rng
@@ -83,7 +84,9 @@ class TransformersEngine(RolloutEngine):
         return [sorted(order[i : i + self.max_batch_size]) for i in range(0, len(order), self.max_batch_size)]
 
     def _sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        input_ids, attention_mask = _left_pad(prompts, self._builder.pad_id, self._device)
+        rows = [torch.tensor(prompt.token_ids, device=self._device) for prompt in prompts]
+        input_ids = pad_sequence(rows, True, self._builder.pad_id, padding_side="left")  # [B, T]
+        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
         recorder = _RecordLogprobs()
         sequences = self._model.generate(
             input_ids=input_ids,
@@ -138,15 +141,6 @@ class _RecordLogprobs(LogitsProcessor):
         """Return log-probabilities [B, N]; `sampled` [B] are the last step's tokens, which no call has received."""
         self._record(sampled)
         return torch.stack(self._columns, dim=1)
-
-
-def _left_pad(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return input_ids and attention_mask, both [B, T], with the prompts at the right edge."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    pads = [longest - len(prompt.token_ids) for prompt in prompts]
-    rows = [[pad_id] * pad + list(prompt.token_ids) for prompt, pad in zip(prompts, pads, strict=True)]
-    mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
 def _generation_config(sampling: Sampling, builder: PromptBuilder) -> GenerationConfig:
