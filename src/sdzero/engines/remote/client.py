@@ -13,6 +13,7 @@ import aiohttp
 from sdzero.engines.base import EngineDied, EngineError
 
 _CONNECTIONS = 512  # twice what a server runs at once; more would only queue there, using a descriptor each
+_KEEPALIVE_SECONDS = 2.0  # vLLM closes a connection that is idle for 5: no request may meet that
 _SHORT_SECONDS = 60.0  # for calls without work
 
 
@@ -31,7 +32,7 @@ class Client:
         self._session = self._run(self._open(), _SHORT_SECONDS, "start")
 
     async def _open(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=_CONNECTIONS)
+        connector = aiohttp.TCPConnector(limit=_CONNECTIONS, keepalive_timeout=_KEEPALIVE_SECONDS)
         return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
     def get(self, url: str, seconds: float = _SHORT_SECONDS) -> Any:
