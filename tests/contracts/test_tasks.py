@@ -73,15 +73,10 @@ def rows_file(kind: str) -> str:
             **{"question_type": "math-word-problem", "correctness_math_verify": [None, True]},
         },
         "amo": lambda n: {
-            "question_id": n,
-            "prompt": f"{n} x?",
-            "answer": rf"$\boxed{{{n}x}}$",
-            "answer_type": "variable",
+            **{"question_id": n, "prompt": f"{n} x?", "answer": rf"$\boxed{{{n}x}}$", "answer_type": "variable"}
         },
         "choice": lambda n: {
-            "question": f"Which is {n}?",
-            "options": [*map(str, range(n, n + 5)), "N/A"],
-            "answer": "A",
+            **{"question": f"Which is {n}?", "options": [*map(str, range(n, n + 5)), "N/A"], "answer": "A"}
         },
         "countdown": lambda n: {"target": n + 3, "nums": [1, n, 2]},
         "code": lambda n: {"question": f"Write {n}.", "tests": [{"input": "", "output": str(n)}]},
@@ -114,10 +109,8 @@ class EchoSandbox:
     """Sandbox double: a program prints its own last line, and passes assertions if that line says so."""
 
     def grade(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
-        return [
-            CodeVerdict(1, "correct", "echo") if self.is_right(submission) else CodeVerdict(0, "wrong", "echo")
-            for submission in submissions
-        ]
+        verdicts = {True: CodeVerdict(1, "correct", "echo"), False: CodeVerdict(0, "wrong", "echo")}
+        return [verdicts[self.is_right(submission)] for submission in submissions]
 
     def is_right(self, submission: Submission) -> bool:
         written = submission.source.strip().rpartition("\n")[2]
@@ -236,11 +229,9 @@ def test_a_longer_list_starts_with_the_shorter(case: Case, task: Task) -> None:
 
 def test_ids_name_the_task(task: Task) -> None:
     """Metrics are reported by the part of an id before the first slash: of a suite, its benchmarks."""
-    names = {*task.benchmarks} if isinstance(task, Suite) else {type(task).__name__.lower()}
-    assert {
-        question.benchmark.replace("_", "")
-        for question in task.questions("eval", None if isinstance(task, Suite) else 30)
-    } == names
+    is_suite = isinstance(task, Suite)
+    found = {question.benchmark.replace("_", "") for question in task.questions("eval", None if is_suite else 30)}
+    assert found == ({*task.benchmarks} if is_suite else {type(task).__name__.lower()})
 
 
 def test_the_gold_answer_is_correct(case: Case, task: Task) -> None:

@@ -114,7 +114,7 @@ def check(case: Rows, made: Result) -> None:
         assert (made["gradient"][2] == 0).all()  # scale 0
 
 
-HEADS = [None, *(Divergence(kind, SHARE) for kind in KINDS), *(Divergence(top_k=4, outside=o) for o in ("tail",))]
+HEADS = [None, *(Divergence(kind, SHARE) for kind in KINDS), Divergence(top_k=4, outside="tail")]
 
 
 def run_head(divergence: Divergence | None, dtype: torch.dtype, device: str = "cpu") -> Result:

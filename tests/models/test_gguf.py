@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -104,18 +105,13 @@ def test_weights_are_the_files_values_exactly(tiny) -> None:
 
 def test_logprobs_and_tokens_are_those_of_transformers_own_reading(tiny) -> None:
     file, folder, _ = tiny
-    options = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    theirs, ours = (
-        AutoModelForCausalLM.from_pretrained(**o)
-        for o in ({**options, "dtype": torch.float32}, {"pretrained_model_name_or_path": folder})
-    )
-    turns = [{"role": "user", "content": "an apple and 12 pears"}]
-    ids = [
-        AutoTokenizer.from_pretrained(**o).apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        for o in (options, {"pretrained_model_name_or_path": folder})
-    ]
+    turns, ids, logprobs = [{"role": "user", "content": "an apple and 12 pears"}], [], []
+    for source, options in ((file.parent, {"gguf_file": file.name}), (folder, {})):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        ids.append(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        logprobs.append(plain_logprobs(model, ids[-1][:5], ids[-1][5:]))
     assert ids[0] == ids[1] and len(ids[0]) > 20
-    logprobs = [plain_logprobs(model, ids[0][:5], ids[0][5:]) for model in (theirs, ours)]
     assert torch.equal(*logprobs)
 
 
@@ -132,9 +128,7 @@ def test_a_turn_ends_with_the_files_end_and_with_the_templates(tiny) -> None:
 def test_nothing_stays_of_an_import_that_failed(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, _, _ = tiny
     with monkeypatch.context() as patch:
-        patch.setattr(
-            PreTrainedTokenizerFast, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-        )
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", Mock(side_effect=OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             import_gguf(file, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.runs import run_script
 from support.tiny_model import write_tiny_model
-
-TESTS = Path(__file__).parents[1]
-RANKS = TESTS / "support/ranks"
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +22,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Name of a run -> its metrics."""
     out = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(RANKS / "lora_ranks.py"), str(base), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_script("lora_ranks.py", base, out)
     return {path.parent.name: torch.load(path) for path in out.glob("*/metrics.pt")}
 
 

@@ -13,12 +13,6 @@ from transformers import AutoConfig, Qwen3Config
 from sdzero.models.language_model import ModelConfig, load
 from sdzero.models.parallelize import _layers, check_tensor_parallel
 from sdzero.trainer.strategies import FullShard
-from support.tiny_model import write_tiny_model
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def test_layers_are_found_or_named(path: Path) -> None:

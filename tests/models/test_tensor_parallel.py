@@ -3,19 +3,15 @@ the same run after a restart."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from support.runs import run_script
 from support.tiny_model import write_tiny
 
-TESTS = Path(__file__).parents[1]
-RANKS = TESTS / "support/ranks"
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -28,10 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     models = [write_tiny(folder / kind, kind, num_key_value_heads=2, **more) for kind, more in KINDS.items()]
-    line = [sys.executable, str(RANKS / "tensor_parallel_ranks.py"), *map(str, (folder, *models))]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("tensor_parallel_ranks.py", folder, *models)
     return folder
 
 

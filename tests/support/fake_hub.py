@@ -1,12 +1,4 @@
-"""Local server with the part of the Hugging Face Hub's API that reading data sets needs.
-
-    from support.fake_hub import FakeHub, hub        # `hub` is the fixture: a test names it as an argument
-    from support.fixtures.make import make
-
-    def test_loads(hub: FakeHub, tmp_path: Path) -> None:
-        commit = hub.publish("cais/mmlu", make(tmp_path, "cais/mmlu"))
-        datasets.load_dataset("cais/mmlu", "all", split="test", revision=commit)
-        assert hub.num_bytes > 0
+"""Local server with the part of the Hugging Face Hub's API that reading data sets needs; `hub` is the fixture.
 
 `publish` adds a commit to a data set's repository; `main` is the last one. Within the test, `datasets` and
 `huggingface_hub` use this server with empty caches, as do child processes through HF_ENDPOINT and HF_HOME. (The
@@ -24,10 +16,9 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets.config
@@ -40,21 +31,19 @@ _FILE = re.compile(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
-@dataclass(frozen=True)
-class Revision:
+class Revision(NamedTuple):
     """A commit of a repository: file contents by path."""
 
     commit: str
     files: dict[str, bytes]
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An HTTP response. huggingface_hub recognizes errors by their headers."""
 
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
+    status: int
+    body: bytes
+    headers: dict[str, str]
 
 
 class FakeHub:
@@ -90,7 +79,7 @@ class FakeHub:
         self._thread.join()
 
     def answer(self, method: str, url: str, form: dict[str, list[str]], wanted: str | None) -> Reply:
-        """Answer a request. form: fields of a POST. wanted: the header Range."""
+        """Answer a request; `form` holds the fields of a POST, `wanted` is the header Range."""
         with self._lock:
             self.requests.append(f"{method} {url}")
         parts = urlsplit(url)
@@ -131,8 +120,6 @@ def _file(revision: Revision, path: str, wanted: str | None) -> Reply:
     if wanted is None or not (match := _RANGE.fullmatch(wanted)):
         return Reply(200, body, headers)
     start, end = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
-    if start >= len(body):
-        return Reply(416, b"", {**headers, "Content-Range": f"bytes */{len(body)}"})
     return Reply(206, body[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(body)}"})
 
 
@@ -145,11 +132,7 @@ def _api(
     if action == "paths-info":
         every = {entry["path"]: entry for entry in _tree(revision, "", recursive=True)}
         return _json([every[name] for name in form.get("paths", []) if name in every])
-    siblings: list[dict[str, Any]] = [{"rfilename": name} for name in sorted(revision.files)]
-    if query.get("blobs", "").lower() in ("true", "1"):
-        for sibling in siblings:
-            body = revision.files[sibling["rfilename"]]
-            sibling |= {"size": len(body), "blobId": _blob(body)}
+    siblings = [{"rfilename": name} for name in sorted(revision.files)]
     about = {"id": id, "author": id.split("/")[0], "sha": revision.commit, "private": False, "gated": False}
     return _json({**about, "disabled": False, "tags": [], "siblings": siblings})
 

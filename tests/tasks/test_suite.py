@@ -43,9 +43,8 @@ class Finite(Task):
 
 @cache
 def suite() -> Suite:
-    return Suite(
-        {"finite": Finite(), "chains-2": Chains(), "Count_down": Countdown()}, {"chains-2": 4, "Count_down": 3}
-    )
+    tasks = {"finite": Finite(), "chains-2": Chains(), "Count_down": Countdown()}
+    return Suite(tasks, {"chains-2": 4, "Count_down": 3})
 
 
 def test_questions_stand_one_benchmark_after_the_other() -> None:
@@ -86,14 +85,11 @@ def test_each_task_is_asked_once_and_gets_its_own_questions_back() -> None:
     assert Suite({"one": one}).verify_all([]) == [] and len(one.asked) == 1
 
 
-def test_limits_are_at_most() -> None:
+def test_limits_are_maxima_and_0_skips_a_benchmark() -> None:
     names = [q.benchmark for q in Suite({"a": Finite(), "b": Toy()}, 7).questions("eval", None)]
     assert (names.count("a"), names.count("b")) == (5, 7)
     names = [q.benchmark for q in Suite({"a": Finite(), "b": Finite()}, {"b": 2}).questions("eval", None)]
     assert (names.count("a"), names.count("b")) == (5, 2)
-
-
-def test_limit_0_skips_a_benchmark() -> None:
     both = Suite({"a": Toy(), "b": Toy()}, {"a": 0, "b": 2})
     assert [question.benchmark for question in both.questions("eval", None)] == ["b", "b"]
 
