@@ -77,9 +77,6 @@ def rewards(task: Rows, questions: list[Question]) -> list[int]:
     return [v.reward for v in task.verify_all([(q, rf"So \boxed{{{q.answer}}}.") for q in questions])]
 
 
-# --- mathematics ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["aime24", "aime25", "hmmt25", "math500"])
 def test_mathematics(name: str) -> None:
     task = load(f"benchmarks/{name}")
@@ -113,9 +110,6 @@ def test_ids_of_the_published_columns() -> None:
     }
     assert first["hmmt25"].meta["problem_type"] == ["Algebra"]
     assert first["math500"].meta["level"] == 1
-
-
-# --- out of the domain ----------------------------------------------------------------------------
 
 
 def test_mmlu() -> None:
@@ -188,9 +182,6 @@ def test_ifbenchs_real_rows(tmp_path: Path) -> None:
         right = " ".join(" ".join([word] * n) for word, n in zip(words, (1, 2, 3, 5, 7), strict=True))
         answers += [(question, right), (question, right.partition(" ")[2])]
     assert [verdict.reward for verdict in task.verify_all(answers)] == [1, 0] * 5
-
-
-# --- suites ---------------------------------------------------------------------------------------
 
 
 def test_table_1s_mathematics() -> None:

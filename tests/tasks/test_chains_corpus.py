@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from sdzero.prompts import ControlPhrases, PromptBuilder
 from sdzero.tasks import Chains
@@ -16,16 +17,13 @@ from sdzero.tasks.splits import split_of
 
 TINY = Path(__file__).parents[2] / "configs/tiny_model"
 PHRASES = ControlPhrases()
+BUILDER = PromptBuilder.from_pretrained(TINY)
+TOKENIZER = BUILDER.tokenizer
 
 
 @pytest.fixture(scope="module")
 def documents() -> list[tuple[str, str]]:
     return [(question.text, document) for question, document in corpus(12_000, seed=5)]
-
-
-@pytest.fixture(scope="module")
-def builder() -> PromptBuilder:
-    return PromptBuilder.from_pretrained(TINY)
 
 
 def steps_of(attempt: str) -> list[tuple[tuple[int, str, int], int]]:
@@ -103,47 +101,39 @@ def test_copy_rates_after_each_phrase(documents: list[tuple[str, str]]) -> None:
         )
 
 
-def test_a_document_holds_the_bridges_of_the_builder(documents: list[tuple[str, str]], builder: PromptBuilder) -> None:
+def test_a_document_holds_the_bridges_of_the_builder(documents: list[tuple[str, str]]) -> None:
     """Pre-training and collection put the same token ids between two attempts."""
-    encode = builder.tokenizer.encode
+    encode = TOKENIZER.encode
     joined = [document for _, document in documents[:300] if "\n\n" in document]
     assert joined
     for document in joined:
         attempts, rewards = attempts_of(document)
         ids = encode(attempts[0])
         for attempt, reward in zip(attempts[1:], rewards, strict=True):
-            ids += [*builder.bridge(reward), *encode(attempt)]
+            ids += [*BUILDER.bridge(reward), *encode(attempt)]
         assert encode(document) == ids
 
 
-def test_phrases_and_documents_are_fully_encodable(documents: list[tuple[str, str]], builder: PromptBuilder) -> None:
-    tokenizer = builder.tokenizer
-    assert [len(builder.bridge(r)) for r in (0, 1)] == [15, 9]
+def test_phrases_and_documents_are_fully_encodable(documents: list[tuple[str, str]]) -> None:
+    assert [len(BUILDER.bridge(r)) for r in (0, 1)] == [15, 9]
     for question, document in documents[:200]:
-        ids = tokenizer.encode(question + document)
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == question + document
+        ids = TOKENIZER.encode(question + document)
+        assert TOKENIZER.unk_token_id not in ids and TOKENIZER.decode(ids) == question + document
 
 
-def test_the_chat_template_costs_one_token(builder: PromptBuilder) -> None:
-    prompt = builder.chat("6+3*9-4=")
-    assert prompt == (*builder.tokenizer.encode("6+3*9-4="), builder.tokenizer.convert_tokens_to_ids("<|assistant|>"))
-    assert builder.end_ids == {builder.tokenizer.eos_token_id}
+def test_the_chat_template_costs_one_token() -> None:
+    ids = (*TOKENIZER.encode("6+3*9-4="), TOKENIZER.convert_tokens_to_ids("<|assistant|>"))
+    assert BUILDER.chat("6+3*9-4=") == ids
+    assert BUILDER.end_ids == {TOKENIZER.eos_token_id}
 
 
 @given(st.lists(st.integers(4, 36), max_size=40))
 def test_decoding_is_inverted_by_encoding(ids: list[int]) -> None:
     """Holds for every sequence the model can sample."""
-    tokenizer = TOKENIZER
-    assert tokenizer.encode(tokenizer.decode(ids)) == ids
-
-
-TOKENIZER = PromptBuilder.from_pretrained(TINY).tokenizer
+    assert TOKENIZER.encode(TOKENIZER.decode(ids)) == ids
 
 
 def test_the_config_fits_the_tokenizer() -> None:
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(TINY)
     assert config.vocab_size == len(TOKENIZER) == 37
     assert (config.eos_token_id, config.pad_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id)

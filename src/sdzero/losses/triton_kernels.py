@@ -45,8 +45,7 @@ def divergence(
     scale: Tensor | None,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Run `row_ops.divergence` on float32 `logits` and `teacher_logits` [C, V]; a gradient of another dtype has its own
-    memory."""
+    """Run `row_ops.divergence` on float32 logits [C, V]; a gradient of another dtype gets its own memory."""
     values, grad = logits.new_empty(len(logits)), _gradient(logits, scale, grad_dtype)
     target_logprobs = [] if targets is None else [torch.empty_like(values), torch.empty_like(values)]
     assert teacher_logits.stride() == logits.stride()

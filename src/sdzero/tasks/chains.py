@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 
 from sdzero.tasks.base import Task
 from sdzero.tasks.splits import take
@@ -30,10 +31,7 @@ def working(first: int, steps: list[Step], results: list[int]) -> str:
 
 def solve(first: int, steps: list[Step]) -> list[int]:
     """Return the correct result after every step."""
-    results: list[int] = []
-    for operator, operand in steps:
-        results.append(apply(results[-1] if results else first, operator, operand))
-    return results
+    return [*accumulate(steps, lambda value, step: apply(value, *step), initial=first)][1:]
 
 
 class Chains(Task):
