@@ -41,9 +41,15 @@ def test_questions_that_all_models_answered_are_shown_and_keywords_preferred(tmp
     rows = [sample_row("a", "srt a"), sample_row("c", "oops"), sample_row("b", "wait, b", 1, "new")]
     write_samples(tmp_path, "srt", rows)
     view = SampleView(run)
-    assert [comparison.text for comparison in view.comparisons] == ["What is a?", "What is b?"] and view.num_shared == 2
+    assert [comparison["text"] for comparison in view.comparisons] == [
+        "What is a?",
+        "What is b?",
+    ] and view.num_shared == 2
     (comparison,) = SampleView(run, num=1, with_keywords=True).comparisons
-    assert comparison.text == "What is b?" and [answer.model for answer in comparison.answers] == ["base", "SRT"]
-    base, srt = comparison.answers
-    assert base.verdict == "wrong, parsed as 41" and srt.verdict == "correct"
-    assert base.revision is None and srt.revision and srt.revision.segments == [("new", False)]
+    assert comparison["text"] == "What is b?" and [answer["model"] for answer in comparison["answers"]] == [
+        "base",
+        "SRT",
+    ]
+    base, srt = comparison["answers"]
+    assert base["verdict"] == "wrong, parsed as 41" and srt["verdict"] == "correct"
+    assert base["revision"] is None and srt["revision"]["segments"] == [("new", False)]

@@ -13,7 +13,6 @@ KINDS = {"revise": "revised", "resample": "resampled"}
 """A revision from prompt + y + P_r, and for comparison a second answer from the prompt alone."""
 
 FLIPS = ("wrong_to_right", "right_to_wrong")
-COPYING = ("phrase_leak", "copy_rate", "revise_copy_rate", "revise_copy_rate_r0", "revise_copy_rate_r1")
 
 
 def evaluations(run: RunFolder, metrics: Sequence[str]) -> pd.DataFrame:
@@ -38,7 +37,7 @@ def revision_metrics(run: RunFolder) -> pd.DataFrame:
 
 def copying(run: RunFolder) -> pd.DataFrame:
     """Return the share of answers with an unprompted control phrase, and the copied share of the next attempt."""
-    return evaluations(run, COPYING)
+    return evaluations(run, ["phrase_leak", "copy_rate", *(f"revise_copy_rate{r}" for r in ("", "_r0", "_r1"))])
 
 
 def table_9(run: RunFolder) -> pd.DataFrame:

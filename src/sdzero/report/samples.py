@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -18,27 +17,6 @@ MAX_CHARACTERS = 4_000
 
 Segments = list[tuple[str, bool]]
 """A text in pieces; true marks a revision phrase."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer with its verdict, and its revision where the evaluation sampled one."""
-
-    model: str
-    reward: int
-    verdict: str
-    num_tokens: int
-    segments: Segments
-    revision: Answer | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One held-out question and the first answer of each model."""
-
-    text: str
-    gold: str
-    answers: list[Answer]
 
 
 class SampleView:
@@ -62,11 +40,11 @@ class SampleView:
             shared.sort(key=lambda q: not any(count_keywords(rows[q]["response"]) for rows in others))  # stable
         phrases = control_phrases(run.configs())
         self.comparisons = [
-            Comparison(
-                first[question]["text"],
-                first[question]["answer"],
-                [_answer(label, rows[question], phrases) for label, rows in by_model.items()],
-            )
+            {
+                "text": first[question]["text"],
+                "gold": first[question]["answer"],
+                "answers": [_answer(label, rows[question], phrases) for label, rows in by_model.items()],
+            }
             for question in shared[:num]
         ]
 
@@ -74,17 +52,17 @@ class SampleView:
         return embed("samples.html", 480, samples=self, viewer=None)
 
 
-def _answer(model: str, row: Mapping[str, Any], phrases: Sequence[str]) -> Answer:
-    parsed = None if row["reward"] else row.get("parsed")
-    revision = row.get("revision")
-    return Answer(
-        model,
-        row["reward"],
-        row["reason"] if parsed is None else f"{row['reason']}, parsed as {parsed}",
-        row["num_tokens"],
-        segment(row["response"], phrases),
-        _answer(model, revision, phrases) if revision else None,
-    )
+def _answer(model: str, row: Mapping[str, Any], phrases: Sequence[str]) -> dict[str, Any]:
+    """Return a model's answer with its verdict, and its revision where the evaluation sampled one."""
+    parsed, revision = None if row["reward"] else row.get("parsed"), row.get("revision")
+    return {
+        "model": model,
+        "reward": row["reward"],
+        "verdict": row["reason"] if parsed is None else f"{row['reason']}, parsed as {parsed}",
+        "num_tokens": row["num_tokens"],
+        "segments": segment(row["response"], phrases),
+        "revision": _answer(model, revision, phrases) if revision else None,
+    }
 
 
 def control_phrases(configs: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -11,8 +11,6 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-
 
 def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str]) -> Markup:
     """Convert a figure to an `<svg>` element that CSS can scale; its width in points is the variable `--width`.
@@ -25,7 +23,7 @@ def inline_svg(figure: Figure, name: str, title: str, colors: Mapping[str, str])
     """
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", metadata=NO_METADATA, transparent=True)
+        figure.savefig(file, format="svg", transparent=True)
     root = ET.fromstring(file.getvalue())
     for parent in root.iter():
         for child in [*parent]:
