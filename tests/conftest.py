@@ -10,12 +10,17 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+from hypothesis import settings
 
 from sdzero.graders.sandbox.backends import SANDBOXES
 from sdzero.prompts import PromptBuilder
 from support.runs import SMOKE, once, sdzero
 from support.sandboxes import lacks_sandbox
 from support.vllm_server import vllm_server
+
+# an example takes long on a busy machine
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 # set before `datasets` is imported, which reads it then: made-up data sets do not outlive the tests
 DATASETS_CACHE = mkdtemp(prefix="sdzero-datasets-")
