@@ -23,3 +23,15 @@ def from_config(class_path: str, base: type = Task, **init_args: Any) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "it")
     return parser.instantiate(parser.parse_object({"it": {"class_path": class_path, "init_args": init_args}})).it
+
+
+def collect_config(folder: Path, class_path: str, **init_args: Any) -> Path:
+    """Write the config of a collection with a task and the tiny model."""
+    keys = {
+        "student": {"path": "configs/tiny_model", "weights": "random"},
+        "task": {"class_path": class_path, "init_args": init_args},
+        "engine": {"class_path": "sdzero.engines.TransformersEngine"},
+        "out": str(folder / "out"),
+    }
+    (folder / "collect.yaml").write_text(json.dumps(keys))
+    return folder / "collect.yaml"

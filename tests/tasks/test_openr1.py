@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sdzero.types import Split
 from support.fixtures.make import make
 from support.fixtures.mathematics import OPENR1, OPENR1_ODD, openr1_row, uuid_of
 from support.fixtures.repository import rename_column
+from support.rows import collect_config
 from support.runs import refusal
 
 PHASES: tuple[Split, ...] = ("phase1", "phase2", "eval")
@@ -112,14 +112,6 @@ def test_a_changed_schema_fails_at_load(
 ) -> None:
     changed = make(tmp_path, OPENR1)
     rename_column(changed, column, "other")
-    config = tmp_path / "collect.yaml"
-    path = {"id": str(changed), "columns": []}
-    keys = {
-        "student": {"path": "configs/tiny_model", "weights": "random"},
-        "task": {"class_path": "sdzero.tasks.OpenR1Math", "init_args": {"path": path}},
-        "engine": {"class_path": "sdzero.engines.TransformersEngine"},
-        "out": str(tmp_path / "out"),
-    }
-    config.write_text(json.dumps(keys))
+    config = collect_config(tmp_path, "sdzero.tasks.OpenR1Math", path={"id": str(changed), "columns": []})
     said = refusal(capsys, monkeypatch, "collect", "--config", config)
     assert f"{key}: {changed} (train) has no column '{column}'; it has [" in said and "'other'" in said

@@ -19,6 +19,7 @@ from support.fixtures.make import make
 from support.fixtures.mathematics import AIME25, COUNTDOWN, HMMT, OPENR1, openr1_row
 from support.fixtures.programs import CODEFORCES
 from support.fixtures.repository import rename_column
+from support.rows import collect_config
 from support.runs import exit_code, refusal, sdzero
 
 NOBODYS = "0" * 40
@@ -130,15 +131,7 @@ def test_a_folder_laid_out_like_a_repository(tmp_path: Path) -> None:
 
 
 def config_of(tmp_path: Path, path: dict[str, Any]) -> Path:
-    config = tmp_path / "collect.yaml"
-    keys = {
-        "student": {"path": "configs/tiny_model", "weights": "random"},
-        "task": {"class_path": "sdzero.tasks.Math", "init_args": {"path": path, "max_dropped_share": 0.2}},
-        "engine": {"class_path": "sdzero.engines.TransformersEngine"},
-        "out": str(tmp_path / "out"),
-    }
-    config.write_text(json.dumps(keys))
-    return config
+    return collect_config(tmp_path, "sdzero.tasks.Math", path=path, max_dropped_share=0.2)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
