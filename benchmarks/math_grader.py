@@ -66,7 +66,7 @@ def bare(pairs: list[Pair]) -> list[Any]:
     ]
 
 
-def quick_first(pool: GraderPool[math_grader.Job, Any], pairs: list[Pair]) -> list[Any]:
+def quick_first(pool: GraderPool[math_grader.Item, Any], pairs: list[Pair]) -> list[Any]:
     open_ = [pair for pair in pairs if math_grader.decide(*pair) is None]
     return pool.map(open_)
 
@@ -90,7 +90,7 @@ def measured(run: Callable[[list[Pair]], list[Any]], make: Callable[[int], list[
 
 
 def main() -> None:
-    pool: GraderPool[math_grader.Job, Any] = GraderPool(math_grader.work, math_grader.WARM_UP, NUM_WORKERS, DEADLINE)
+    pool: GraderPool[math_grader.Item, Any] = GraderPool(math_grader.work, math_grader.WARM_UP, NUM_WORKERS, DEADLINE)
     bare(ordinary(20))
     quick_first(pool, ordinary(50))  # the workers are up
     rows = {

@@ -16,16 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdzero.graders import math as math_grader
+from sdzero.graders.sandbox.resources import process_tree
 from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.types import Verdict
+from support.sandboxes import command_line
 
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in (Path(__file__).parent / "math_answers.jsonl").read_text().splitlines()
 ]
-DEADLINE = 1.0
+DEADLINE = 0.7
 
 
-def graded(pool: GraderPool[math_grader.Job, Any], pairs: list[tuple[str, str]]) -> list[str]:
+def graded(pool: GraderPool[math_grader.Item, Any], pairs: list[tuple[str, str]]) -> list[str]:
     """Reasons as a task reports them."""
     verdicts: list[Any] = [math_grader.decide(*pair) for pair in pairs]
     open_ = [number for number, verdict in enumerate(verdicts) if verdict is None]
@@ -43,7 +45,7 @@ def pool() -> Any:
 
 
 @pytest.fixture(scope="module")
-def reasons(pool: GraderPool[math_grader.Job, Any]) -> list[str]:
+def reasons(pool: GraderPool[math_grader.Item, Any]) -> list[str]:
     """Reasons of all rows, graded in one batch within a bounded time."""
     began = time.monotonic()
     found = graded(pool, [(row["answer"], row["gold"]) for row in ROWS])
@@ -53,22 +55,19 @@ def reasons(pool: GraderPool[math_grader.Job, Any]) -> list[str]:
 
 @pytest.mark.parametrize("group", sorted({row["group"] for row in ROWS}))
 def test_verdicts(reasons: list[str], group: str) -> None:
-    wrong = [
-        (row["answer"][:80], row["gold"], row["expected"], reason)
-        for row, reason in zip(ROWS, reasons, strict=True)
-        if row["group"] == group
-        and not (reason != "correct" if row["expected"] == "no reward" else reason == row["expected"])
-    ]
-    assert wrong == []
+    for row, reason in zip(ROWS, reasons, strict=True):
+        if row["group"] == group:
+            expected = row["expected"] == reason or (row["expected"] == "no reward" and reason != "correct")
+            assert expected, (row["answer"][:80], row["gold"], row["expected"], reason)
 
 
-def test_the_table_is_large_and_has_every_verdict(reasons: list[str]) -> None:
-    assert len(ROWS) >= 150 and {"correct", "wrong", "unparseable", "timeout"} <= {*reasons}
+def test_the_table_has_every_verdict(reasons: list[str]) -> None:
+    assert {"correct", "wrong", "unparseable", "timeout"} <= {*reasons}
 
 
 def test_hostile_answers_do_not_change_the_verdicts_beside_them(reasons: list[str]) -> None:
     """Shuffled, and graded by one worker instead of two."""
-    numbers = [n for n, row in enumerate(ROWS) if row["group"] in ("sets", "calculus", "percent")]
+    numbers = [n for n, row in enumerate(ROWS) if row["group"] in ("sets", "percent")]
     numbers += [n for n, reason in enumerate(reasons) if reason in ("timeout", "memory")][:2]
     random.Random(0).shuffle(numbers)
     pairs = [(ROWS[n]["answer"], ROWS[n]["gold"]) for n in numbers]
@@ -93,25 +92,19 @@ def test_killed_workers_change_no_verdict(pool: Any, reasons: list[str]) -> None
     numbers = [n for n, row in enumerate(ROWS) if row["group"] in ("sets", "expression", "units", "equation")]
     pairs, expected = [(ROWS[n]["answer"], ROWS[n]["gold"]) for n in numbers], [reasons[n] for n in numbers]
     rng = random.Random(0)
-    for _ in range(6):
-        timer = threading.Timer(rng.uniform(0, 0.4), lambda: os.kill(rng.choice(workers()), signal.SIGKILL))
+    killed: list[int] = []
+
+    def kill() -> None:
+        workers = [pid for pid in process_tree(os.getpid()) if b"worker_pool import" in command_line(pid)]
+        killed.append(rng.choice(workers))
+        os.kill(killed[-1], signal.SIGKILL)
+
+    for _ in range(4):
+        timer = threading.Timer(rng.uniform(0, 0.4), kill)
         timer.start()
         assert graded(pool, pairs) == expected
         timer.join()
-
-
-def workers() -> list[int]:
-    """Children of this process that run a grading worker."""
-    own = os.getpid()
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            if parent == own and b"spawn_main" in (status.parent / "cmdline").read_bytes():
-                found.append(int(status.parent.name))
-        except OSError:  # it ended meanwhile
-            continue
-    return found
+    assert len(killed) == 4
 
 
 @pytest.mark.parametrize(
@@ -133,10 +126,9 @@ def workers() -> list[int]:
     ],
 )
 def test_gold_answers_that_cannot_be_graded_are_found(gold: str, reason: str | None) -> None:
-    known = math_grader.check_quickly(gold)
-    said = math_grader.check(gold)
-    assert (reason is None and said is None) or (reason is not None and reason in (said or ""))
-    assert known is None or (known or None) == said
+    quick, slow = math_grader.check_quickly(gold), math_grader.check(gold)
+    assert slow is None if reason is None else reason in (slow or "")
+    assert quick is None or (quick or None) == slow
 
 
 def test_the_quick_comparison_agrees_with_the_slow_one() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from sdzero.graders import worker_pool
 from sdzero.graders.errors import GraderError
 from sdzero.graders.worker_pool import Failed, GraderPool
 
@@ -102,8 +101,8 @@ def test_it_starts_again_after_it_was_closed(pool: GraderPool[str, Any]) -> None
     [
         (("1/0", 0), "warm-up of a grading worker failed: ZeroDivisionError"),
         (("1 + 1", 3), "gave 2, expected 3"),  # a broken library would mark every answer wrong
-        (("__import__('os')._exit(3)", 0), "returned no result|die during start-up"),
-        ((CRASH, 0), "returned no result|die during start-up"),
+        (("__import__('os')._exit(3)", 0), "die during start-up"),
+        ((CRASH, 0), "die during start-up"),
     ],
 )
 def test_workers_that_fail_their_warm_up_are_an_error(warm_up: tuple[str, int], message: str) -> None:
@@ -125,15 +124,13 @@ def test_an_exception_of_the_function_is_an_error_and_the_pool_goes_on(pool: Gra
     assert pool.map(["3"]) == [3]
 
 
-def test_a_pool_that_stalls_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped worker neither answers nor ends."""
-    monkeypatch.setattr(worker_pool, "STALL_SECONDS", 1.0)
-    pool = GraderPool[str, Any](eval, ("0", 0), 1, 300.0)
+def test_a_stopped_worker_is_replaced() -> None:
+    """It neither answers nor ends, and a large item fills its pipe."""
+    pool = GraderPool[str, Any](eval, ("0", 0), 1, 0.1)
     (worker,) = pool.map(["__import__('os').getpid()"])
     assert isinstance(worker, int)
     os.kill(worker, signal.SIGSTOP)
-    pool.deadline = 0.1
-    assert pool.map(["1"]) == [1]
+    assert pool.map(["1" + " " * 2**20]) == [1]
     pool.close()
 
 
@@ -141,12 +138,6 @@ def test_a_pool_that_stalls_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
 def test_settings_below_their_least_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         GraderPool(eval, ("0", 0), **settings)
-
-
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pebble", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "sdzero\[math\]"'):
-        GraderPool(eval, ("0", 0))
 
 
 SCRIPT = """

@@ -78,5 +78,5 @@ def test_missing_nltk_data_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_random_defaults_of_instructions_are_seeded() -> None:
-    job = instructions.Job("ifeval", "", ("keywords:existence",), ({},), False, "nothing much")
-    assert work(job) == work(job) == Followed(("keywords:existence",))
+    item = instructions.Item("ifeval", "", ("keywords:existence",), ({},), False, "nothing much")
+    assert work(item) == work(item) == Followed(("keywords:existence",))

@@ -6,23 +6,11 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from sdzero.graders.sandbox.backends import BACKENDS
 from sdzero.graders.sandbox.client import SandboxClient
-from sdzero.graders.sandbox.types import Language, Limits, Submission, Test, parse_tests
-
-
-def read_tests(path: Path) -> tuple[Test, ...]:
-    """Read the tests of a TESTS.json.
-
-    Raises:
-        ValueError: names the file and the invalid test.
-    """
-    try:
-        return parse_tests(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+from sdzero.graders.sandbox.types import Language, Limits, Submission, parse_tests
 
 
 def main(arguments: list[str]) -> None:
@@ -41,18 +29,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS], help="sandbox; unsafe: none")
     parser.add_argument("--python", help="interpreter in the sandbox, below /usr; default: the system's python3")
     given = parser.parse_args(arguments)
+    try:
+        tests = parse_tests(given.tests.read_text())
+    except ValueError as error:
+        raise ValueError(f"{given.tests}: {error}") from None
     limits = Limits(time=given.time_limit, memory_mb=given.memory_limit)
     source = given.program.read_text(errors="surrogateescape")
-    submission = Submission(given.language, source, read_tests(given.tests), limits)
+    submission = Submission(given.language, source, tests, limits)
     with SandboxClient(given.backend, 1, given.python) as client:
         verdict = client.grade([submission])[0]
-    print(json.dumps(_rounded(dataclasses.asdict(verdict)), indent=2))
-
-
-def _rounded(value: Any) -> Any:
-    """Round floats, recursively, to three decimals."""
-    if isinstance(value, float):
-        return round(value, 3)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+    text = json.dumps(dataclasses.asdict(verdict))
+    print(json.dumps(json.loads(text, parse_float=lambda digits: round(float(digits), 3)), indent=2))

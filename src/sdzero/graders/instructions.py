@@ -9,14 +9,12 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdzero.graders.errors import require_package
-
 Benchmark = Literal["ifeval", "ifbench"]
 NLTK_DATA = ("punkt", "punkt_tab", "averaged_perceptron_tagger_eng", "stopwords")
 
 
 @dataclass(frozen=True)
-class Job:
+class Item:
     """A response and the instructions of its question; `response` None tests whether the question is verifiable."""
 
     benchmark: Benchmark
@@ -35,42 +33,37 @@ class Followed:
     problem: str = ""
 
 
-WARM_UP = (Job("ifeval", "", ("punctuation:no_comma",), ({},), False, "warm"), Followed())
+WARM_UP = (Item("ifeval", "", ("punctuation:no_comma",), ({},), False, "warm"), Followed())
 
 
-def require_if_verifiable() -> None:
-    """Raise ModuleNotFoundError, naming the extra, unless if-verifiable is installed."""
-    require_package("grading instructions", "if_verifiable", "instructions")
-
-
-def work(job: Job) -> Followed:
+def work(item: Item) -> Followed:
     """Check one response against every instruction of its question.
 
     Raises:
         RuntimeError: NLTK's data is missing; names the command that installs it.
     """
-    registry = _registry(job.benchmark)
-    if unknown := [id for id in job.instruction_ids if id not in registry]:
-        return Followed(problem=f"{job.benchmark} has no instruction {unknown[0]!r}")
-    if not job.instruction_ids:
+    registry = _registry(item.benchmark)
+    if unknown := [id for id in item.instruction_ids if id not in registry]:
+        return Followed(problem=f"{item.benchmark} has no instruction {unknown[0]!r}")
+    if not item.instruction_ids:
         return Followed(problem="it has no instructions")
-    if len(job.kwargs) != len(job.instruction_ids):
-        return Followed(problem=f"{len(job.instruction_ids)} instructions, but kwargs for {len(job.kwargs)}")
+    if len(item.kwargs) != len(item.instruction_ids):
+        return Followed(problem=f"{len(item.instruction_ids)} instructions, but kwargs for {len(item.kwargs)}")
     from if_verifiable.common import evaluate_instructions
 
     random.seed(0)  # verifiers sample parameters that the question leaves open
-    kwargs = [dict(row) for row in job.kwargs]
-    response = "A sentence. Another one." if job.response is None else job.response
+    kwargs = [dict(row) for row in item.kwargs]
+    response = "A sentence. Another one." if item.response is None else item.response
     try:
-        results, _ = evaluate_instructions(response, [*job.instruction_ids], kwargs, job.prompt, registry)
+        results, _ = evaluate_instructions(response, [*item.instruction_ids], kwargs, item.prompt, registry)
     except LookupError as error:
         if "nltk" not in str(error).lower():
             raise
         remedy = f"python -m nltk.downloader {' '.join(NLTK_DATA)}"
         raise RuntimeError(f"the verifiers need NLTK data that is not installed: {remedy}") from error
-    if len(results) != len(job.instruction_ids):  # a blank response
-        return Followed(job.instruction_ids)
-    return Followed(tuple(r.instruction_id for r in results if not (r.loose_pass if job.loose else r.strict_pass)))
+    if len(results) != len(item.instruction_ids):  # a blank response
+        return Followed(item.instruction_ids)
+    return Followed(tuple(r.instruction_id for r in results if not (r.loose_pass if item.loose else r.strict_pass)))
 
 
 def _registry(benchmark: Benchmark) -> dict[str, Any]:

@@ -11,13 +11,12 @@ import re
 from fractions import Fraction
 from typing import Any, cast
 
-from sdzero.graders.errors import require_package
 from sdzero.types import Verdict
 
-Job = tuple[str | None, str]  # (answer, gold) is a comparison; (None, gold) checks that gold is gradable
+Item = tuple[str | None, str]  # (answer, gold) is a comparison; (None, gold) checks that gold is gradable
 _ANSWER = r"\frac{x+1}{2}"
 # loads everything that grading needs; and the verdict to expect
-WARM_UP: tuple[Job, Verdict] = ((_ANSWER, r"\frac{1}{2}(1+x)"), Verdict(1, "correct", _ANSWER))
+WARM_UP: tuple[Item, Verdict] = ((_ANSWER, r"\frac{1}{2}(1+x)"), Verdict(1, "correct", _ANSWER))
 
 _SPACE = r"(?:\\[,;:! ]|~|\{,\}|\\thinspace\b|\\quad\b)"
 _REPLACED = (
@@ -136,13 +135,9 @@ def decide(answer: str | None, gold: str) -> Verdict | None:
     if rejectable(read):
         return Verdict(0, "unparseable")
     if (phrase := words(expected)) is not None:
-        return Verdict(1, "correct", answer) if words(_marked(read)) == phrase else Verdict(0, "wrong", answer)
+        marked = read if _WRAPPED.fullmatch(read) else rf"\text{{{read}}}"
+        return Verdict(1, "correct", answer) if words(marked) == phrase else Verdict(0, "wrong", answer)
     return None
-
-
-def _marked(text: str) -> str:
-    """Wrap an answer in \\text, so that it is compared with a gold answer in words."""
-    return text if _WRAPPED.fullmatch(text) else rf"\text{{{text}}}"
 
 
 def compare(pair: tuple[str, str]) -> Verdict:
@@ -182,18 +177,13 @@ def check_quickly(gold: str) -> str | None:
     return "it is nested too deeply, or too large a number" if rejectable(expected) else None
 
 
-def work(job: Job) -> Any:
-    """Run the `compare` or `check` of one job; the function of the worker pool."""
+def work(item: Item) -> Any:
+    """Run the `compare` or `check` of one item; the function of the worker pool."""
     from sympy.core.random import seed
 
-    answer, gold = job
+    answer, gold = item
     seed(0)  # sympy tests identities at random points; verdicts must not depend on earlier items
     return check(gold) if answer is None else compare((answer, gold))
-
-
-def require_math_verify() -> None:
-    """Raise ModuleNotFoundError, naming the extra, unless math-verify is installed."""
-    require_package("grading mathematics", "math_verify", "math")
 
 
 def _parse(text: str) -> list[Any]:

@@ -39,7 +39,7 @@ class Champ(Math):
 
     Answers that are a sentence are set aside: grading them would need a judge model.
 
-    Raises: ModuleNotFoundError if math-verify, pebble or champ-dataset is not installed; names the extra.
+    Raises: ModuleNotFoundError if math-verify or champ-dataset is not installed; names the extra.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from sdzero.graders import instructions
-from sdzero.graders.errors import GraderError
+from sdzero.graders.errors import GraderError, require_package
 from sdzero.graders.instructions import Followed
 from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.boxed import strip_thinking
@@ -32,7 +32,7 @@ class Instructions(Rows):
         deadline: CPU seconds per response; a slower one is wrong (`timeout`).
 
     Raises:
-        ModuleNotFoundError: if-verifiable or pebble is not installed; names the extra.
+        ModuleNotFoundError: if-verifiable is not installed; names the extra.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Instructions(Rows):
         **kwargs: Any,
     ) -> None:
         super().__init__(path, "prompt", None, id_column, **kwargs)
-        instructions.require_if_verifiable()
+        require_package("grading instructions", "if_verifiable", "instructions")
         self.benchmark: instructions.Benchmark = benchmark
         self.loose = loose
         self._pool = _shared_pool(num_workers, deadline)
@@ -55,11 +55,11 @@ class Instructions(Rows):
         return self.verify_all([(question, response)])[0]
 
     def verify_all(self, answers: Sequence[tuple[Question, str]]) -> list[Verdict]:
-        outcomes = self._pool.map([self._job(question, strip_thinking(text)) for question, text in answers])
+        outcomes = self._pool.map([self._item(question, strip_thinking(text)) for question, text in answers])
         return [_verdict(outcome) for outcome in outcomes]
 
     def find_ungradable(self, questions: Sequence[Question]) -> dict[str, str]:
-        outcomes = self._pool.map([self._job(question, None) for question in questions])
+        outcomes = self._pool.map([self._item(question, None) for question in questions])
         faults = [
             f"checking it ends in {outcome.reason}" if isinstance(outcome, Failed) else outcome.problem
             for outcome in outcomes
@@ -73,13 +73,13 @@ class Instructions(Rows):
             raise ValueError(f"column 'kwargs' is not a list of objects: {kwargs!r}")
         return [{**row, "kwargs": [{k: v for k, v in options.items() if v is not None} for options in kwargs]}]
 
-    def _job(self, question: Question, response: str | None) -> instructions.Job:
+    def _item(self, question: Question, response: str | None) -> instructions.Item:
         ids, kwargs = (tuple(question.meta.get(name) or ()) for name in ("instruction_id_list", "kwargs"))
-        return instructions.Job(self.benchmark, question.text, ids, kwargs, self.loose, response)
+        return instructions.Item(self.benchmark, question.text, ids, kwargs, self.loose, response)
 
 
 @cache
-def _shared_pool(num_workers: int, deadline: float) -> GraderPool[instructions.Job, Followed]:
+def _shared_pool(num_workers: int, deadline: float) -> GraderPool[instructions.Item, Followed]:
     """Return the pool shared by all tasks of this process, such as IFEval and IFBench."""
     return GraderPool(instructions.work, instructions.WARM_UP, num_workers, deadline)
 

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from sdzero.graders import math as math_grader
+from sdzero.graders.errors import require_package
 from sdzero.graders.worker_pool import Failed, GraderPool
 from sdzero.tasks.boxed import last_boxed, strip_thinking
 from sdzero.tasks.hub import Row
@@ -32,7 +33,7 @@ class Math(Rows):
         deadline: CPU seconds per answer; a slower one is wrong (`timeout`).
 
     Raises:
-        ModuleNotFoundError: math-verify or pebble is not installed; names the extra.
+        ModuleNotFoundError: math-verify is not installed; names the extra.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Math(Rows):
         **kwargs: Any,
     ) -> None:
         super().__init__(path, question_column, answer_column, **kwargs)
-        math_grader.require_math_verify()
+        require_package("grading mathematics", "math_verify", "math")
         self.instruction = instruction
         self._pool = _shared_pool(num_workers, deadline)
 
@@ -80,6 +81,6 @@ class Math(Rows):
 
 
 @cache
-def _shared_pool(num_workers: int, deadline: float) -> GraderPool[math_grader.Job, Any]:
+def _shared_pool(num_workers: int, deadline: float) -> GraderPool[math_grader.Item, Any]:
     """Return the pool shared by all tasks of this process, such as the benchmarks of a suite."""
     return GraderPool(math_grader.work, math_grader.WARM_UP, num_workers, deadline)

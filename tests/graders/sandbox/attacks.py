@@ -86,7 +86,7 @@ for _ in range(3):
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
-            time.sleep(1.5)
+            time.sleep(0.5)
             open("@TARGET@", "w").write("late")
         os._exit(0)
 """,
@@ -268,17 +268,6 @@ os._exit(3)
     ),
 ]
 
-
-# --- calls that would have the last word on what they return
-FORGED = [
-    "class V(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return V(7)",
-    "class V:\n    def __eq__(self, other): return True\n    def __repr__(self): return '9'\ndef f(x): return V()",
-    "import os\nfor fd in range(256):\n    try: os.write(fd, b'9\\n')\n    except OSError: pass\nos._exit(0)\ndef f(x): pass",
-    "import builtins, json\njson.dumps = lambda *a, **k: '9'\nbuiltins.print = None\ndef f(x): return 7",
-    "import atexit, os\natexit.register(lambda: os.write(1, b'9\\n'))\ndef f(x): return 7",
-    "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for v in [*frame.f_locals.values()]:\n"
-    "            if isinstance(v, dict) and 'expected' in v: return v['expected']\n        frame = frame.f_back\n    return 7",
-]
 
 # --- programs that look odd, and must pass: name -> (language, source, input, output)
 LEGAL: dict[str, tuple[Language, str, str, str]] = {

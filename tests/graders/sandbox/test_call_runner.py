@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import sdzero.graders.sandbox.call_runner
+from graders.sandbox.forging import FORGING
 from sdzero.graders.sandbox.comparators import decode_value, same_value
 
 RUNNER = sdzero.graders.sandbox.call_runner.__file__
@@ -43,6 +44,7 @@ def value(source: str, *args: Any, call: str = "f") -> Any:
         "class Solution:\n    @staticmethod\n    def f(a, b): return a + b",
         "f = lambda a, b: a + b",
         "from __future__ import annotations\nimport operator\nf = operator.add",
+        "class Solution:\n    def f(self, a: List[int], b: Optional[List]): return a + b",  # names of typing
     ],
 )
 def test_a_function_or_a_method_is_called(source: str) -> None:
@@ -66,10 +68,6 @@ def test_a_function_or_a_method_is_called(source: str) -> None:
 def test_results_come_back_with_their_types(result: str, expected: Any) -> None:
     found = value(f"def f(): return {result}")
     assert found == expected and type(found) is type(expected)
-
-
-def test_names_of_typing_are_there_as_starter_code_needs_them() -> None:
-    assert value("class Solution:\n    def f(self, a: List[int]) -> Optional[int]: return max(a)", [1, 5, 2]) == 5
 
 
 def test_no_main_block_runs_and_classes_find_their_module() -> None:
@@ -129,50 +127,16 @@ def test_what_returns_nothing_ends_in_a_traceback(source: str, last: bytes) -> N
     assert done.stderr.strip().rpartition(b"\n")[2].startswith(last)
 
 
-# --- what forges ----------------------------------------------------------------------------------
-
-EQUAL = "\n    __eq__ = lambda self, other: True\n    __hash__ = None\n"
-FORGING = {
-    "an object equal to all": f"class E:{EQUAL}\ndef f(): return E()",
-    "an integer equal to all": f"class E(int):{EQUAL}\ndef f(): return E(1)",
-    "a list equal to all": f"class E(list):{EQUAL}\ndef f(): return E([42])",
-    "a text equal to all": f"class E(str):{EQUAL}\ndef f(): return E('42')",
-    "a float equal to all": f"class E(float):{EQUAL}\ndef f(): return E(42)",
-    "an item equal to all": f"class E(int):{EQUAL}\ndef f(): return [E(42)]",
-    "a key equal to all": "class E(str): __eq__ = lambda *_: True; __hash__ = str.__hash__\ndef f(): return {E(): 42}",
-    "a false class": "class E:\n    __class__ = int\n    __int__ = __index__ = lambda s: 42\ndef f(): return E()",
-    "a metaclass": f"class M(type):{EQUAL}\nclass E(metaclass=M): pass\ndef f(): return E()",
-    "a patched json": "import json\njson.dumps = json.encoder.c_make_encoder = lambda *a, **k: '42'\ndef f(): return 1",
-    "a patched write": "import os\nos.write = lambda fd, b: os.writev(fd, [b'42\\n'])\ndef f(): return 1",
-    "printing": "print(42, flush=True)\ndef f(): print(42, flush=True)",
-    "leaving at once": "import os\nprint(42, flush=True)\nos._exit(0)",
-    "leaving in the call": "import os\ndef f(): os._exit(0)",
-    "at exit": "import atexit, os\natexit.register(lambda: os.write(1, b'42'))\ndef f(): return 1",
-    "a thread": "import threading, os\nthreading.Thread(target=lambda: os.write(1, b'42')).start()\ndef f(): return 1",
-    "a child": "import os\ndef f():\n    if os.fork() == 0: os.execlp('echo', 'echo', '42')\n    os.wait(); return 1",
-    "every descriptor twice": """
-import os
-for fd in range(3, 64):
-    for _ in range(2):
-        try: os.write(fd, b'42\\n')
-        except OSError: pass
-def f(): return 42
-""",
-}
-
-
 @pytest.mark.parametrize("name", FORGING)
 def test_forging_gets_no_value_accepted(name: str) -> None:
     returned, value = decode_value(run(FORGING[name]).stdout)
-    assert not (returned and same_value(42, value))
-    assert not (returned and same_value([42], value))
-    assert not (returned and same_value("42", value))
+    assert not (returned and any(same_value(expected, value) for expected in (42, [42], "42")))
 
 
-def test_no_frame_and_no_object_holds_more_than_the_request() -> None:
+def test_no_frame_holds_more_than_the_request() -> None:
     """A submission that searches all frames finds its own request, without the expected value."""
     source = """
-import gc, sys
+import sys
 def f(a):
     frame, found = sys._getframe(), {}
     while frame:

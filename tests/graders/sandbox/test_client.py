@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from sdzero.graders.errors import GraderError, NoSandboxError
-from sdzero.graders.sandbox import connection
+from sdzero.graders.sandbox import client as sandbox_client
 from sdzero.graders.sandbox.client import SandboxClient
-from sdzero.graders.sandbox.protocol import HEARTBEAT_SECONDS
+from sdzero.graders.sandbox.server import HEARTBEAT_SECONDS
 from sdzero.graders.sandbox.types import AssertTest, CallTest, Checker, Limits, StdioTest, Submission
+from support.sandboxes import command_line, server_pid
 
 pytestmark = pytest.mark.sandbox
 
@@ -35,16 +37,9 @@ def client() -> Iterator[SandboxClient]:
         yield client
 
 
-def server_pid(client: SandboxClient) -> int:
-    assert client._connection.process
-    return client._connection.process.pid
-
-
 @pytest.fixture
 def breakable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Fake bwrap that fails once for each line of the returned file."""
-    import shutil
-
     real, failures = shutil.which("bwrap"), tmp_path / "failures"
     failures.touch()
     failures.chmod(0o666)
@@ -109,19 +104,21 @@ def test_a_program_that_reads_and_writes_files(client: SandboxClient) -> None:
 
 
 def test_a_checker_decides_where_there_is_one(client: SandboxClient) -> None:
-    # any even number will do, from twice the input on to the correct one; argv: input, correct, output
-    read = "import sys\ngiven, most, said = (int(open(path).read()) for path in sys.argv[1:])\n"
-    checker = Checker("python", f"{read}print(int(said % 2 == 0 and 2 * given <= said <= most))")
-    programs = ["print(4)", "print(3)", "print('four')", "print(0)", "print(10)", "print(8)"]
-    verdicts = client.grade([Submission("python", text, (StdioTest("1", "8"),), checker=checker) for text in programs])
-    assert [verdict.reason for verdict in verdicts] == ["correct", "wrong", "wrong", "wrong", "wrong", "correct"]
+    # any even number from twice the input to the correct one; argv: input, correct, output
+    read = "import sys\ngiven, most, output = (int(open(path).read()) for path in sys.argv[1:])\n"
+    checker = Checker("python", f"{read}print(int(output % 2 == 0 and 2 * given <= output <= most))")
+    outputs = {"4": "correct", "3": "wrong", "'four'": "wrong", "0": "wrong", "10": "wrong", "8": "correct"}
+    tests = (StdioTest("1", "8"),)
+    verdicts = client.grade([Submission("python", f"print({text})", tests, checker=checker) for text in outputs])
+    assert [verdict.reason for verdict in verdicts] == [*outputs.values()]
 
 
 def test_a_checker_may_give_a_score(client: SandboxClient) -> None:
     checker = Checker("python", "import sys\nprint(open(sys.argv[3]).read())")
-    programs = [f"print({score})" for score in ("1", "100", "0", "50", "0.5")]
-    verdicts = client.grade([Submission("python", text, (StdioTest("", "2"),), checker=checker) for text in programs])
-    assert [verdict.reward for verdict in verdicts] == [1, 1, 0, 0, 0]
+    scores = {"1": 1, "100": 1, "0": 0, "50": 0, "0.5": 0}
+    tests = (StdioTest("", "2"),)
+    verdicts = client.grade([Submission("python", f"print({score})", tests, checker=checker) for score in scores])
+    assert [verdict.reward for verdict in verdicts] == [*scores.values()]
 
 
 @pytest.mark.parametrize("source", ["print('perhaps')", "import sys; sys.exit(0)"])
@@ -172,35 +169,31 @@ def test_submissions_that_cannot_be_graded_are_refused_before_anything_runs(
 # --- the process ----------------------------------------------------------------------------------
 
 
-def test_a_server_killed_within_a_batch_is_restarted_for_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_within_a_batch_is_restarted_for_the_rest(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(sandbox_client, "SILENCE_SECONDS", 2 * HEARTBEAT_SECONDS)
     with SandboxClient(num_workers=2) as client:
-        killed = []
+        hit: list[int] = []
 
-        def kill(done: int) -> None:
-            if done == 2 and not killed:
-                killed.append(server_pid(client))
-                os.kill(killed[0], signal.SIGKILL)
+        def interrupt(done: int) -> None:
+            if done == 2 and not hit:
+                hit.append(server_pid(client))
+                os.kill(hit[0], number)
 
-        verdicts = client.grade([slow_echo(str(number)) for number in range(8)], kill)
-        assert [verdict.tests[0].stdout for verdict in verdicts] == [f"{number}\n" for number in range(8)]
-        assert {verdict.reason for verdict in verdicts} == {"correct"}
-        assert killed and server_pid(client) != killed[0]
+        verdicts = client.grade([slow_echo(str(n)) for n in range(6)], interrupt)
+        assert [(v.reason, v.tests[0].stdout) for v in verdicts] == [("correct", f"{n}\n") for n in range(6)]
+        assert server_pid(client) != hit[0] and not Path(f"/proc/{hit[0]}").exists()
         assert "restarting it" in caplog.text
 
 
-def cgroup_folders() -> list[Path]:
-    return [*Path("/sys/fs/cgroup").rglob("sdzero-sandbox-*")]
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+def cgroup_folders() -> set[Path]:
+    return {*Path("/sys/fs/cgroup").rglob("sdzero-sandbox-*")}
 
 
 def test_a_server_that_always_dies_is_an_error() -> None:
-    before = {*cgroup_folders()}
+    before = cgroup_folders()
     with SandboxClient(num_workers=2) as client:
         with pytest.raises(GraderError, match="died 3 times"):
             client.grade(
@@ -209,30 +202,15 @@ def test_a_server_that_always_dies_is_an_error() -> None:
             )
         assert client.grade([slow_echo("again")])[0].reward == 1
         folder = client._connection.folder
-    named = [path for path in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(folder) in read_bytes(path)]
+    named = [path.name for path in Path("/proc").glob("[0-9]*") if os.fsencode(folder) in command_line(path.name)]
     assert not named, "sandboxes outlived the killed servers"
-    assert not {*cgroup_folders()} - before, "cgroups outlived the killed servers"
-
-
-def test_a_server_that_hangs_is_killed_and_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SILENCE_SECONDS", 2.0)
-    with SandboxClient(num_workers=2) as client:
-        stopped = []
-
-        def stop(done: int) -> None:
-            if done == 2 and not stopped:
-                stopped.append(server_pid(client))
-                os.kill(stopped[0], signal.SIGSTOP)
-
-        verdicts = client.grade([slow_echo(str(number)) for number in range(6)], stop)
-        assert [verdict.reward for verdict in verdicts] == [1] * 6
-        assert server_pid(client) != stopped[0] and not Path(f"/proc/{stopped[0]}").exists()
+    assert not cgroup_folders() - before, "cgroups outlived the killed servers"
 
 
 def test_a_long_run_is_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "SILENCE_SECONDS", 2 * HEARTBEAT_SECONDS)
+    monkeypatch.setattr(sandbox_client, "SILENCE_SECONDS", 2 * HEARTBEAT_SECONDS)
     with SandboxClient(num_workers=1) as client:
-        slow = Submission("python", "import time; time.sleep(5); print(1)", (StdioTest("", "1"),))
+        slow = Submission("python", "import time; time.sleep(3); print(1)", (StdioTest("", "1"),))
         pid = server_pid(client)
         assert client.grade([slow])[0].reward == 1 and server_pid(client) == pid
 
@@ -254,13 +232,8 @@ def test_no_sandbox_no_run(breakable: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(NoSandboxError) as refused:
         SandboxClient()
-    for part in (
-        "bubblewrap: it does not run: bubblewrap: broken",
-        "nsjail: it does not run",
-        "kernel has -1",
-        "unsafe",
-    ):
-        assert part in str(refused.value)
+    broken = "bubblewrap: it does not run: bubblewrap: broken"
+    assert all(part in str(refused.value) for part in (broken, "nsjail: it does not run", "kernel has -1", "unsafe"))
 
 
 def test_unsafe_only_by_name_and_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -301,6 +274,6 @@ def test_it_ends_with_the_trainer(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{int(done.stdout)}/cmdline").exists() and Path(f"/proc/{int(done.stdout)}/cmdline").read_bytes():
+    while command_line(int(done.stdout)):
         assert time.monotonic() < deadline
         time.sleep(0.02)

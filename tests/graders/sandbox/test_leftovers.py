@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sdzero.graders.sandbox.client import SandboxClient
-from sdzero.graders.sandbox.procfs import process_tree
+from sdzero.graders.sandbox.resources import process_tree
 from sdzero.graders.sandbox.types import Limits, StdioTest, Submission
+from support.sandboxes import server_pid
 
 pytestmark = pytest.mark.sandbox
 LIMITS = Limits(time=1, memory_mb=64, processes=16, files_mb=4, output_mb=1, wall=1)
@@ -21,7 +22,7 @@ PROGRAMS = {
     "memory": "x = bytearray(b'x') * (99 << 20)",
     "output_limit": "print('x' * (2 << 20))",
 }
-NUM_RUNS, NUM_TIMEOUTS = 250, 4
+NUM_RUNS, NUM_TIMEOUTS = 120, 4
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
@@ -33,30 +34,28 @@ def eventually(holds: Callable[[], bool]) -> bool:
     return True
 
 
-@pytest.mark.timeout(900)
 def test_many_runs_leave_nothing_behind() -> None:
     with SandboxClient(num_workers=4) as client:
-        process = client._connection.process
-        assert process
-        found = client._connection.folder
-        runs = Path(f"{found}-work/runs")
+        server = server_pid(client)
+        folder = client._connection.folder
+        runs = Path(f"{folder}-work/runs")
 
         def seen() -> tuple[object, ...]:
             shared = subprocess.run(["ipcs", "-a"], capture_output=True, text=True, check=True).stdout
             group = Path(cgroup) if cgroup else None
             return (
-                {*process_tree(process.pid)},
+                {*process_tree(server)},
                 sorted(path.name for path in runs.iterdir()),
-                len([*Path(f"/proc/{process.pid}/fd").iterdir()]),
+                len([*Path(f"/proc/{server}/fd").iterdir()]),
                 shared,
                 sorted(path.name for path in group.iterdir() if path.is_dir()) if group else [],
             )
 
-        cgroup = json.loads((found / "handshake.json").read_text())["cgroup"]
+        cgroup = json.loads((folder / "handshake.json").read_text())["cgroup"]
         submissions = [Submission("python", s, (StdioTest("", "right"),), LIMITS) for s in PROGRAMS.values()]
         client.grade(submissions)
         before = seen()
-        assert before[0] == {process.pid}
+        assert before[0] == {server}
         slow = Submission("python", "import time; time.sleep(60)", (StdioTest("", ""),), LIMITS)
         batch = submissions * ((NUM_RUNS - NUM_TIMEOUTS) // len(submissions) + 1) + [slow] * NUM_TIMEOUTS
         verdicts = client.grade(batch)
@@ -64,6 +63,6 @@ def test_many_runs_leave_nothing_behind() -> None:
         assert [v.reason for v in verdicts[:-NUM_TIMEOUTS]] == [*PROGRAMS] * (len(batch) // len(PROGRAMS))
         assert {v.reason for v in verdicts[-NUM_TIMEOUTS:]} == {"timeout"}
         assert eventually(lambda: seen() == before), (before, seen())
-    assert not found.exists() and not Path(f"{found}-work").exists()
+    assert not folder.exists() and not Path(f"{folder}-work").exists()
     assert not cgroup or not Path(cgroup).exists()
-    assert not Path(f"/proc/{process.pid}").exists()
+    assert not Path(f"/proc/{server}").exists()

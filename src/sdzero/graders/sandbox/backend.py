@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import traceback
 from abc import ABC, abstractmethod
@@ -81,14 +82,20 @@ class Backend(ABC):
     mounts: ClassVar[bool] = True  # has a file tree of its own; else `Job.folder` is always set
     holds: ClassVar[bool] = False  # waits for a byte on HOLD, so that the run joins its cgroup before it starts
     counted = False  # a cgroup limits the memory of runs; set once
+    program = ""  # path of the sandbox's executable, set by `find_program`
 
     @abstractmethod
     def missing(self) -> str | None:
         """Return why the backend is unusable here, with the remedy; None if it is installed."""
 
-    @abstractmethod
+    def find_program(self, name: str, remedy: str) -> str | None:
+        """Find the executable; return the remedy if it is not installed."""
+        self.program = shutil.which(name) or ""
+        return None if self.program else f"{name} is not installed: {remedy}"
+
     def command(self, job: Job) -> list[str]:
         """Build the command that runs a job."""
+        return job.in_host_paths().with_limits(self.counted)
 
     @abstractmethod
     def exit_code(self, status: bytes, code: int) -> int | None:

@@ -11,36 +11,17 @@ import struct
 
 # name -> number on (x86_64, aarch64), from Linux arch/*/entry/syscalls
 _DENIED = {
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "shmget": (29, 194),  # memory outside any address space
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "fsopen": (430, 430),
-    "fsmount": (432, 432),
-    "move_mount": (429, 429),
-    "open_tree": (428, 428),
-    "mount_setattr": (442, 442),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "keyctl": (250, 219),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "kexec_load": (246, 104),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "open_by_handle_at": (304, 265),
-    "quotactl": (179, 60),
+    **{"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271)},
+    # memory outside any address space
+    **{"shmget": (29, 194), "memfd_create": (319, 279), "memfd_secret": (447, 447)},
+    **{"mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "fsopen": (430, 430), "fsmount": (432, 432)},
+    **{"move_mount": (429, 429), "open_tree": (428, 428), "mount_setattr": (442, 442)},
+    **{"unshare": (272, 97), "setns": (308, 268)},
+    **{"keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218)},
+    **{"bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282)},
+    **{"io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427)},
+    **{"kexec_load": (246, 104), "init_module": (175, 105), "finit_module": (313, 273)},
+    **{"open_by_handle_at": (304, 265), "quotactl": (179, 60)},
 }
 _CLONE3 = 435
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET

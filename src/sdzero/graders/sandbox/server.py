@@ -1,7 +1,7 @@
 """Sandbox server: tests the backends, drops root, and grades the submissions it receives over a socket.
 
 `python -m sdzero.graders.sandbox.server FOLDER OPTIONS`: FOLDER is the client's and holds the socket; OPTIONS are JSON.
-Prints one line, the `Handshake`, to standard output. Ends with its last client.
+Prints one line, the `Handshake`, to standard output. Ends with its last client. All messages are lines of JSON.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from typing import Any
 from sdzero.graders.errors import GraderError
 from sdzero.graders.sandbox.backend import HOLD
 from sdzero.graders.sandbox.backends import BACKENDS, SANDBOXES
-from sdzero.graders.sandbox.cgroups import Cgroups
 from sdzero.graders.sandbox.executor import Executor
 from sdzero.graders.sandbox.program_cache import ProgramCache
-from sdzero.graders.sandbox.protocol import HEARTBEAT_SECONDS, LENGTH, Handshake, ServerOptions, frame
+from sdzero.graders.sandbox.resources import Cgroups, ResourceSemaphore
 from sdzero.graders.sandbox.self_test import find_weakness
-from sdzero.graders.sandbox.semaphore import ResourceSemaphore
 from sdzero.graders.sandbox.submission_grader import SubmissionGrader
-from sdzero.graders.sandbox.types import Checker, Limits, Submission, read_test
+from sdzero.graders.sandbox.types import Checker, Handshake, Limits, ServerOptions, Submission, Test, parse_tests
 
+HEARTBEAT_SECONDS = 1.0  # between empty messages while a client waits
 UID = 61_357  # unprivileged, unused uid that root drops to
 _MEMORY_SHARE = 0.8  # of the free memory, for all runs together
 _FIRST_CLIENT_SECONDS = 60.0
@@ -50,9 +49,8 @@ class SandboxServer:
         heartbeats = asyncio.ensure_future(_send_heartbeats(writer, tasks))
         try:
             while True:
-                length = int.from_bytes(await reader.readexactly(LENGTH), "big")
-                batch = json.loads(await reader.readexactly(length))
-                tests = [tuple(map(read_test, rows)) for rows in batch["tests"]]
+                batch = json.loads(await reader.readuntil())
+                tests = [parse_tests(rows) for rows in batch["tests"]]
                 for index, row in enumerate(batch["submissions"]):
                     task = asyncio.ensure_future(self._answer(index, _submission(row, tests), writer))
                     tasks.add(task)
@@ -65,8 +63,7 @@ class SandboxServer:
             await asyncio.gather(heartbeats, *tasks, return_exceptions=True)
             writer.close()
             self._num_clients -= 1
-            if not self._num_clients:
-                self.done.set()
+            self.end_if_unused()
 
     def end_if_unused(self) -> None:
         if not self._num_clients:
@@ -78,13 +75,18 @@ class SandboxServer:
         self._num_running += 1
         try:
             verdict = await self.grader.grade(submission)
-            writer.write(frame({"index": index, "verdict": dataclasses.asdict(verdict)}))
+            answer: dict[str, Any] = {"verdict": dataclasses.asdict(verdict)}
         except Exception as error:  # noqa: BLE001 - sent to the client, which would wait otherwise
             message = str(error) if isinstance(error, GraderError) else f"{type(error).__name__}: {error}"
-            writer.write(frame({"index": index, "error": message}))
+            answer = {"error": message}
         finally:
             self._num_running -= 1
-        await writer.drain()
+        await _send(writer, {"index": index, **answer})
+
+
+async def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
+    writer.write(json.dumps(message).encode() + b"\n")
+    await writer.drain()
 
 
 async def _send_heartbeats(writer: asyncio.StreamWriter, tasks: set[asyncio.Task[None]]) -> None:
@@ -92,11 +94,10 @@ async def _send_heartbeats(writer: asyncio.StreamWriter, tasks: set[asyncio.Task
     while True:
         await asyncio.sleep(HEARTBEAT_SECONDS)
         if tasks:
-            writer.write(frame({}))
-            await writer.drain()
+            await _send(writer, {})
 
 
-def _submission(row: dict[str, Any], tests: list[tuple[Any, ...]]) -> Submission:
+def _submission(row: dict[str, Any], tests: list[tuple[Test, ...]]) -> Submission:
     checker = Checker(**row["checker"]) if row["checker"] else None
     files = tuple(row["files"]) if row["files"] else None
     parts = {"tests": tests[row["tests"]], "limits": Limits(**row["limits"]), "checker": checker, "files": files}
@@ -132,7 +133,7 @@ async def _listen(server: SandboxServer, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.done.set)
     loop.call_later(_FIRST_CLIENT_SECONDS, server.end_if_unused)
-    await asyncio.start_unix_server(server.serve, sock=listener)
+    await asyncio.start_unix_server(server.serve, sock=listener, limit=sys.maxsize)
     await server.done.wait()
     running = asyncio.all_tasks() - {asyncio.current_task()}
     for task in running:

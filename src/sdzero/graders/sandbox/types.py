@@ -1,9 +1,8 @@
-"""Data types of the sandbox: programs with tests and limits, and their verdicts."""
+"""Data types of the sandbox: programs with tests and limits, their verdicts, and what starts its server."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,23 +132,23 @@ class CodeVerdict:
     message: str = ""
 
 
-def read_test(row: Mapping[str, Any]) -> Test:
-    """Convert a JSON test: {"input", "output"}, {"call", "args", "expected"} or {"program"}.
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options of `SandboxClient` that the server needs."""
 
-    Raises:
-        ValueError: the row is none of these; names its keys.
-    """
-    for kind, keys in (
-        (StdioTest, {"input", "output"}),
-        (CallTest, {"call", "args", "expected"}),
-        (AssertTest, {"program"}),
-    ):
-        if {*row} == keys:
-            values = {**row, "args": tuple(row["args"])} if "args" in keys else row
-            return kind(**values)
-    raise ValueError(
-        f'a test is {{"input", "output"}}, {{"call", "args", "expected"}} or {{"program"}}; this one has {sorted(row)}'
-    )
+    backend: str
+    num_workers: int
+    python: str
+    cgroups: bool
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """Result of the server's start: the sandbox (None: none is safe), why others were rejected, the cgroup's folder."""
+
+    backend: str | None
+    rejected: list[str]
+    cgroup: str | None
 
 
 def parse_tests(cell: Any) -> tuple[Test, ...]:
@@ -163,14 +162,21 @@ def parse_tests(cell: Any) -> tuple[Test, ...]:
         raise ValueError("it has no tests")
     if not isinstance(cell, list) or not all(isinstance(row, dict) for row in cell):
         raise ValueError("its tests are not a list of objects")
-    tests: list[Test] = []
-    for number, row in enumerate(cell, 1):
-        for key, value in row.items():
-            kind = list if key == "args" else str
-            if key != "expected" and not isinstance(value, kind):
-                raise ValueError(f"test {number}: {key!r} is not a {'list' if kind is list else 'string'}")
-        try:
-            tests.append(read_test(row))
-        except ValueError as error:
-            raise ValueError(f"test {number}: {error}") from None
-    return tuple(tests)
+    return tuple(_parse_test(number, row) for number, row in enumerate(cell, 1))
+
+
+def _parse_test(number: int, row: dict[str, Any]) -> Test:
+    for key, value in row.items():
+        kind, name = (list, "list") if key == "args" else (str, "string")
+        if key != "expected" and not isinstance(value, kind):
+            raise ValueError(f"test {number}: {key!r} is not a {name}")
+    if row.keys() == {"input", "output"}:
+        return StdioTest(**row)
+    if row.keys() == {"call", "args", "expected"}:
+        return CallTest(row["call"], tuple(row["args"]), row["expected"])
+    if row.keys() == {"program"}:
+        return AssertTest(**row)
+    raise ValueError(
+        f'test {number}: a test is {{"input", "output"}}, {{"call", "args", "expected"}} or {{"program"}}; '
+        f"this one has {sorted(row)}"
+    )

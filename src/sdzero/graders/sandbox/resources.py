@@ -1,18 +1,79 @@
-"""Memory limit over all processes of a run by a cgroup, where this machine delegates one.
+"""Resources of runs: a semaphore over their number and memory, /proc, and cgroups where this machine delegates one.
 
 Supports cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 _V1 = {"limit": "memory.limit_in_bytes", "peak": "memory.max_usage_in_bytes", "events": "memory.oom_control"}
 _V2 = {"limit": "memory.max", "peak": "memory.peak", "events": "memory.events"}
+
+
+class ResourceSemaphore:
+    """Bound on concurrent runs and on the sum of their memory limits.
+
+    Args:
+        max_runs: maximum number of concurrent runs.
+        memory_mb: maximum sum of their limits, in MiB. A single run may exceed it.
+    """
+
+    def __init__(self, max_runs: int, memory_mb: float) -> None:
+        self.max_runs, self.memory_mb = max_runs, memory_mb
+        self._num_runs, self._reserved = 0, 0.0
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def acquire(self, memory_mb: float) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._fits(memory_mb))
+            self._num_runs, self._reserved = self._num_runs + 1, self._reserved + memory_mb
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._num_runs, self._reserved = self._num_runs - 1, self._reserved - memory_mb
+                self._changed.notify_all()
+
+    def _fits(self, memory_mb: float) -> bool:
+        return not self._num_runs or (self._num_runs < self.max_runs and self._reserved + memory_mb <= self.memory_mb)
+
+
+def process_tree(pid: int) -> Iterator[int]:
+    """Yield a process and all its descendants."""
+    yield pid
+    try:
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from process_tree(int(child))
+    except OSError:
+        return  # it has ended
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process and of the children it has waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:  # it has ended
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mb(pid: int) -> float:
+    """Return the anonymous and shared memory of a process in MiB; a shared page counts for each process."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return sum(int(rows[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1024
+    except (OSError, KeyError):  # it has ended
+        return 0.0
 
 
 @dataclass
