@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Generic, Literal, TypeVar
@@ -41,11 +42,11 @@ class Failed:
 @dataclass(frozen=True)
 class _Died:
     code: int
-    overdue: bool  # killed at the wall-clock deadline
+    overdue: bool = False  # killed at the wall-clock deadline
 
 
 class _Worker:
-    """Worker process and the connection to it.
+    """Worker process, which forks a child that answers and replaces it when it dies, and the connection to both.
 
     Neither re-runs this process's main script, which may lack a guard and import torch, nor inherits its modules. All
     workers hash strings alike, since sympy depends on the order of sets.
@@ -56,23 +57,34 @@ class _Worker:
         self.connection, theirs = Pipe()
         command = [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve({theirs.fileno()})"]
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": [theirs.fileno()], "env": environment}
         with theirs:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment
-            )
+            self.process = subprocess.Popen(command, start_new_session=True, **options)
+        self._number = 0  # of the last message: a child may die after its answer
 
-    def ask(self, message: Any, seconds: float) -> Any:
-        """Send a message and return the answer, or `_Died`. Kills the worker after `seconds`."""
+    def ask(self, message: Any, seconds: float) -> tuple[str, Any] | _Died:
+        """Send a message and return (fault, result). Kills the worker after `seconds`."""
+        self._number += 1
         began = time.monotonic()
-        killer = threading.Timer(seconds, self.process.kill)
+        killer = threading.Timer(seconds, self.kill)
         killer.start()
         try:
-            self.connection.send(message)
-            return self.connection.recv()
+            self.connection.send((self._number, message))
+            while True:
+                number, *answer = self.connection.recv()
+                if number == self._number:
+                    return answer[0], answer[1]
+                if number is None:
+                    return _Died(answer[0])
         except (EOFError, OSError):
             return _Died(self.process.wait(), overdue=time.monotonic() - began >= seconds)
         finally:
             killer.cancel()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class GraderPool(Generic[Item, Result]):
@@ -141,9 +153,10 @@ class GraderPool(Generic[Item, Result]):
         except IndexError:
             worker = self._start()
         answer = worker.ask(item, WALL_FACTOR * self.deadline)
+        if worker.process.returncode is None:
+            self._idle.append(worker)
         if isinstance(answer, _Died):
             return Failed("timeout") if answer.code == -signal.SIGPROF else answer
-        self._idle.append(worker)
         fault, result = answer
         if fault:
             raise GraderError(f"grading failed: {fault}")
@@ -153,11 +166,12 @@ class GraderPool(Generic[Item, Result]):
         settings = (self.function, self.warm_up, self.memory_mb * 2**20, self.deadline)
         for _ in range(_NUM_STARTS):
             worker = _Worker()
-            fault = worker.ask(settings, _START_SECONDS)
-            if not isinstance(fault, _Died):
-                if fault:
-                    raise GraderError(fault)
-                return worker
+            answer = worker.ask(settings, _START_SECONDS)
+            if isinstance(answer, _Died):
+                continue
+            if answer[0]:
+                raise GraderError(answer[0])
+            return worker
         raise GraderError("grading workers die during start-up: see their messages above")
 
 
@@ -167,7 +181,7 @@ def _stop(workers: list[_Worker], owner: int) -> None:
     while workers:
         worker = workers.pop()
         worker.connection.close()
-        worker.process.kill()
+        worker.kill()
         worker.process.wait()
 
 
@@ -182,20 +196,25 @@ def _fill_standard_descriptors() -> None:
 
 
 def _serve(descriptor: int) -> None:
-    """Answer the settings with a fault or "", then each item with (fault, result), until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGPROF):  # end this process even inside one long multiplication
+    """Warm up once, then keep a child that answers, until the parent is gone.
+
+    Answers are (number of the message, fault or "", result), or (None, exit status) of a child that died.
+    """
+    for number in (signal.SIGTERM, signal.SIGPROF):  # end a process even inside one long multiplication
         signal.signal(number, signal.SIG_DFL)
     connection = Connection(descriptor)
-    try:
-        function, warm_up, memory, deadline = connection.recv()
+    with suppress(EOFError, ConnectionError):
+        number, (function, warm_up, memory, deadline) = connection.recv()
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        connection.send(_warm_up(function, *warm_up))
+        connection.send((number, _warm_up(function, *warm_up), None))
+        while child := os.fork():  # a fork has the modules and caches of the warm-up
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code == 0:
+                return
+            connection.send((None, code))
         while True:
-            _grade(connection, function, connection.recv(), deadline)
-    except (EOFError, ConnectionError):
-        return
+            _answer(connection, function, deadline)
 
 
 def _warm_up(function: Callable[[Any], Any], item: Any, expected: Any) -> str:
@@ -209,16 +228,17 @@ def _warm_up(function: Callable[[Any], Any], item: Any, expected: Any) -> str:
     return f"warm-up of a grading worker: {item!r} gave {result!r}, expected {expected!r}"
 
 
-def _grade(connection: Connection, function: Callable[[Any], Any], item: Any, deadline: float) -> None:
+def _answer(connection: Connection, function: Callable[[Any], Any], deadline: float) -> None:
+    number, item = connection.recv()
     # The kernel ends this process even inside one long multiplication, or if the parent is gone. It counts CPU time:
     # on a busy machine, a wall-clock deadline would turn a slow answer into a wrong one.
     signal.setitimer(signal.ITIMER_PROF, deadline)
     try:
         answer = "", function(item)
     except MemoryError:
-        os._exit(_NO_MEMORY)  # the next item gets a fresh worker
+        os._exit(_NO_MEMORY)  # the next item gets a fresh process
     except Exception as error:  # noqa: BLE001 - the parent reports it
         answer = f"{type(error).__name__}: {error}", None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    connection.send(answer)
+    connection.send((number, *answer))
