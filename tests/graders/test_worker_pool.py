@@ -42,8 +42,7 @@ def test_items_run_side_by_side(pool: GraderPool[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("item", "reason"),
-    [(SLEEP, "timeout"), (LOOP, "timeout"), (FILL, "memory"), (DIE, "memory"), (CRASH, "memory")],
+    ("item", "reason"), [(SLEEP, "timeout"), (LOOP, "timeout"), (FILL, "memory"), (DIE, "memory"), (CRASH, "memory")]
 )
 def test_a_bad_item_has_an_outcome_and_its_neighbours_are_untouched(pool: Any, item: str, reason: str) -> None:
     assert pool.map(["1", item, "2", "3"]) == [1, Failed(reason), 2, 3]  # pyright: ignore[reportArgumentType]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdzero.graders.sandbox.client import SandboxClient, check_submission
+from sdzero.graders.sandbox.client import SandboxClient
 from sdzero.graders.sandbox.types import (
     AssertTest,
     Checker,
@@ -17,6 +17,7 @@ from sdzero.graders.sandbox.types import (
     StdioTest,
     Submission,
     Test,
+    check_submission,
     parse_tests,
 )
 from sdzero.tasks.boxed import strip_thinking

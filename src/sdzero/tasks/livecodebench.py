@@ -8,9 +8,8 @@ from datetime import date
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from sdzero.graders.sandbox.client import check_submission
 from sdzero.graders.sandbox.livecodebench_tests import read_tests
-from sdzero.graders.sandbox.types import Limits, Submission, Test
+from sdzero.graders.sandbox.types import Limits, Submission, Test, check_submission
 from sdzero.tasks.code import Code, with_preamble
 from sdzero.tasks.hub import HubDataset, Row, hub_files
 from sdzero.tasks.rows import SetAside

@@ -25,15 +25,7 @@ from typing import Any
 
 from sdzero.graders.errors import GraderError, NoSandboxError
 from sdzero.graders.sandbox.backends import BACKENDS
-from sdzero.graders.sandbox.types import (
-    AssertTest,
-    CallTest,
-    CodeVerdict,
-    Handshake,
-    RunResult,
-    ServerOptions,
-    Submission,
-)
+from sdzero.graders.sandbox.types import CodeVerdict, Handshake, RunResult, ServerOptions, Submission, check_submission
 
 log = logging.getLogger(__name__)
 
@@ -158,17 +150,6 @@ class SandboxClient:
             results = tuple(RunResult(**result) for result in row["tests"])
             verdicts[indices[answer["index"]]] = CodeVerdict(**{**row, "tests": results})
             progress(len(verdicts))
-
-
-def check_submission(submission: Submission) -> None:
-    """Raise ValueError if a submission cannot be graded, whatever its program."""
-    kinds = {type(test) for test in submission.tests}
-    if len(kinds) != 1:
-        raise ValueError(f"a submission needs tests of one kind, got {sorted(kind.__name__ for kind in kinds)}")
-    if submission.language != "python" and kinds & {CallTest, AssertTest}:
-        raise ValueError(
-            f"{kinds.pop().__name__} is for python only, the submission's language is {submission.language}"
-        )
 
 
 class Connection:

@@ -19,14 +19,7 @@ from typing import Literal
 
 from sdzero.graders.sandbox import seccomp
 from sdzero.graders.sandbox.backend import FILTER, HOLD, STATUS, STDERR, STDIN, STDOUT, WORK, Backend, Job
-from sdzero.graders.sandbox.resources import (
-    Cgroup,
-    Cgroups,
-    ResourceSemaphore,
-    cpu_seconds,
-    memory_mb,
-    process_tree,
-)
+from sdzero.graders.sandbox.resources import Cgroup, Cgroups, ResourceSemaphore, cpu_seconds, memory_mb, process_tree
 
 KEPT = 2048  # bytes of standard error
 _CHUNK = 1 << 16

@@ -180,3 +180,14 @@ def _parse_test(number: int, row: dict[str, Any]) -> Test:
         f'test {number}: a test is {{"input", "output"}}, {{"call", "args", "expected"}} or {{"program"}}; '
         f"this one has {sorted(row)}"
     )
+
+
+def check_submission(submission: Submission) -> None:
+    """Raise ValueError if a submission cannot be graded, whatever its program."""
+    kinds = {type(test) for test in submission.tests}
+    if len(kinds) != 1:
+        raise ValueError(f"a submission needs tests of one kind, got {sorted(kind.__name__ for kind in kinds)}")
+    if submission.language != "python" and kinds & {CallTest, AssertTest}:
+        raise ValueError(
+            f"{kinds.pop().__name__} is for python only, the submission's language is {submission.language}"
+        )
