@@ -44,7 +44,14 @@ def pytest_report_header() -> str:
     return f"browser: {found}{': its tests are deselected' if lacks_browser() else ''}\nsandboxes: {sandboxes}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # a file stays on one worker, so that its fixtures are made once
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(config.rootpath))))
+    # the longest files first, so that workers end together; those that wait for the smoke run after the others
+    waiting = {item.path for item in items if "smoke_run" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path in waiting))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     lacking = [item for item in items if item.get_closest_marker("browser")] if lacks_browser() else []
     judged = [item for item in items if item.get_closest_marker("sandbox")]
