@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sdzero.graders.sandbox.types import Language
+from sdzero.graders.sandbox.types import CodeVerdict, Language, Limits, StdioTest, Submission
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks import Codeforces, Rows
 from sdzero.tasks.base import TraceSource
@@ -17,10 +18,9 @@ from sdzero.tasks.demonstrations import CodeforcesDemonstrations, Demonstrations
 from sdzero.tasks.hub import HubDataset
 from sdzero.tasks.sources import Source
 from sdzero.types import Question, Trace, Verdict
-from support.fake_sandbox import fake_sandbox as fake_sandbox  # a fixture
 from support.fixtures.make import make
 from support.fixtures.mathematics import OPENR1, uuid_of
-from support.fixtures.programs import CODEFORCES, TRACES
+from support.fixtures.programs import CODEFORCES, CPP, PYTHON, TRACES, program
 from support.rows import from_config, jsonl
 from support.tiny_model import tiny_tokenizer
 
@@ -35,7 +35,37 @@ class Listed(Rows):
         raise AssertionError("a demonstration is not graded")
 
 
-pytestmark = pytest.mark.usefixtures("fake_sandbox")
+class ReadingSandbox:
+    """Sandbox double: recognizes a made-up program by its expression and computes its output."""
+
+    asked: list[int]
+
+    def __init__(self, *args: Any) -> None:
+        self.asked = []
+
+    def grade(self, submissions: Sequence[Submission]) -> list[CodeVerdict]:
+        self.asked.append(len(submissions))
+        return [
+            CodeVerdict(1, "correct", "reading") if self.is_right(one) else CodeVerdict(0, "wrong", "reading")
+            for one in submissions
+        ]
+
+    def is_right(self, submission: Submission) -> bool:
+        said = CPP if submission.language == "cpp" else PYTHON
+        [place] = [place for place, expression in enumerate(said) if expression in submission.source]
+        for test in submission.tests:
+            assert isinstance(test, StdioTest)
+            a, b = map(int, test.input.split())
+            if int(test.output) != (a + b, a * b, max(a, b), min(a, b))[place]:
+                return False
+        return True
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Use the sandbox double and a private verdict cache."""
+    monkeypatch.setattr("sdzero.tasks.code.SandboxClient", ReadingSandbox)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -156,32 +186,83 @@ def cots(folder: Path) -> dict[Language, Source]:
     }
 
 
-def codeforces(folder: Path, languages: tuple[Language, ...] = LANGUAGES) -> Codeforces:
-    return Codeforces({"phase1": HubDataset(str(folder / CODEFORCES), config="verifiable")}, languages, sizes=None)
+def codeforces(folder: Path, languages: tuple[Language, ...] = LANGUAGES, **options: Any) -> Codeforces:
+    source = HubDataset(str(folder / CODEFORCES), config="verifiable")
+    return Codeforces({"phase1": source}, languages, sizes=None, **options)
 
 
-def first_complete(folder: Path) -> dict[str, str]:
-    """Return the first complete generation with a block of the language, by question id."""
-    found: dict[str, str] = {}
+def slow_candidates(folder: Path) -> dict[str, list[str]]:
+    """Return the complete generations with a block of the language, by question id."""
+    found: dict[str, list[str]] = {}
     for language, config in (("cpp", "solutions"), ("python", "solutions_py")):
         for file in sorted((folder / TRACES / config).iterdir()):
             for row in pq.read_table(file).to_pylist():
                 if row["finish_reason"] == "stop" and f"```{language}\n" in row["generation"]:
-                    found.setdefault(f"codeforces/{row['id']}/{language}", row["generation"])
+                    found.setdefault(f"codeforces/{row['id']}/{language}", []).append(row["generation"])
     return found
 
 
-def test_the_first_program(folder: Path, builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Needs no file of generated tests."""
-    monkeypatch.setattr("sdzero.tasks.codeforces.hub_files", None)
+@pytest.mark.parametrize("verified", [False, True])
+def test_the_first_program(folder: Path, builder: PromptBuilder, verified: bool) -> None:
     task = codeforces(folder)
-    source = CodeforcesDemonstrations(task, path=cots(folder))
-    expected, questions = first_complete(folder), task.ungraded_questions("phase1", None)
+    source = CodeforcesDemonstrations(task, path=cots(folder), verified=verified)
+    expected: dict[str, str] = {}
+    for id, generations in slow_candidates(folder).items():
+        _, contest, _, language = id.split("/")
+        right = program(int(contest) - 800, language)
+        for generation in generations:
+            if not verified or re.findall(rf"```{language}\n(.*?)```", generation, re.DOTALL)[-1] == right:
+                expected.setdefault(id, generation)
+    questions = task.ungraded_questions("phase1", None)
     wanted = {q.id: expected[q.id] for q in questions if q.id in expected}
     assert texts(source.traces(builder), builder) == wanted
     assert source.set_aside.total() == len(questions) - len(wanted)
     assert "codeforces/800/A/cpp" in wanted and "codeforces/819/A/python" not in wanted  # cut
+    assert ("codeforces/818/A/python" in wanted) == (not verified)  # wrong
     assert "codeforces/700/A/cpp" not in wanted  # no question
+
+
+def write_cots(path: Path, programs: Sequence[tuple[str, str | None]]) -> str:
+    said = "<think>\n```cpp\n```\n</think>\n"
+    rows = [
+        {"id": id, "finish_reason": "stop" if source else "length", "generation": f"{said}{source or block(0)}"}
+        for id, source in programs
+    ]
+    return jsonl(path, rows)
+
+
+def block(number: int) -> str:
+    return f"```cpp\n{program(number, 'cpp')}```"
+
+
+def test_verified_solutions_are_judged_in_turn_and_cached(tmp_path: Path, folder: Path, builder: PromptBuilder) -> None:
+    """Each call judges one program per question that has no correct one yet."""
+    programs = [("800/A", "no program"), *(("800/A", block(number)) for number in (1, 2, 0, 0))]
+    programs = [*programs, ("801/A", block(1)), ("801/A", block(3)), ("802/A", block(1)), ("803/A", None)]
+    path: dict[Language, Source] = {"cpp": write_cots(tmp_path / "cots.jsonl", programs)}
+
+    def read(**options: Any) -> tuple[list[int], list[Trace]]:
+        task = codeforces(folder, ("cpp",), **options)
+        source = CodeforcesDemonstrations(task, path=path, verified=True, thoughts=False, num_questions=4)
+        traces = source.traces(builder)
+        fake: Any = task._sandbox
+        return fake.asked, traces
+
+    asked, traces = read()
+    assert asked == [3, 1, 1]
+    assert texts(traces, builder) == {"codeforces/800/A/cpp": block(0), "codeforces/801/A/cpp": block(1)}
+    assert read() == ([], traces), "the verdicts are kept"
+    assert read(limits=Limits(time=9)) == ([3, 1, 1], traces), "judging in another way has verdicts of its own"
+
+
+def test_unverified_solutions_need_no_tests(
+    folder: Path, builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("no file of generated tests is needed")
+
+    monkeypatch.setattr("sdzero.tasks.codeforces.hub_files", refuse)
+    assert CodeforcesDemonstrations(codeforces(folder), path=cots(folder)).traces(builder)
 
 
 def test_a_language_without_solutions(folder: Path) -> None:
