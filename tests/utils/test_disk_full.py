@@ -12,8 +12,7 @@ import pytest
 from safetensors import SafetensorError
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sdzero.utils.disk_full import add_path_to_errors
-from sdzero.utils.files import PARTIAL
+from sdzero.utils.files import PARTIAL, add_path_to_errors
 from support.runs import SMOKE, refusal
 from support.tiny_model import write_tiny_model
 

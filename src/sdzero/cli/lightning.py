@@ -26,8 +26,7 @@ from sdzero.trainer.checkpoint_io import newest_checkpoint
 from sdzero.trainer.collectives import all_gather_objects
 from sdzero.trainer.sharded_checkpoint import AtomicFolders
 from sdzero.trainer.shares import share_of
-from sdzero.utils.disk_full import add_path_to_errors
-from sdzero.utils.files import write_text
+from sdzero.utils.files import add_path_to_errors, write_text
 
 NEWEST = "newest"
 """A `--ckpt_path` that lets the same command begin a training and go on with it."""

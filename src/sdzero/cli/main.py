@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdzero.graders.errors import GraderError
-from sdzero.utils.disk_full import is_full
+from sdzero.utils.files import is_full
 from sdzero.utils.process import (
     Stopped,
     enable_crash_stacks,

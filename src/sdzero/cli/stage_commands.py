@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sdzero.pipeline.stages import compose_arguments
-from sdzero.utils.disk_full import add_path_to_errors
+from sdzero.utils.files import add_path_to_errors
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdzero.engines.base import OnTokens, TokenChunk
-from sdzero.utils.disk_full import add_path_to_errors
-from sdzero.utils.files import read_jsonl
+from sdzero.utils.files import add_path_to_errors, read_jsonl
 from sdzero.utils.row_checksum import dumps_with_checksum
 
 FSYNC_SECONDS = 1.0  # minimum interval within a call: an fsync for each of its thousands of steps costs too much

@@ -13,9 +13,8 @@
 equation 4 is a key of SelfDistill, and `teacher:` gives it another model as teacher.
 """
 
-from sdzero.methods.base import Method
+from sdzero.methods.base import Method, Schedule
 from sdzero.methods.contexts import Context, FinalAnswer, Plain, Revision
-from sdzero.methods.lr_schedule import Schedule
 from sdzero.methods.policy import Policy
 from sdzero.methods.sdft import Demonstration
 from sdzero.methods.sdpo import Feedback

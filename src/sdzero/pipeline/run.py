@@ -26,8 +26,7 @@ from sdzero import __version__
 from sdzero.engines import ENGINES
 from sdzero.pipeline.stages import OUTPUTS, RUNS, Check, Options, Stage, list_stages, parse
 from sdzero.pipeline.summary import print_table, summarize
-from sdzero.utils.disk_full import add_path_to_errors
-from sdzero.utils.files import file_sha256, write_text
+from sdzero.utils.files import add_path_to_errors, file_sha256, write_text
 from sdzero.utils.lineage import LINEAGE, Lineage, Outline, read_lineage
 from sdzero.utils.process import PARENT, STACKS, STAGE, exit_status, handle_signals, requeue, signal_name, write_stderr
 from sdzero.utils.recipe import Recipe, load_recipe

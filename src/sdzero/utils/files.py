@@ -1,7 +1,8 @@
-"""Atomic writes, and JSONL files with a checksum per row."""
+"""Atomic writes, JSONL files with a checksum per row, and errors of a full disk."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -12,13 +13,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sdzero.utils.disk_full import add_path_to_errors
 from sdzero.utils.row_checksum import verify_checksum
 
 log = logging.getLogger(__name__)
 
 PARTIAL = ".sdzero-partial"
 """Suffix of a file or folder that is being written or removed."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def add_path_to_errors(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError that names no file, as that of a failed write; make safetensors' error an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        number = next((n for n in FULL if f"(os error {n})" in str(error)), None)  # safetensors' wording
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether the error says that a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 @contextmanager
