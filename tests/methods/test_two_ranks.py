@@ -15,8 +15,6 @@ from support.ranks.train_stored import ITEMS
 from support.runs import ROOT, read_json, responses, rows, run_script
 from support.tiny_model import write_tiny_model
 
-pytestmark = pytest.mark.xdist_group("two_ranks")  # each fixture once
-
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / a.norm().clamp(min=1e-30))
