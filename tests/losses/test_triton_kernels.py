@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from support.loss_cases import KINDS, Case
 
 SHARE = 0.3
 ROWS = 5
+TEMPERATURE, BONUS = 0.7, 0.3  # of the policy gradient
 Result = dict[str, Tensor]
 
 
@@ -38,7 +39,7 @@ def need_triton() -> None:
 class Rows:
     """Random rows of logits of size `spread`; `noise` is the teacher's distance from the student, None if unrelated."""
 
-    kind: Kind | None  # None is cross-entropy
+    kind: Kind | Literal["policy"] | None  # None is cross-entropy
     block: int = 64
     vocab: int = 300
     spread: float = 3.0
@@ -67,11 +68,20 @@ class Rows:
         if self.kind is None:
             values, grad = through.cross_entropy(logits, targets, scale, grad_dtype)
             of_targets = []
+        elif self.kind == "policy":
+            values, grad = through.policy_gradient(logits, targets, reinforce, TEMPERATURE, BONUS, scale, grad_dtype)
+            of_targets = []
         else:
             wanted = None if self.bare else targets
             values, grad, of_targets = through.divergence(self.kind, SHARE, logits, teacher, wanted, scale, grad_dtype)
         named = {"values": values, "gradient": grad, **dict(zip(("student", "teacher"), of_targets, strict=False))}
         return {name: x.to("cpu", copy=True) for name, x in named.items() if x is not None}
+
+
+def reinforce(logprobs: Tensor, entropy: Tensor, block: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Return the loss of each token with advantages of both signs and an entropy bonus, and its slope."""
+    advantages = torch.linspace(-2, 2, ROWS).to(logprobs)[block]
+    return -advantages * logprobs - BONUS * entropy, -advantages
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -83,7 +93,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"grad_dtype": torch.bfloat16},
     {"bare": True},
 ]
-CASES = [Rows(kind, **variant) for kind in (None, *KINDS) for variant in VARIANTS]
+CASES = [Rows(kind, **variant) for kind in (None, "policy", *KINDS) for variant in VARIANTS]
 
 
 def expected_of(case: Rows) -> Result:
@@ -93,6 +103,9 @@ def expected_of(case: Rows) -> Result:
     log_s, log_t = (-surprisal(x, targets).detach() for x in (student, teacher))
     if case.kind is None:
         values = surprisal(student, targets)
+    elif case.kind == "policy":
+        log_probs = (student / TEMPERATURE).log_softmax(-1)
+        values, _ = reinforce(-surprisal(student / TEMPERATURE, targets), -(log_probs.exp() * log_probs).sum(-1))
     else:
         values = token_divergence(student, teacher, Divergence(case.kind, SHARE))
     (gradient,) = torch.autograd.grad((values * double["scale"]).sum(), student)
@@ -180,13 +193,15 @@ def test_triton_serves_float32_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) ->
     need_triton()
     kernels = row_ops._kernels.__wrapped__()
     assert kernels is not None
-    assert all(hasattr(kernels, name) for name in ("log_softmax_", "cross_entropy", "divergence"))
+    assert all(hasattr(kernels, name) for name in ("log_softmax_", "cross_entropy", "divergence", "policy_gradient"))
 
 
 SWITCHES = ("JSD", "REVERSE", "FORWARD", "WITH_TARGETS", "WITH_GRAD")
 COMPILED: list[tuple[str, dict[str, bool]]] = [
     ("_log_softmax", {}),
     ("_cross_entropy", {"WITH_GRAD": True}),
+    ("_target_statistics", {}),
+    ("_policy_gradient", {}),
     *(
         ("_divergence", {name: bool(value) for name, value in zip(SWITCHES, values, strict=True)})
         for values in ((0, 1, 0, 1, 1), (0, 0, 1, 0, 1), (0, 1, 1, 1, 0), (1, 0, 0, 1, 1))
@@ -205,7 +220,7 @@ def test_kernels_compile_for_a_gpu(
     from sdzero.losses import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"targets": "*i64", "grad": "*bf16", "vocab": "i32", "stride": "i32", "share": "fp32"}
+    types = {"targets": "*i64", "grad": "*bf16", "vocab": "i32", "stride": "i32", "share": "fp32", "inverse": "fp32"}
     constants = {**switches, "BLOCK": triton_kernels.BLOCK}
     names = getattr(triton_kernels, name).arg_names
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "*fp32") for arg in names}
@@ -224,8 +239,8 @@ def test_kernels_equal_the_reference_on_the_device(case: Rows) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [None, *KINDS])
-def test_kernels_equal_eager_rows_of_a_real_vocabulary(kind: Kind | None) -> None:
+@pytest.mark.parametrize("kind", [None, "policy", *KINDS])
+def test_kernels_equal_eager_rows_of_a_real_vocabulary(kind: Any) -> None:
     case = Rows(kind, vocab=151_936)
     check(case, case.run(row_ops, device="cuda"))
 

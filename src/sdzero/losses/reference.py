@@ -1,4 +1,4 @@
-"""Equations 1 to 4 and every divergence as plain formulas on whole logits.
+"""Equations 1 to 4, every divergence and the clipped policy loss as plain formulas on whole logits.
 
 Slow and memory-hungry on purpose: read them beside the paper. The fused heads are tested against them, in float64.
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdzero.losses.divergence import Divergence
+from sdzero.losses.policy_gradient import PolicyLoss
 
 
 def surprisal(logits: Tensor, targets: Tensor) -> Tensor:
@@ -89,6 +90,23 @@ def token_divergence(logits_s: Tensor, logits_t: Tensor, divergence: Divergence)
         return share * kl(log_t, log_s) + (1 - share) * kl(log_s, log_t)
     log_m = (share * log_t.exp() + (1 - share) * log_s.exp()).clamp_min(1e-300).log()  # jsd
     return share * kl(log_t, log_m) + (1 - share) * kl(log_s, log_m)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    reference_logprobs: Tensor,
+    entropy: Tensor,
+    loss: PolicyLoss,
+) -> Tensor:
+    """Compute the clipped policy loss of each token [N] from log-probabilities at the sampling temperature [N]."""
+    ratio = (logprobs - old_logprobs.detach()).exp()
+    values = -torch.minimum(ratio * advantages, ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high) * advantages)
+    if loss.dual_clip is not None:
+        values = torch.where(advantages < 0, torch.minimum(values, -loss.dual_clip * advantages), values)
+    delta = reference_logprobs.detach() - logprobs
+    return values + loss.kl_coef * (delta.exp() - delta - 1) - loss.entropy_coef * entropy
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ times; these eager versions are the CPU path, and the kernels are tested against
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -66,6 +67,54 @@ def cross_entropy(
     if scale is None:
         return values, None
     return values, logits.scatter_add_(1, column, -scale[:, None])
+
+
+TokenLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
+"""log p(targets) [B], entropy [B] and the rows of a block -> loss of each token [B], its derivative [B] with respect to
+log p(targets)."""
+
+
+def policy_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    temperature: float,
+    entropy_coef: float,
+    scale: Tensor | None,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the values [C] of `token_loss` at logits / temperature, and scale times the gradient [C, V].
+
+    With slope c = d loss / d log p(y), the gradient with respect to the logits is
+    (c * (1_y - p) + entropy_coef * p * (log p + H)) / temperature.
+
+    Args:
+        logits: [C, V], overwritten, possibly by the gradient.
+        targets: [C] int64.
+        token_loss: loss of each token; its value may contain -entropy_coef * H, its slope does not.
+        temperature: divisor of the logits.
+        entropy_coef: weight of the entropy H in the loss.
+        scale: as in `cross_entropy`.
+        grad_dtype: as in `cross_entropy`.
+    """
+    if (kernels := kernels_for(logits)) is not None:
+        return kernels.policy_gradient(logits, targets, token_loss, temperature, entropy_coef, scale, grad_dtype)
+    values, column = logits.new_empty(len(logits)), targets[:, None]
+    slopes = torch.empty_like(values)
+    for block in row_blocks(logits):
+        log_probs = (logits[block] / temperature).log_softmax(-1)
+        probs = log_probs.exp()
+        entropy = -torch.linalg.vecdot(probs, log_probs)
+        at_target = log_probs.gather(1, column[block]).squeeze(1)
+        values[block], slopes[block] = token_loss(at_target, entropy, block)
+        if scale is not None:
+            per_probability = -slopes[block, None]
+            if entropy_coef:
+                per_probability = entropy_coef * (log_probs + entropy[:, None]) + per_probability
+            torch.mul(probs * per_probability, scale[block, None] / temperature, out=logits[block])
+    if scale is None:
+        return values, None
+    return values, logits.scatter_add_(1, column, (slopes * scale / temperature)[:, None])
 
 
 def divergence(

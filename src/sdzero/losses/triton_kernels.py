@@ -68,6 +68,27 @@ def divergence(
     return values, grad, target_logprobs
 
 
+def policy_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    token_loss: Any,
+    temperature: float,
+    entropy_coef: float,
+    scale: Tensor | None,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `row_ops.policy_gradient` on float32 `logits` [C, V]; a gradient of another dtype gets its own memory."""
+    logprobs, entropy, log_total = (logits.new_empty(len(logits)) for _ in range(3))
+    inverse = 1.0 / temperature
+    _launch(_target_statistics, logits, targets, logprobs, entropy, log_total, inverse)
+    values, slopes = token_loss(logprobs, entropy, slice(None))
+    grad = _gradient(logits, scale, grad_dtype)
+    if grad is not None and scale is not None:
+        factors = (scale * slopes * inverse, scale * (entropy_coef * inverse))
+        _launch(_policy_gradient, logits, targets, log_total, entropy, *factors, grad, inverse)
+    return values, grad
+
+
 def _gradient(logits: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if scale is None:
         return None
@@ -125,6 +146,47 @@ def _cross_entropy(logits, targets, scale, values, grad, vocab, stride, WITH_GRA
             probs = tl.exp(x - top - log_total)
             slope = factor * tl.where(columns == target, probs - 1.0, probs)
             tl.store(grad + index * stride + columns, slope, mask=columns < vocab)
+
+
+@triton.jit
+def _target_statistics(logits, targets, logprobs, entropy, log_total, inverse, vocab, stride, BLOCK: tl.constexpr):
+    """Write log p(target), the entropy and log(sum(exp(x))) of x = logits * inverse."""
+    index = tl.program_id(0).to(tl.int64)
+    row = logits + index * stride
+    at_target = tl.load(row + tl.load(targets + index)) * inverse
+    top, total, moment = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        is_inside = columns < vocab
+        x = tl.where(is_inside, tl.load(row + columns, mask=is_inside, other=0.0) * inverse, LOWEST)
+        new_top = tl.maximum(top, tl.max(x, 0))
+        kept, weights = tl.exp(top - new_top), tl.exp(x - new_top)
+        # sum of weight times (x - top), rescaled as the maximum moves
+        moment = kept * (moment + total * (top - new_top)) + tl.sum(weights * (x - new_top), 0)
+        total = kept * total + tl.sum(weights, 0)
+        top = new_top
+    tl.store(logprobs + index, at_target - top - tl.log(total))
+    tl.store(entropy + index, tl.log(total) - moment / total)
+    tl.store(log_total + index, top + tl.log(total))
+
+
+@triton.jit
+def _policy_gradient(
+    logits, targets, log_total, entropy, slope, bonus, grad, inverse, vocab, stride, BLOCK: tl.constexpr
+):
+    """Write slope * (1_y - p) + bonus * p * (log p + H)."""
+    index = tl.program_id(0).to(tl.int64)
+    row, target = logits + index * stride, tl.load(targets + index)
+    total, mean = tl.load(log_total + index), tl.load(entropy + index)
+    factor, weight = tl.load(slope + index), tl.load(bonus + index)
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        log_probs = tl.load(row + columns, mask=columns < vocab, other=LOWEST) * inverse - total
+        probs = tl.exp(log_probs)
+        here = probs * (weight * (log_probs + mean) - factor)
+        tl.store(
+            grad + index * stride + columns, tl.where(columns == target, here + factor, here), mask=columns < vocab
+        )
 
 
 @triton.jit
