@@ -151,8 +151,8 @@ class Trace:
 class Example:
     """One training sequence: context | target, and the teacher's context.
 
-    `num_init` is the index in `target` where y_revised starts; `weight` is 0 for a filler row; `logprobs` are the
-    engine's log-probabilities of a sampled target.
+    `num_init` is the index in `target` where y_revised starts; `advantage` is that of a policy gradient; `weight` is 0
+    for a filler row; `logprobs` are the engine's log-probabilities of a sampled target.
     """
 
     id: str
@@ -161,6 +161,7 @@ class Example:
     teacher_context: TokenIds = ()
     num_init: int = 0
     reward: int | None = None
+    advantage: float = 0.0
     weight: float = 1.0
     logprobs: tuple[float, ...] = ()
 
@@ -178,14 +179,18 @@ class _HostBatch:
 
 @dataclass
 class RolloutBatch(_HostBatch):
-    """All rollouts of one optimizer step that are a rank's share. `stats` are statistics of sampling, to be logged;
-    `max_lag` is the maximum number of versions the student may be ahead of `policy_version`."""
+    """All rollouts of one optimizer step that are a rank's share.
+
+    `sampling` has the parameters by which they were sampled, `stats` statistics to be logged; `max_lag` is the maximum
+    number of versions the student may be ahead of `policy_version`.
+    """
 
     scored: list[ScoredRollout]
     policy_version: int
     counter: int
     stats: dict[str, float] = field(default_factory=dict)
     max_lag: int = 0
+    sampling: Sampling = Sampling()
 
 
 @dataclass

@@ -35,7 +35,7 @@ class RolloutDataModule(StepDataModule):
         prompts_per_step: number of questions of one optimizer step, over all ranks.
         rollouts_per_prompt: number of responses per question.
         split: split of the task.
-        sampling: sampling parameters; on-policy training needs temperature 1 and top_p 1.
+        sampling: sampling parameters; self-distillation on-policy needs temperature 1, every method top_p 1.
         call_size: responses per generate call and rank; part of the run's identity. If it is smaller than a rank's
             share of a step, the engine is partly idle at the end of each call.
         disjoint_from: questions.json of `sdzero collect`, whose questions must not occur here; null checks nothing.
@@ -112,6 +112,7 @@ class RolloutDataModule(StepDataModule):
     def make_batch(self, counter: int, indices: Sequence[int]) -> RolloutBatch:
         prompts = self._prompts(indices)
         batch = self._take_prefetched(counter) or self._sample_batch(counter, prompts)
+        batch.sampling = self.sampling
         if self.overlap:
             batch.max_lag = 1
             batch.stats["policy_lag"] = self.policy.policy_version - batch.policy_version

@@ -8,6 +8,7 @@
     SDFT, OPSD               SelfDistill, Demonstration   x, a worked solution          equation 4     own_data (opsd)
     SDPO                     SelfDistill, Feedback        x, the verifier's feedback    equation 4     -
     on-policy distillation   SelfDistill, Plain           x                             equation 4     -
+    GRPO, Dr. GRPO, RLOO     PolicyGradient               -                             clipped ratio  -
 
 `Policy` is the student alone, for evaluation; `Method` is the base class of what trains it. The divergence of
 equation 4 is a key of SelfDistill, and `teacher:` gives it another model as teacher.
@@ -16,6 +17,7 @@ equation 4 is a key of SelfDistill, and `teacher:` gives it another model as tea
 from sdzero.methods.base import Method, Schedule
 from sdzero.methods.contexts import Context, FinalAnswer, Plain, Revision
 from sdzero.methods.policy import Policy
+from sdzero.methods.policy_gradient import PolicyGradient
 from sdzero.methods.sdft import Demonstration
 from sdzero.methods.sdpo import Feedback
 from sdzero.methods.self_distill import SelfDistill
@@ -32,6 +34,7 @@ __all__ = [
     "Method",
     "Plain",
     "Policy",
+    "PolicyGradient",
     "Revision",
     "Schedule",
     "SelfDistill",

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from sdzero.methods.batching import filler_example, micro_batches
 from sdzero.methods.policy import Policy
-from sdzero.models.language_model import ModelConfig
-from sdzero.models.parallelize import clip_gradients, gradient_sync
+from sdzero.models.language_model import ModelConfig, load, max_positions
+from sdzero.models.parallelize import check_parallel, clip_gradients, gradient_sync
 from sdzero.types import BUDGET, Example, LossOutput, Reason, RolloutBatch, TraceBatch
 from sdzero.utils.files import atomic_write
+from sdzero.utils.seeds import run_seed
 
 FAULTS = ("num_nonfinite", "num_skipped")
 
@@ -70,7 +71,8 @@ class Method(Policy, ABC):
         max_grad_norm: norm to which gradients are clipped; 0 disables clipping.
         max_tokens_per_micro_batch: as in Policy.
         reduction: `token_mean` divides by the target tokens of the global batch; `sequence_sum` sums over a
-            sequence's tokens and divides by the number of sequences (equations 1, 2 and 4 literally).
+            sequence's tokens and divides by the number of sequences (equations 1, 2 and 4 literally);
+            `sequence_mean` averages over a sequence's tokens, then over the sequences (GRPO's paper, SDFT).
         reduce_every_micro_batch: reduce gradients over the ranks after each micro batch, so that FSDP keeps only a
             rank's shard of them. Off, they are reduced once per step, with less communication, and each rank keeps
             all of them in float32 until then. No effect on one rank.
@@ -90,7 +92,7 @@ class Method(Policy, ABC):
         schedule: Schedule = Schedule(),
         max_grad_norm: float = 1.0,
         max_tokens_per_micro_batch: int = 8192,
-        reduction: Literal["token_mean", "sequence_sum"] = "token_mean",
+        reduction: Literal["token_mean", "sequence_sum", "sequence_mean"] = "token_mean",
         reduce_every_micro_batch: bool = False,
         max_nonfinite_steps: int = 0,
         max_skipped_steps: int = 10,
@@ -129,6 +131,17 @@ class Method(Policy, ABC):
         """Yield inputs of each micro batch's loss, in order, consumed one micro batch at a time."""
         return repeat(None)
 
+    def token_weights(self, examples: Sequence[Example], denominators: Sequence[float]) -> tuple[Tensor, float]:
+        """Return the weight of each target token [N] and the divisor of their weighted sum, by `reduction`.
+
+        Args:
+            examples: a micro batch.
+            denominators: target tokens and sequences of the step, over all ranks.
+        """
+        is_mean = self.reduction == "sequence_mean"
+        rows = [torch.full((num := len(e.target),), e.weight / num if is_mean else e.weight) for e in examples]
+        return torch.cat(rows).to(self.device), denominators[0 if self.reduction == "token_mean" else 1]
+
     def num_trained(self, examples: Sequence[Example]) -> int:
         """Count the tokens that these examples add to the training budget, as in appendix C.2."""
         return sum(len(e.target) for e in examples)
@@ -155,6 +168,29 @@ class Method(Policy, ABC):
             if precision != "bf16-mixed":
                 raise ValueError("student.dtype: bfloat16 weights require trainer.precision=bf16-mixed")
         super().setup(stage)
+
+    # --- frozen models beside the student -----------------------------------------------------
+
+    def check_vocabulary(self, key: str, config: ModelConfig) -> None:
+        """Restrict `max_positions` to those of another model; raise ValueError if its vocabulary is another."""
+        hf_config, vocab_size = config.hf_config(), self.hf_config.vocab_size
+        self.max_positions = min(self.max_positions, max_positions(hf_config))
+        if hf_config.vocab_size != vocab_size:
+            raise ValueError(
+                f"{key}.path: its vocabulary has {hf_config.vocab_size} tokens, the student's {vocab_size}"
+            )
+
+    def check_frozen(self, config: ModelConfig) -> None:
+        """Check another model against the Trainer's strategy, before any weights are read."""
+        check_parallel(config, config.hf_config(), self.trainer.strategy, self.share.num_members)
+
+    def load_frozen(self, name: str, config: ModelConfig) -> torch.nn.Module:
+        """Load and shard another model, in evaluation mode, to be kept as attribute `name`."""
+        model = load(config, run_seed()).requires_grad_(False)
+        # DDP must ignore it: every rank has loaded it, and it may be on another device than the student
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self._ddp_params_and_buffers_to_ignore = [f"{name}.{tensor}" for tensor, _ in tensors]
+        return self.shard(model, config).eval()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_callable([p for p in self.student.parameters() if p.requires_grad])

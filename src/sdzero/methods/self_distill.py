@@ -16,12 +16,11 @@ from sdzero.losses.soft_targets import HiddenTargets, SoftTargets, hidden_target
 from sdzero.methods.base import Method
 from sdzero.methods.batching import collate
 from sdzero.methods.contexts import Context, Revision
-from sdzero.models.language_model import ModelConfig, load, max_positions
+from sdzero.models.language_model import ModelConfig
 from sdzero.models.lora import AdaptersOff
-from sdzero.models.parallelize import can_change_device, check_parallel
+from sdzero.models.parallelize import can_change_device
 from sdzero.models.weights import lerp_weights
 from sdzero.types import Example, LossOutput, RolloutBatch, ScoredRollout
-from sdzero.utils.seeds import run_seed
 
 
 class SelfDistill(Method):
@@ -60,18 +59,12 @@ class SelfDistill(Method):
         self.shares_base = teacher is None and self.student_config.lora is not None
         self.mask_truncated, self.teacher_first = mask_truncated, teacher_first
         self.teacher_generation = 0
-        teacher_hf = self.teacher_hf_config = self.teacher_config.hf_config()
-        self.max_positions = min(self.max_positions, max_positions(teacher_hf))
-        vocab_size = self.hf_config.vocab_size
-        check_top_k(divergence.top_k, vocab_size)
-        if teacher_hf.vocab_size != vocab_size:
-            raise ValueError(
-                f"teacher.path: its vocabulary has {teacher_hf.vocab_size} tokens, the student's {vocab_size}"
-            )
+        check_top_k(divergence.top_k, self.hf_config.vocab_size)
+        self.check_vocabulary("teacher", self.teacher_config)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_parallel(self.teacher_config, self.teacher_hf_config, self.trainer.strategy, self.share.num_members)
+        self.check_frozen(self.teacher_config)
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -81,11 +74,7 @@ class SelfDistill(Method):
         if self.shares_base:
             self.teacher = AdaptersOff(self.student)
         else:
-            teacher = load(self.teacher_config, run_seed()).requires_grad_(False)
-            self.teacher = self.shard(teacher, self.teacher_config).eval()
-            # DDP must ignore it: every rank has loaded it, and it may be on another device than the student
-            tensors = (*teacher.named_parameters(), *teacher.named_buffers())
-            self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name, _ in tensors]
+            self.teacher = self.load_frozen("teacher", self.teacher_config)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._move_teacher(self.device)  # a GPU's collectives, which gather its shards, need it there
@@ -196,8 +185,7 @@ class SelfDistill(Method):
         teacher = self.teacher_targets(examples) if precomputed is None else precomputed
         contexts, targets = [e.context for e in examples], [e.target for e in examples]
         batch = collate(contexts, targets, self.builder.pad_id, self.packed).to(self.device)
-        weights = torch.cat([torch.full((len(e.target),), e.weight) for e in examples]).to(self.device)
-        num = denominators[0] if self.reduction == "token_mean" else denominators[1]
+        weights, num = self.token_weights(examples, denominators)
 
         def head(hidden: Tensor, weight: Tensor) -> LossOutput:
             return divergence_head(hidden, weight, teacher, weights, num, self.divergence, targets=batch.targets)

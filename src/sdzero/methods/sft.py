@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from sdzero.losses import cross_entropy_head
@@ -32,12 +31,8 @@ class SFT(Method):
         return [sum(len(e.target) for e in examples), len(examples)]
 
     def loss(self, examples: Sequence[Example], denominators: Sequence[float], precomputed: None = None) -> LossOutput:
-        num = denominators[0] if self.reduction == "token_mean" else denominators[1]
-        return LossOutput(self.cross_entropy(examples, self.example_weights(examples) / num).loss)
-
-    def example_weights(self, examples: Sequence[Example]) -> Tensor:
-        """Return [N], the weight of the example that each target token belongs to."""
-        return torch.cat([torch.full((len(e.target),), e.weight) for e in examples]).to(self.device)
+        weights, num = self.token_weights(examples, denominators)
+        return LossOutput(self.cross_entropy(examples, weights / num).loss)
 
     def cross_entropy(self, examples: Sequence[Example], weights: Tensor) -> LossOutput:
         """Sum `weights` [N] times the negative log-probabilities of the target tokens; metrics: logprobs [N]."""

@@ -46,12 +46,19 @@ class SRT(SFT):
         return num_generation + num_revision
 
     def loss(self, examples: Sequence[Example], denominators: Sequence[float], precomputed: None = None) -> LossOutput:
-        num_generation, num_revision = denominators[0::2] if self.reduction == "token_mean" else denominators[1::2]
-        is_revision = torch.cat([torch.arange(len(e.target)) >= e.num_init for e in examples]).to(self.device)
-        generation = self.example_weights(examples) / num_generation
+        weights, num_generation = self.token_weights(examples, denominators)
+        num_revision = denominators[2 if self.reduction == "token_mean" else 3]
+        is_revision = torch.cat([self._is_revision(e) for e in examples]).to(self.device)
+        generation = weights / num_generation
         revision = generation * is_revision * (num_generation / max(num_revision, 1))
         weights = self.generation_weight * generation + self.revision_weight * revision
         output = self.cross_entropy(examples, weights)
         surprisal = -output.metrics["logprobs"]
         metrics = {"loss_generation": surprisal @ generation, "loss_revision": surprisal @ revision}
         return LossOutput(output.loss, metrics)
+
+    def _is_revision(self, example: Example) -> torch.Tensor:
+        """Return 1 at the tokens of y_revised; for a mean over them, their weight relative to that over all tokens."""
+        num, num_init = len(example.target), example.num_init
+        is_revision = torch.arange(num) >= num_init
+        return is_revision * (num / max(num - num_init, 1)) if self.reduction == "sequence_mean" else is_revision
