@@ -29,8 +29,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("strategy", ["offloaded", "fsdp2", "reduced", "ddp", "tp", "fsdp2_tp"])
-@pytest.mark.parametrize("kind", ["srt", "self_distill"])
+STRATEGIES = ("offloaded", "fsdp2", "reduced", "ddp", "tp", "fsdp2_tp")
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        *((kind, strategy) for kind in ("srt", "self_distill") for strategy in STRATEGIES),
+        *(("policy_gradient", strategy) for strategy in ("fsdp2", "tp")),
+    ],
+)
 def test_several_ranks_equal_one(kind: str, strategy: str, trained: Path) -> None:
     """Float32, SGD, clipping, uneven shares, a share without rows, several micro batches."""
     one, several = (torch.load(trained / f"{kind}-{name}.pt") for name in ("one", strategy))
@@ -50,7 +58,7 @@ def test_several_ranks_equal_one(kind: str, strategy: str, trained: Path) -> Non
         assert several["num_reduced"] > once == 3 * len(ITEMS)  # two layers and the root
     if strategy == "fsdp2":  # embedding and head once a step, the teacher's once for good; layers every time
         root = min(size for step in several["gathers"] for size in step)
-        assert [step.count(root) for step in several["gathers"][:-1]] == [1 + (kind == "self_distill"), 1, 1]
+        assert [step.count(root) for step in several["gathers"][:-1]] == [1 + (kind != "srt"), 1, 1]
         assert len(several["gathers"][0]) > len(several["gathers"][2])  # it had more micro batches
 
 

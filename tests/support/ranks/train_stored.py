@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdzero.callbacks import CopyTracker, KeywordTracker, LengthTracker, SampleWriter, TokenKLRecorder
 from sdzero.data.base import stream_loader
-from sdzero.methods import SRT, SelfDistill
+from sdzero.losses import PolicyLoss
+from sdzero.methods import SRT, Method, PolicyGradient, SelfDistill
 from sdzero.models.language_model import ModelConfig
 from sdzero.models.weights import full_weights
 from sdzero.trainer.shares import share_of
@@ -26,7 +28,12 @@ from sdzero.types import Prompt, Question, Rollout, RolloutBatch, ScoredRollout,
 from support.helpers import make_trainer
 from support.ranks.forked import run_ranks
 
-KINDS = ("srt", "self_distill")
+PENALTIES = PolicyLoss(kl_coef=0.1, entropy_coef=0.1)
+METHODS: dict[str, Callable[..., Method]] = {
+    "srt": SRT,
+    "self_distill": SelfDistill,
+    "policy_gradient": partial(PolicyGradient, policy_loss=PENALTIES),
+}
 NUM_STEPS, ITEMS = 3, (7, 6, 1)  # odd numbers: the ranks' shares differ, and once one rank has nothing
 RUNS: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, strategy
     "one": (1, lambda: "auto"),
@@ -40,6 +47,17 @@ RUNS: dict[str, tuple[int, Callable[[], Any]]] = {  # name -> number of ranks, s
 
 
 def items(builder, kind: str, count: int, rng: random.Random) -> list:
+    """Make traces, or scored responses; for a policy gradient groups of three responses."""
+    if kind == "policy_gradient":
+        groups = [items(builder, "self_distill", 3, rng) for _ in range(count)]
+        prompts = [
+            Prompt(Question(f"q{i}", "x", "1"), group[0].rollout.prompt.token_ids) for i, group in enumerate(groups)
+        ]
+        return [
+            [ScoredRollout(replace(s.rollout, prompt=prompt), s.verdict) for s in group]
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
     def ids(low: int, high: int) -> tuple[int, ...]:
         return tuple(rng.randrange(4, 12) for _ in range(rng.randint(low, high)))
 
@@ -69,6 +87,8 @@ class Stored(L.LightningDataModule):
             rng = random.Random(0)
             for step, count in enumerate(ITEMS):
                 mine = items(builder, self.kind, count, rng)[share.index :: share.num_shares]
+                if self.kind == "policy_gradient":
+                    mine = [scored for group in mine for scored in group]
                 yield TraceBatch(mine, step) if self.kind == "srt" else RolloutBatch(mine, step, step)
 
         return stream_loader(NUM_STEPS, batches)
@@ -122,7 +142,7 @@ def train(kind: str, ranks: int, strategy: Callable[[], Any], model: ModelConfig
         "max_tokens_per_micro_batch": 160,
         "max_grad_norm": 1.0,
     }
-    method = (SRT if kind == "srt" else SelfDistill)(model, **options)
+    method = METHODS[kind](model, **options)
     writers = [SampleWriter(every_n_steps=1), TokenKLRecorder(every_n_steps=1)]
     callbacks = [KeywordTracker(), LengthTracker(), CopyTracker(), *writers, Record(out)]
     trainer = make_trainer(out.with_suffix(""), *callbacks, devices=ranks, strategy=strategy())
@@ -130,8 +150,10 @@ def train(kind: str, ranks: int, strategy: Callable[[], Any], model: ModelConfig
 
 
 def main(model: str, out: Path) -> None:
-    for kind in KINDS:
+    for kind in METHODS:
         for name, (ranks, strategy) in RUNS.items():
+            if kind == "policy_gradient" and name not in ("one", "fsdp2", "tp"):
+                continue
             config = ModelConfig(model, cpu_offload=name == "offloaded")
             work = partial(train, kind, ranks, strategy, config, out / f"{kind}-{name}.pt")
             run_ranks(ranks, out / f"{kind}-{name}-rank", work)
