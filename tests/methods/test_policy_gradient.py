@@ -154,7 +154,7 @@ def test_the_loss_is_that_of_whole_logits(
 
 def test_groups_without_variance_teach_nothing(path: Path, groups: list[list[ScoredRollout]], tmp_path: Path) -> None:
     """Dropped, a step of them is skipped; kept, they dilute the token mean of the others."""
-    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
+    sgd: dict[str, Any] = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0)}
     before, _ = run(path, groups[:1], tmp_path)
     for zero_variance in ("drop", "keep"):
         method, _ = run(path, groups[2:], tmp_path, zero_variance=zero_variance, **sgd)

@@ -77,7 +77,8 @@ class PolicyGradient(Method):
             raise ValueError("overlong_buffer and overlong_factor must be at least 0")
         if reference is not None and not policy_loss.kl_coef:
             raise ValueError("reference is for policy_loss.kl_coef, which is 0: set it, or leave reference out")
-        self.advantage, self.policy_loss, self.zero_variance = advantage, policy_loss, zero_variance
+        self.advantage: Advantage = advantage
+        self.policy_loss, self.zero_variance = policy_loss, zero_variance
         self.reference_config = reference or self.student_config
         self.shares_base = reference is None and self.student_config.lora is not None
         self.mask_truncated = mask_truncated
