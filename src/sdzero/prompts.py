@@ -138,6 +138,12 @@ class PromptBuilder:
             reward=reward,
         )
 
+    def answer_trace(self, scored: ScoredRollout) -> Trace:
+        """Make a trace without y_init from a sampled response (RFT)."""
+        prompt = scored.rollout.prompt
+        answer = (*self.body(scored.rollout.token_ids), self.end_id)
+        return Trace(prompt.question, prompt.token_ids, (), (), answer, None)
+
     def demonstration(self, question: Question, solution: str) -> Trace:
         """Make a trace without y_init from a written solution (SFT)."""
         revised = (*self._encode(solution), self.end_id)

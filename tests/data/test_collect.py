@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,75 +14,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdzero.data.collect import Collect
-from sdzero.engines import ScriptedEngine
 from sdzero.engines.base import EngineError
 from sdzero.models.language_model import ModelConfig
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks import Chains
-from sdzero.types import Prompt, Rollout, Sampling
-from support.runs import ROOT, num_calls, read_json, refusal, rows
+from sdzero.types import Prompt, Sampling
+from support.runs import num_calls, read_json, refusal, rows
+from support.scripted_collection import LIMIT, QUESTIONS, Actor, collect
 
-TINY = ROOT / "configs/tiny_model"
-LIMIT = 12
-QUESTIONS = 23
 P = {
     0: "\n\nWait, this response is not correct, let me start over.\n\n",
     1: "\n\nLet me rephrase the above solution.\n\n",
 }
-
-
-class Actor(ScriptedEngine):
-    """Right, wrong, unparseable and endless answers, chosen from the call's seed; it may die in a call.
-
-    `log` holds (prompt, text) of all answers it gave, in order.
-    """
-
-    def __init__(self, dies_in: int | None = None, right: float = 0.4) -> None:
-        super().__init__(self._answer)
-        self.dies_in, self.right = dies_in, right
-        self.log: list[tuple[Prompt, str]] = []
-        self.is_warm = False
-
-    def warm_up(self) -> None:
-        assert self.policy_version == 0, "the weights are there"
-        self.is_warm = True
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy_version: int, *rest: Any, **more: Any
-    ) -> list[Rollout]:
-        assert self.is_warm
-        self._rng = random.Random(seed)
-        rollouts = super().generate(prompts, sampling, seed, policy_version, *rest, **more)
-        if self.num_generate_calls == self.dies_in:
-            raise EngineError("the engine died in the middle of a call")
-        self.log += [(prompt, rollout.text) for prompt, rollout in zip(prompts, rollouts, strict=True)]
-        return rollouts
-
-    def _answer(self, prompt: Prompt, seed: int) -> str:
-        right = f"1+1=2A{prompt.question.answer}"
-        wrong = f"2*1=2A{(int(prompt.question.answer) + 1) % 10}"
-        endless = "1+1=2" + "1" * (LIMIT - 7) + f"A{prompt.question.answer}111"  # cut where it reads as right
-        others = [(wrong, 0.3), ("1+1=2", 0.15), (endless, 0.15)]
-        choices = [(right, self.right), *others]
-        return self._rng.choices([c for c, _ in choices], [w for _, w in choices])[0]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """The tiny model's config and tokenizer, with a stand-in for its weights: they are hashed, nobody loads them."""
-    folder = shutil.copytree(TINY, tmp_path_factory.mktemp("collect") / "model")
-    save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
-    return ModelConfig(str(folder))
-
-
-def collect(model: ModelConfig, out: Path, engine: ScriptedEngine | None = None, **options: Any) -> Actor:
-    engine = engine or Actor()
-    defaults: dict[str, Any] = {"num_questions": QUESTIONS, "num_traces": None, "call_size": 4}
-    sampling = Sampling(temperature=0.7, max_new_tokens=LIMIT)
-    Collect(model, Chains(), engine, out, **{**defaults, "sampling": sampling, **options}).run()
-    assert isinstance(engine, Actor)
-    return engine
 
 
 def plainly(
@@ -256,7 +198,7 @@ def test_calls_of_another_identity_are_made_again(
     ("options", "message"),
     [
         ({"num_questions": 0}, "num_questions must be at least 1"),
-        ({"num_revisions": 0}, "num_revisions must be at least 1"),
+        ({"num_revisions": -1}, "num_revisions must be at least 0"),
         ({"num_traces": 0}, "num_traces must be at least 1, or null"),
         ({"correct_share": 1.5}, r"correct_share must lie in \[0, 1\]"),
     ],

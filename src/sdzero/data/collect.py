@@ -1,5 +1,7 @@
 """Phase 1 data (section 2.1, appendix C.1): sample, verify, sample a revision, verify, keep.
 
+Without revisions the verified answers themselves are the traces (rejection sampling, RFT).
+
 OUT holds traces.jsonl (D_revision), questions.json (identities of all questions) and statistics.json. An interrupted
 collection resumes from the finished generate calls in OUT/journal.
 
@@ -22,20 +24,18 @@ from sdzero.data.journal import CallJournal
 from sdzero.data.launch import Ranks, launch
 from sdzero.data.policy_sampler import PolicySampler
 from sdzero.data.sampler import Sampler
+from sdzero.data.trace_choice import TraceKey, choose_answers, choose_traces
 from sdzero.data.trace_file import write_traces
 from sdzero.engines.base import EngineSpec, RolloutEngine
 from sdzero.models.language_model import ModelConfig, max_positions
 from sdzero.models.weights import folder_sha256
 from sdzero.prompts import PromptBuilder
 from sdzero.tasks.base import Task
-from sdzero.types import Question, Sampling, ScoredRollout, Split, Trace
+from sdzero.types import Question, Sampling, ScoredRollout, Split, TokenIds, Trace
 from sdzero.utils.files import write_text
 from sdzero.utils.seeds import derive_seed, run_seed
 
 log = logging.getLogger(__name__)
-
-TraceKey = tuple[int, int, int, int]
-"""Chunk, first attempt in it, revision of that, and the first attempt's reward."""
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Collect:
         num_questions: number of questions, all of which are sampled before traces are chosen.
         split: split of the task.
         num_initial: number of first attempts per question.
-        num_revisions: number of revisions per first attempt.
+        num_revisions: number of revisions per first attempt. 0: the first attempts are kept, as demonstrations (RFT):
+            of identical ones of a question one, and of each question one before any second.
         num_traces: number of traces, chosen at random from the verified ones; null keeps all.
         correct_share: fraction of the chosen traces with a correct first attempt (r=1); null leaves it to chance.
         branches: `both`, or `incorrect` to keep only traces whose first attempt was wrong.
@@ -86,9 +87,11 @@ class Collect:
     def __post_init__(self) -> None:
         if self.max_engine_restarts < 0:
             raise ValueError(f"max_engine_restarts must be at least 0, got {self.max_engine_restarts}")
-        for name in ("num_questions", "num_initial", "num_revisions", "call_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("num_questions", 1), ("num_initial", 1), ("num_revisions", 0), ("call_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.num_revisions and (self.correct_share is not None or self.branches != "both"):
+            raise ValueError("correct_share and branches select revisions, of which num_revisions=0 samples none")
         if self.num_traces is not None and self.num_traces < 1:
             raise ValueError(f"num_traces must be at least 1, or null to keep all, got {self.num_traces}")
         if self.num_nodes < 1 or (self.devices != "auto" and self.devices < 1):
@@ -113,7 +116,11 @@ class Collect:
             sampler.start()
             chunks.warn_if_idle()
             counts, kept = self._sample_all(chunks)
-            chosen = self._choose(kept)  # the same on all ranks
+            rng = random.Random(derive_seed(run_seed(), "draw traces"))  # the same on all ranks
+            if self.num_revisions:
+                chosen = choose_traces(kept, self.num_traces, self.correct_share, rng)
+            else:
+                chosen = choose_answers(kept, self.num_traces, self.num_initial, rng)
             traces = self._chosen_traces(chunks, chosen)
             if ranks.is_first:
                 write_traces(self.out / "traces.jsonl", traces)
@@ -146,16 +153,18 @@ class Collect:
         self, counts: Counter[str], kept: Sequence[TraceKey], chosen: set[TraceKey], num_engine_calls: int
     ) -> None:
         statistics = {**_statistics(counts, kept, chosen, num_engine_calls), "left_out": self.task.exclusions()}
+        if not self.num_revisions:
+            statistics["duplicates"] = counts["duplicates"]
         text = json.dumps(statistics, indent=2)
         write_text(self.out / "statistics.json", f"{text}\n")
         print(text, flush=True)
         if not chosen:
-            revisions, correct = (
-                sum(counts[f"revision_r{r}/{what}"] for r in (0, 1)) for what in ("generations", "correct")
-            )
+            kinds = ("revision_r0", "revision_r1") if self.num_revisions else ("initial",)
+            what = "revisions" if self.num_revisions else "answers"
+            num, correct = (sum(counts[f"{kind}/{name}"] for kind in kinds) for name in ("generations", "correct"))
             wrong_first, right_first = (sum(k[3] == r for k in kept) for r in (0, 1))
             raise ValueError(
-                f"no trace was left: of {revisions} revisions {correct} were verified as correct, and {len(kept)} "
+                f"no trace was left: of {num} {what} {correct} were verified as correct, and {len(kept)} "
                 f"could be kept ({wrong_first} with r=0, {right_first} with r=1; branches={self.branches}, "
                 f"verified_only={self.verified_only}, correct_share={self.correct_share}). Raise num_questions or "
                 f"num_revisions, or use a stronger model; all counts are in {self.out / 'statistics.json'}"
@@ -165,12 +174,15 @@ class Collect:
 
     def _max_model_len(self, builder: PromptBuilder, questions: Sequence[Question]) -> int:
         longest = builder.max_prompt_len(questions)
-        needed = longest + 2 * self.sampling.max_new_tokens + builder.max_bridge_len
+        needed, extra = longest + self.sampling.max_new_tokens, ""
+        if self.num_revisions:
+            extra = ", P_r and a revision"
+            needed += builder.max_bridge_len + self.sampling.max_new_tokens
         available = max_positions(self.student.hf_config())
         if needed > available:
             raise ValueError(
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens}: the longest prompt ({longest}) with an "
-                f"answer, P_r and a revision needs {needed} tokens, but the model has {available} positions"
+                f"answer{extra} needs {needed} tokens, but the model has {available} positions"
             )
         return needed
 
@@ -184,6 +196,7 @@ class Collect:
         name = "collect" if ranks.world_size == 1 else f"collect, the first of {ranks.world_size} ranks"
         own = [chunk for chunk in range(len(chunks)) if ranks.takes(chunk)]
         for chunk in tqdm(own, desc=name, unit="chunk", disable=not ranks.is_first):
+            answers: set[tuple[str, TokenIds]] = set()
             for i, (first, revisions) in enumerate(chunks.sample(chunk)):
                 reward = first.verdict.reward
                 _count(counts, "initial", first)
@@ -191,6 +204,13 @@ class Collect:
                     _count(counts, f"revision_r{reward}", revision)
                     if self._keeps(first, revision):
                         kept.append((chunk, i, j, reward))
+                if not self.num_revisions and self._keeps(first, first):
+                    answer = (first.rollout.prompt.question.id, first.rollout.token_ids)
+                    if answer in answers:
+                        counts["duplicates"] += 1
+                    else:
+                        kept.append((chunk, i, 0, reward))
+                    answers.add(answer)
         gathered = ranks.gather((counts, kept))
         return sum((c for c, _ in gathered), Counter()), [key for _, keys in gathered for key in keys]
 
@@ -199,27 +219,15 @@ class Collect:
         right_branch = self.branches == "both" or not first.verdict.reward
         return finished and right_branch and (bool(revision.verdict.reward) or not self.verified_only)
 
-    def _choose(self, kept: list[TraceKey]) -> set[TraceKey]:
-        shuffled = sorted(kept)
-        random.Random(derive_seed(run_seed(), "draw traces")).shuffle(shuffled)
-        num = len(shuffled) if self.num_traces is None else self.num_traces
-        if self.correct_share is None:
-            return set(shuffled[:num])
-        by_reward = {r: [k for k in shuffled if k[3] == r] for r in (0, 1)}
-        shares = {1: self.correct_share, 0: 1 - self.correct_share}
-        # the scarcer branch limits the number of traces with these shares
-        num = int(min([num, *(len(by_reward[r]) / share for r, share in shares.items() if share)]))
-        num_correct = round(num * self.correct_share)
-        return {*by_reward[1][:num_correct], *by_reward[0][: num - num_correct]}
-
     def _chosen_traces(self, chunks: _Chunks, chosen: set[TraceKey]) -> Iterator[Trace]:
         """Yield traces in the order of the questions on the first rank; the others send theirs. Collective."""
         for chunk in range(len(chunks)):
             pairs = chunks.sample(chunk) if chunks.ranks.takes(chunk) else []
+            builder = chunks.sampler.builder
             traces = [
-                chunks.sampler.builder.trace(first, revision.rollout.token_ids)
+                builder.trace(first, revision.rollout.token_ids) if self.num_revisions else builder.answer_trace(first)
                 for i, (first, revisions) in enumerate(pairs)
-                for j, revision in enumerate(revisions)
+                for j, revision in enumerate(revisions or [first])
                 if (chunk, i, j, first.verdict.reward) in chosen
             ]
             yield from chunks.ranks.to_first(traces, chunks.ranks.leader(chunk))
@@ -247,6 +255,8 @@ class _Chunks:
         questions = self.questions[chunk * size : (chunk + 1) * size] if self.ranks.is_leader else []
         prompts = [builder.prompt(q) for q in questions for _ in range(self.collect.num_initial)]
         initial, _ = self.sampler.sample(prompts, self.collect.sampling, f"{chunk:05d}-initial", size)
+        if not num_revisions:
+            return [(s, []) for s in initial]
         # revisions of one response are adjacent, so that the engine shares their prefix
         revision_prompts = [builder.revision_prompt(s) for s in initial for _ in range(num_revisions)]
         revised, _ = self.sampler.sample(revision_prompts, self.collect.sampling, f"{chunk:05d}-revision", size)
