@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sdzero.models.language_model import ModelConfig
 from sdzero.models.lora import Lora
 from sdzero.prompts import PromptBuilder
 from sdzero.types import Question, RolloutBatch, Sampling, ScoredRollout
-from support.helpers import Steps, fit, make_scored, plain_model, same, weights_of
+from support.helpers import Steps, Stored, fit, make_scored, make_trainer, plain_model, same, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -233,17 +232,29 @@ def test_overlong_responses_lose_reward_and_variance_is_that_of_the_verdicts(
 
 
 def test_what_cannot_be_compared_is_refused(path: Path, groups: list[list[ScoredRollout]], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data.rollouts_per_prompt.*at least 2"):
+    with pytest.raises(ValueError, match=r"at least 2, got \[1\]"):
         run(path, [group[:1] for group in groups], tmp_path)
-    with pytest.raises(ValueError, match=r"data.rollouts_per_prompt.*got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"as many of each question, at least 2, got \[3, 4\]"):
         run(path, [groups[0][:3], groups[1]], tmp_path)
     with pytest.raises(ValueError, match="reference is for policy_loss.kl_coef"):
         PolicyGradient(ModelConfig(str(path)), reference=ModelConfig(str(path)))
     with pytest.raises(ValueError, match="overlong_buffer"):
         PolicyGradient(ModelConfig(str(path)), overlong_buffer=-1)
-    method = PolicyGradient(ModelConfig(str(path)))
-    stale = batch_of(groups)
-    stale.max_lag = 1
-    with pytest.raises(ValueError, match=r"data\.overlap"):
-        fit(method, [stale], tmp_path)
-    assert math.isfinite(method.sampling.temperature)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rollouts_per_prompt", 1, "data.rollouts_per_prompt: .*at least 2, got 1"),
+        ("overlap", True, r"data\.overlap: .*set it to false"),
+        ("sampling", Sampling(temperature=0), "data.sampling.temperature: .*above 0"),
+    ],
+)
+def test_data_that_cannot_serve_is_refused_before_weights_are_loaded(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, message: str
+) -> None:
+    data = Stored([])
+    setattr(data, key, value)
+    monkeypatch.setattr("sdzero.methods.policy.load", None)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path).fit(PolicyGradient(ModelConfig(str(path))), datamodule=data)

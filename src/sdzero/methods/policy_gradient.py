@@ -27,6 +27,8 @@ Advantage = Literal["group_std", "group_mean", "leave_one_out"]
 STD_EPSILON = 1e-6
 """Added to a group's standard deviation (verl)."""
 
+FEW = "PolicyGradient compares the responses to one question and needs as many of each question, at least 2"
+
 
 def group_advantages(rewards: Sequence[float], kind: Advantage) -> list[float]:
     """Compute the advantage of each response of a group from the rewards r of the group.
@@ -89,6 +91,13 @@ class PolicyGradient(Method):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None) if stage == "fit" else None
+        if getattr(data, "overlap", False):
+            raise ValueError("data.overlap: PolicyGradient needs rollouts of the current policy: set it to false")
+        if (num := getattr(data, "rollouts_per_prompt", 2)) < 2:
+            raise ValueError(f"data.rollouts_per_prompt: {FEW}, got {num}")
+        if not getattr(data, "sampling", Sampling()).temperature:
+            raise ValueError("data.sampling.temperature: PolicyGradient samples, so it must be above 0")
         if self.policy_loss.kl_coef:
             self.check_frozen(self.reference_config)
 
@@ -103,17 +112,12 @@ class PolicyGradient(Method):
             self.reference = self.load_frozen("reference", self.reference_config)
 
     def examples(self, batch: RolloutBatch) -> list[Example]:
-        if batch.max_lag:
-            raise ValueError("data.overlap: PolicyGradient needs rollouts of the current policy: set it to false")
         self.sampling = batch.sampling
         groups: dict[str, list[ScoredRollout]] = defaultdict(list)
         for scored in batch.scored:
             groups[scored.rollout.prompt.question.id].append(scored)
         if len({len(group) for group in groups.values()}) > 1 or any(len(group) < 2 for group in groups.values()):
-            raise ValueError(
-                "data.rollouts_per_prompt: PolicyGradient compares the responses to one question and needs at least 2 "
-                f"of each, got {sorted({len(group) for group in groups.values()})}"
-            )
+            raise ValueError(f"a batch's groups: {FEW}, got {sorted({len(group) for group in groups.values()})}")
         examples, spread = [], {"all_wrong": 0, "all_right": 0}
         for group in groups.values():
             rewards = [scored.verdict.reward for scored in group]
