@@ -245,7 +245,7 @@ def test_incompatible_teachers_are_refused_before_weights_are_read(
     narrow = write_tiny_model(tmp_path / "narrow", vocab_size=100)
     vocab_size = ModelConfig(str(path)).hf_config().vocab_size
     monkeypatch.setattr("sdzero.methods.policy.load", never)
-    monkeypatch.setattr("sdzero.methods.self_distill.load", never)
+    monkeypatch.setattr("sdzero.methods.base.load", never)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", never)
     with pytest.raises(ValueError, match=rf"teacher\.path: its vocabulary has 100 tokens, the student's {vocab_size}"):
         SelfDistill(ModelConfig(str(path)), teacher=ModelConfig(str(narrow)))
