@@ -100,7 +100,8 @@ def test_sft_trains_on_the_answers_alone(rft: tuple[Path, Actor], model: ModelCo
 
 
 def test_options_of_revisions_are_refused(model: ModelConfig, tmp_path: Path) -> None:
-    for options in ({"correct_share": 0.5}, {"branches": "incorrect"}):
+    of_revisions: list[dict[str, Any]] = [{"correct_share": 0.5}, {"branches": "incorrect"}]
+    for options in of_revisions:
         with pytest.raises(ValueError, match="num_revisions=0 samples none"):
             collect(model, tmp_path, num_revisions=0, **options)
     with pytest.raises(ValueError, match="no trace was left: of 23 answers 0 were verified"):

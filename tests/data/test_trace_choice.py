@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdzero.data.collect import Collect
-from sdzero.engines import ScriptedEngine
-from sdzero.models.language_model import ModelConfig
-from sdzero.tasks import Chains
-
-
-def choose(monkeypatch: pytest.MonkeyPatch, seed: int, kept: list[tuple[int, int, int, int]], **rules: Any) -> set[Any]:
-    monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
-    return Collect(ModelConfig("x"), Chains(), ScriptedEngine({}), Path("x"), **rules)._choose(kept)
+from sdzero.data.trace_choice import choose_answers, choose_traces
 
 
 @given(
@@ -32,9 +22,8 @@ def test_the_choice_is_as_large_as_the_share_allows(
     num_wrong: int, num_right: int, num: int | None, share: float | None, seed: int
 ) -> None:
     kept = [(i // 7, i % 7, 0, int(i >= num_wrong)) for i in range(num_wrong + num_right)]
-    with pytest.MonkeyPatch.context() as patch:
-        chosen = choose(patch, seed, kept, num_traces=num, correct_share=share)
-        assert chosen == choose(patch, seed, kept[::-1], num_traces=num, correct_share=share), "the order matters"
+    chosen = choose_traces(kept, num, share, random.Random(seed))
+    assert chosen == choose_traces(kept[::-1], num, share, random.Random(seed)), "the order matters"
     assert chosen <= {*kept}
     wanted = len(kept) if num is None else min(num, len(kept))
     if share is None:
@@ -47,9 +36,24 @@ def test_the_choice_is_as_large_as_the_share_allows(
         assert share * more > num_right - 1e-6 or (1 - share) * more > num_wrong - 1e-6
 
 
-def test_the_choice_is_seeded_and_fair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_seeded_and_fair() -> None:
     kept = [(0, i, 0, i % 2) for i in range(40)]
-    choices = [choose(monkeypatch, seed, kept, num_traces=10) for seed in range(200)]
-    assert choices[0] == choose(monkeypatch, 0, kept, num_traces=10) and len({*map(frozenset, choices)}) == 200
+    choices = [choose_traces(kept, 10, None, random.Random(seed)) for seed in range(200)]
+    assert choices[0] == choose_traces(kept, 10, None, random.Random(0)) and len({*map(frozenset, choices)}) == 200
     times = Counter(k for chosen in choices for k in chosen)
     assert len(times) == 40 and all(20 < n < 85 for n in times.values()), "a quarter of 200, each of the forty"
+
+
+@given(
+    nums=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    num=st.none() | st.integers(1, 60),
+    seed=st.integers(0, 9),
+)
+def test_no_question_has_a_second_answer_before_all_have_a_first(nums: list[int], num: int | None, seed: int) -> None:
+    """`nums[q]` answers of question q may be kept, of four each; three questions are a chunk."""
+    kept = [(q // 3, 4 * (q % 3) + i, 0, 1) for q, n in enumerate(nums) for i in range(n)]
+    chosen = choose_answers(kept, num, 4, random.Random(seed))
+    assert chosen <= {*kept} and len(chosen) == len(kept) if num is None else len(chosen) == min(num, len(kept))
+    taken = Counter(3 * chunk + i // 4 for chunk, i, _, _ in chosen)
+    for q, n in enumerate(nums):
+        assert taken[q] == n or taken[q] >= max(taken.values(), default=0) - 1
