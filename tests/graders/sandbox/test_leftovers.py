@@ -22,7 +22,7 @@ PROGRAMS = {
     "memory": "x = bytearray(b'x') * (99 << 20)",
     "output_limit": "print('x' * (2 << 20))",
 }
-NUM_RUNS, NUM_TIMEOUTS = 120, 4
+NUM_RUNS, NUM_TIMEOUTS = 250, 4
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
@@ -34,6 +34,7 @@ def eventually(holds: Callable[[], bool]) -> bool:
     return True
 
 
+@pytest.mark.timeout(900)
 def test_many_runs_leave_nothing_behind() -> None:
     with SandboxClient(num_workers=4) as client:
         server = server_pid(client)
